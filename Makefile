@@ -1,0 +1,40 @@
+# `make demo` and `make test` do all the set-up: they need Python 3.11 or newer and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# TensorFlow is silent about what it cannot find unless something fails.
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: help demo test test-deep lint format typecheck clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+# One stamp per set of extras, remade when what is to be installed changes.
+$(VENV)/.%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
+
+demo: $(VENV)/.demo ## train a search model twice, with and without a cache, and answer queries
+	$(BIN)/python examples/docstring_search.py train
+
+test: $(VENV)/.test ## run every test, on all backends
+	$(BIN)/python -m pytest -n auto
+
+test-deep: $(VENV)/.test ## the same with many more random examples
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/.lint ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.lint ## mend style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(VENV)/.lint ## mypy, strict, on the core
+	$(BIN)/mypy
+
+clean: ## remove what make made
+	rm -rf $(VENV) build dist runs .hypothesis .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,51 @@
+"""The verbs that TensorFlow supplies to the core."""
+
+from typing import Any
+
+import tensorflow as tf
+
+from negcache_core import KindError
+from negcache_core.backend import Backend
+
+from . import _namespace
+
+
+class TensorFlowBackend(Backend):
+    """TensorFlow, eager or traced, with or without XLA; state is in variables."""
+
+    name = "tensorflow"
+
+    def to_array(self, value: Any) -> tf.Tensor:
+        return value if tf.is_tensor(value) else tf.convert_to_tensor(value)
+
+    def stop_gradient(self, array: tf.Tensor) -> tf.Tensor:
+        return tf.stop_gradient(array)
+
+    def write_rows(self, table: tf.Variable, slots: tf.Tensor, rows: tf.Tensor) -> None:
+        table.scatter_nd_update(slots[:, None], rows)
+
+    def overwrite(self, table: tf.Variable, values: tf.Tensor) -> None:
+        table.assign(values)
+
+    def make_generator(self, seed: Any) -> tf.random.Generator:
+        if isinstance(seed, tf.random.Generator):
+            return seed
+        if seed is None:  # follows tf.random.set_seed
+            seed = tf.random.uniform((), maxval=tf.int64.max, dtype=tf.int64)
+        elif isinstance(seed, bool) or not isinstance(seed, int):
+            raise KindError(
+                f"generator is {seed!r}: expected None, an int seed, or a tf.random.Generator."
+            )
+        return tf.random.Generator.from_seed(seed)
+
+    def uniform(
+        self, generator: tf.random.Generator, shape: tuple[Any, ...], like: tf.Tensor
+    ) -> tf.Tensor:
+        del like  # TensorFlow places tensors itself
+        return generator.uniform([tf.cast(size, tf.int32) for size in shape], dtype=tf.float64)
+
+    def all_gather(self, array: tf.Tensor) -> tf.Tensor:
+        return tf.distribute.get_replica_context().all_gather(array, axis=0)
+
+
+TENSORFLOW = TensorFlowBackend(_namespace)

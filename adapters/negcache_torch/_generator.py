@@ -1,0 +1,67 @@
+"""A random generator whose whole state is one buffer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from negcache_core import KindError
+
+_GAMMA = 0x9E3779B97F4A7C15 - 2**64  # 64-bit constants of the published generator, as int64
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+
+
+class BufferGenerator(nn.Module):
+    """SplitMix64: uniforms that are a function of an int64 buffer, and of nothing else.
+
+    seed: an int; or a torch.Generator, or None for PyTorch's global one, from which a seed is drawn
+
+    A torch.Generator cannot be a buffer, follow `.to(device)`, or be traced by `torch.compile`.
+    This one is saved, moved and copied with its module, needs no synchronisation, and draws the
+    same numbers on every device. Source: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number
+    Generators", OOPSLA 2014.
+
+    >>> BufferGenerator(0).uniform((2,), torch.device("cpu"))
+    tensor([0.8833, 0.4315], dtype=torch.float64)
+    """
+
+    state: Tensor
+
+    def __init__(self, seed: Any = None) -> None:
+        super().__init__()
+        if seed is None or isinstance(seed, torch.Generator):
+            seed = int(torch.randint(2**62, (), generator=seed))
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise KindError(
+                f"generator is {seed!r}: expected None, an int seed, or a torch.Generator."
+            )
+        self.register_buffer("state", torch.tensor(_signed(seed), dtype=torch.int64))
+
+    def bits(self, count: int, device: torch.device) -> Tensor:
+        """Return the next `count` 64-bit outputs as int64, and advance."""
+        state = self.state.to(device)
+        steps = torch.arange(1, count + 1, dtype=torch.int64, device=device)
+        mixed = state + steps * _GAMMA
+        mixed = (mixed ^ _shift_right(mixed, 30)) * _MIX_1
+        mixed = (mixed ^ _shift_right(mixed, 27)) * _MIX_2
+        self.state.add_(torch.full_like(self.state, _GAMMA) * count)
+        return mixed ^ _shift_right(mixed, 31)
+
+    def uniform(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Return uniforms in [0, 1) of 53 bits each."""
+        count = 1
+        for size in shape:
+            count = count * size
+        # Apple's GPUs have no float64; the draw copes with a float32 uniform that rounds to 1.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        return (_shift_right(self.bits(count, device), 11).to(dtype) * 2.0**-53).reshape(shape)
+
+
+def _shift_right(values: Tensor, by: int) -> Tensor:
+    """Shift as unsigned: int64 shifts copy the sign bit."""
+    return (values >> by) & (2 ** (64 - by) - 1)
+
+
+def _signed(value: int) -> int:
+    return (value + 2**63) % 2**64 - 2**63

@@ -1,0 +1,192 @@
+"""The door to array libraries: the only file that imports array-api-compat.
+
+The core is written against the array-API standard. What the standard lacks (an ordered
+top-k, a scatter of rows, sizes that are unknown while tracing) is one function each here. A
+namespace may bring its own version under the same name, as the TensorFlow adapter's does.
+"""
+
+import math
+from typing import Any
+
+import array_api_compat
+import array_api_compat.numpy as numpy_namespace
+
+from negcache_core.errors import DTypeError, KindError
+
+__all__ = [
+    "Array",
+    "accumulation_dtype",
+    "cast",
+    "dtype_kind",
+    "dtype_name",
+    "fill",
+    "index_dtype",
+    "largest",
+    "length",
+    "mask_rows",
+    "matmul_transposed",
+    "namespace",
+    "native_dtype",
+    "numpy_namespace",
+    "positions",
+    "put_rows",
+    "take",
+]
+
+Array = Any  # any array-API array, or a tensor whose namespace is passed as `xp`
+
+
+def namespace(*arrays: Array, xp: Any = None) -> Any:
+    """Return `xp`, or else the array-API namespace of `arrays`."""
+    if xp is not None:
+        return xp
+    try:
+        return array_api_compat.array_namespace(*arrays)
+    except TypeError as error:
+        given = ", ".join(type(array).__name__ for array in arrays)
+        raise KindError(
+            f"cannot infer an array-API namespace from ({given}): pass arrays of one library, or "
+            "the namespace as xp= (TensorFlow has none of its own: use negcache_tensorflow)."
+        ) from error
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return a dtype's name without its library: 'float32' for torch.float32, np.float32, ….
+
+    >>> import numpy as np
+    >>> dtype_name(np.float32), dtype_name(np.dtype("int64")), dtype_name("bool")
+    ('float32', 'int64', 'bool')
+    """
+    if isinstance(dtype, str):
+        return dtype
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
+    return str(name).rpartition(".")[2]
+
+
+def dtype_kind(dtype: Any) -> str:
+    """Return 'bool', 'integer', 'floating', or the dtype's name where it is none of these."""
+    name = dtype_name(dtype)
+    if name == "bool":
+        return "bool"
+    if name.removeprefix("u") in {"int8", "int16", "int32", "int64"}:
+        return "integer"
+    if name in {"float16", "bfloat16", "float32", "float64"}:
+        return "floating"
+    return name
+
+
+def native_dtype(dtype: Any, xp: Any) -> Any:
+    """Return the namespace's own dtype object for `dtype` (an object of any library, or a name)."""
+    name = dtype_name(dtype)
+    native = getattr(xp, name, None)
+    if native is not None:
+        return native
+    if isinstance(dtype, str) or dtype_kind(dtype) == name:
+        raise DTypeError(
+            f"dtype {name!r} is not available in {_title(xp)}: choose another dtype for the field."
+        )
+    return dtype  # an extension dtype, such as ml_dtypes.bfloat16 for NumPy
+
+
+def _title(xp: Any) -> str:
+    return str(getattr(xp, "__name__", xp)).rpartition(".")[2]
+
+
+def accumulation_dtype(*arrays: Array, xp: Any) -> Any:
+    """Return the dtype to compute in: the widest of `arrays`, and at least float32."""
+    wide = any(dtype_name(array.dtype) == "float64" for array in arrays)
+    return xp.float64 if wide else xp.float32
+
+
+def index_dtype(xp: Any) -> Any:
+    """Return the namespace's default dtype for positions (int32 in JAX without x64)."""
+    return xp.arange(1).dtype
+
+
+def length(array: Array, xp: Any, axis: int = 0) -> Any:
+    """Return a size as a plain int, or as a scalar tensor where tracing leaves it unknown."""
+    size = array.shape[axis]
+    return xp.dynamic_length(array, axis) if size is None else size
+
+
+def cast(array: Array, dtype: Any, xp: Any) -> Array:
+    """Return `array` in `dtype`; the very same array, not a copy, where it already is."""
+    return array if array.dtype == dtype else xp.astype(array, dtype)
+
+
+def matmul_transposed(left: Array, right: Array, xp: Any) -> Array:
+    """Return `left @ right.T` for left (B, D) and right (C, D)."""
+    if hasattr(xp, "matmul_transposed"):
+        return xp.matmul_transposed(left, right)
+    return xp.matmul(left, xp.matrix_transpose(right))
+
+
+def take(array: Array, indices: Array, xp: Any) -> Array:
+    """Return a copy of the rows of `array` (C, …) at `indices` (n,), never a view."""
+    return xp.take_rows(array, indices) if hasattr(xp, "take_rows") else array[indices]
+
+
+def positions(array: Array, xp: Any) -> Array:
+    """Return 0, 1, …, n - 1 for `array` (n, …), on its device."""
+    return xp.arange(length(array, xp), dtype=index_dtype(xp), device=_device(array))
+
+
+def fill(shape: tuple[int, ...], value: Any, like: Array, xp: Any) -> Array:
+    """Return an array of `value` with the dtype and the device of `like`."""
+    return xp.full(shape, value, dtype=like.dtype, device=_device(like))
+
+
+_device = array_api_compat.device
+
+
+def mask_rows(mask: Array, array: Array) -> Array:
+    """Reshape a row mask (n,) so that it broadcasts over `array` (n, …)."""
+    return mask[(slice(None),) + (None,) * (len(array.shape) - 1)]
+
+
+def largest(values: Array, count: Any, xp: Any) -> Array:
+    """Return the positions of the `count` largest integers, in order; ties to the lowest position.
+
+    One pass where the library has a partial sort, and a full stable sort elsewhere.
+    """
+    if hasattr(xp, "largest"):
+        return xp.largest(values, count)
+    if not (hasattr(xp, "topk") or hasattr(xp, "argpartition")) or not _has_int64(xp):
+        return xp.argsort(values, descending=True, stable=True)[:count]
+    # Partial sorts leave the order of ties open, so the position goes into the key.
+    size = values.shape[0]
+    position = positions(values, xp)
+    keys = cast(values, xp.int64, xp) * size + (size - 1 - position)
+    if hasattr(xp, "topk"):
+        return xp.topk(keys, count).indices
+    chosen = xp.argpartition(keys, size - count)[size - count :] if 0 < count < size else position
+    return chosen[xp.argsort(keys[chosen], descending=True)][:count]
+
+
+def _has_int64(xp: Any) -> bool:
+    return bool(index_dtype(xp) == xp.int64)
+
+
+def put_rows(table: Array, slots: Array, rows: Array, xp: Any) -> Array:
+    """Return a copy of `table` (C, …) with `rows` (n, …) at `slots` (n,).
+
+    Where a slot is named twice its rows must be equal: scatters have no defined order.
+    """
+    if hasattr(xp, "put_rows"):
+        return xp.put_rows(table, slots, rows)
+    if array_api_compat.is_jax_namespace(xp):
+        return table.at[slots].set(rows)
+    if array_api_compat.is_numpy_namespace(xp) or array_api_compat.is_cupy_namespace(xp):
+        copy = xp.asarray(table, copy=True)
+        copy[slots] = rows
+        return copy
+    # The standard has no scatter: find each slot's row by bisection instead.
+    if math.prod(slots.shape) == 0:
+        return xp.asarray(table, copy=True)
+    order = xp.argsort(slots)
+    ordered = slots[order]
+    every = positions(table, xp)
+    place = xp.searchsorted(ordered, every)
+    place = xp.where(place < slots.shape[0], place, slots.shape[0] - 1)
+    hit = ordered[place] == every
+    return xp.where(mask_rows(hit, table), rows[order[place]], table)

@@ -1,0 +1,72 @@
+"""What an array library supplies beyond the array API: a few verbs, NumPy's as the default."""
+
+import contextlib
+from typing import Any
+
+import numpy as np
+
+from negcache_core._array import Array, namespace, numpy_namespace
+from negcache_core.errors import OptionError
+
+
+class Backend:
+    """The verbs of one array library. An adapter overrides what differs, and nothing else.
+
+    >>> Backend().to_array([1, 2])
+    array([1, 2])
+    """
+
+    name = "numpy"
+
+    def __init__(self, xp: Any = numpy_namespace) -> None:
+        self.xp = xp
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Backend":
+        return self  # it has no state, and modules cannot be copied
+
+    def to_array(self, value: Any) -> Array:
+        """Return `value` as an array of this library; its own arrays come back as they are."""
+        return self.xp.asarray(value)
+
+    def device(self, array: Array) -> Any:
+        """Return where an array is, to compare; None where the library moves arrays itself."""
+        return None
+
+    def stop_gradient(self, array: Array) -> Array:
+        """Return the same values as a constant for differentiation."""
+        return array
+
+    def no_gradient(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which nothing is recorded for differentiation."""
+        return contextlib.nullcontext()
+
+    def write_rows(self, table: Array, slots: Array, rows: Array) -> None:
+        """Put `rows` (n, …) at `slots` (n,) of `table` (C, …), in place."""
+        table[slots] = rows
+
+    def overwrite(self, table: Array, values: Array) -> None:
+        """Replace all of a table's values, in place."""
+        table[...] = values
+
+    def make_generator(self, seed: Any) -> Any:
+        """Return a noise generator from None, an int, or a generator of the library."""
+        return np.random.default_rng(seed)
+
+    def uniform(self, generator: Any, shape: tuple[Any, ...], like: Array) -> Array:
+        """Draw float64 uniforms in [0, 1) on the device of `like`, and advance the generator."""
+        return self.xp.asarray(generator.random(shape))
+
+    def all_gather(self, array: Array) -> Array:
+        """Concatenate `array` (n, …) over all replicas, in the order of their ranks."""
+        raise OptionError(
+            f"use_cross_replica=True needs a distributed backend, and {self.name!r} runs in one "
+            "process: use negcache_torch or negcache_tensorflow, or leave the option off."
+        )
+
+
+def array_backend(*arrays: Array, xp: Any = None) -> Backend:
+    """Return a Backend for any array-API library, inferred from `arrays`."""
+    return Backend(namespace(*arrays, xp=xp))
+
+
+NUMPY = Backend()

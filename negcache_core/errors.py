@@ -1,0 +1,36 @@
+"""The errors that negcache raises: each is also a ValueError or a TypeError.
+
+Every message says what was given, what was expected, and what to do.
+"""
+
+
+class NegcacheError(Exception):
+    """Base of every error that negcache raises on purpose."""
+
+
+class ShapeError(NegcacheError, ValueError):
+    """An array has the wrong shape."""
+
+
+class KeysError(NegcacheError, ValueError):
+    """A mapping lacks a field or a cache, or has one that is unknown."""
+
+
+class CapacityError(NegcacheError, ValueError):
+    """More rows, or more top-k groups, were asked for than the cache has slots."""
+
+
+class OptionError(NegcacheError, ValueError):
+    """An option has a value, or meets another option, that cannot work."""
+
+
+class DTypeError(NegcacheError, TypeError):
+    """An array or a field has the wrong dtype."""
+
+
+class KindError(NegcacheError, TypeError):
+    """An argument is of the wrong Python type."""
+
+
+class DeviceError(NegcacheError, ValueError):
+    """Arrays that meet in one operation are on different devices."""

@@ -1,0 +1,190 @@
+"""Handlers: hold the state of a cache, or of several, and run training steps on it."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from negcache_core._array import Array
+from negcache_core.errors import KindError
+from negcache_core.losses import CacheClassificationLoss, CacheLossReturn
+from negcache_core.manager import CacheManager
+from negcache_core.retrieval import SINGLE, Retrieval
+from negcache_core.state import NegativeCache
+from negcache_core.step import BaseHandler
+
+__all__ = ["BaseHandler", "CacheLossHandler", "MultiCacheLossHandler"]
+
+
+class CacheLossHandler(BaseHandler):
+    """One cache, its loss, and the step that uses and updates them.
+
+    cache_manager:     a CacheManager; its specs are embedding_key, data_keys, and any more fields
+                       that the filter needs
+    cache_loss:        a CacheClassificationLoss, or any function (doc_network, query_embeddings,
+                       pos_doc_embeddings, cache) -> CacheLossReturn
+    embedding_key:     the field of item embeddings
+    data_keys:         the fields that the item network takes
+    use_cross_replica: every replica writes the rows of all, so that their caches stay equal
+    new_items_filter:  which items may enter, such as IsInCacheFilterFn(keys); all by default
+
+    `cache` is the live state, `metrics` the last step's scalars. Source: the paper, algorithm 2,
+    and the published `handlers.CacheLossHandler`, which has no filter and returns another loss.
+
+    >>> import numpy as np
+    >>> from negcache_core import CacheClassificationLoss, CacheManager, FieldSpec
+    >>> specs = {"x": FieldSpec((2,), "float32"), "embedding": FieldSpec((2,), "float32")}
+    >>> handler = CacheLossHandler(
+    ...     CacheManager(specs, cache_size=4), CacheClassificationLoss("embedding", ("x",)),
+    ...     embedding_key="embedding", data_keys=("x",))
+    >>> x = np.eye(2, dtype=np.float32)
+    >>> network = lambda features: features["x"]
+    >>> float(handler.update_cache_and_compute_loss(network, x, x, {"x": x}))  # an empty cache
+    0.0
+    >>> round(float(handler.update_cache_and_compute_loss(network, x, x, {"x": x})), 4)
+    0.862
+    """
+
+    def __init__(
+        self,
+        cache_manager: CacheManager,
+        cache_loss: Callable[..., CacheLossReturn],
+        embedding_key: str,
+        data_keys: Iterable[str],
+        use_cross_replica: bool = False,
+        *,
+        new_items_filter: Callable[[NegativeCache, Mapping[str, Any]], Array] | None = None,
+    ) -> None:
+        super().__init__(
+            {SINGLE: cache_manager},
+            cache_loss,
+            embedding_key,
+            data_keys,
+            use_cross_replica,
+            new_items_filter=new_items_filter,
+        )
+        self.cache_manager = cache_manager
+
+    @property
+    def cache(self) -> NegativeCache:
+        """The cache as it is now."""
+        return self._caches()[SINGLE]
+
+    def update_cache_and_compute_loss(
+        self,
+        item_network: Callable[[dict[str, Array]], Array],
+        query_embeddings: Array,
+        pos_item_embeddings: Array,
+        features: Mapping[str, Array],
+    ) -> Array:
+        """Run one step: return the loss to differentiate and to log, and update the cache.
+
+        item_network:        features by field, n rows each -> embeddings (n, D)
+        query_embeddings:    (B, D)
+        pos_item_embeddings: (B, D), the positives' embeddings by the same network
+        features:            field -> (B, …), the positives' features, which enter the cache
+        """
+        return self._step(
+            item_network,
+            query_embeddings,
+            pos_item_embeddings,
+            {SINGLE: pos_item_embeddings},
+            {SINGLE: features},
+        )
+
+    def retrieve(
+        self, query_embeddings: Array, features: Mapping[str, Array], *, noise: Array | None = None
+    ) -> Retrieval:
+        """Phase one: draw negatives. Embed the result's `.features`, perhaps with the positives.
+
+        features: the positives', as in `update_cache_and_compute_loss`; noise: see the loss
+        """
+        return _two_phase(self.cache_loss).retrieve(
+            query_embeddings,
+            self._caches(),
+            pos_features=self._stand_in({SINGLE: features}),
+            noise=noise,
+        )
+
+    def compute_loss(
+        self,
+        query_embeddings: Array,
+        pos_item_embeddings: Array,
+        neg_item_embeddings: Array,
+        retrieval: Retrieval,
+    ) -> CacheLossReturn:
+        """Phase two: the loss from embeddings (B * S, D) of the retrieved features."""
+        return _two_phase(self.cache_loss).loss_from_negatives(
+            query_embeddings, pos_item_embeddings, neg_item_embeddings, retrieval
+        )
+
+    def commit(
+        self, result: CacheLossReturn, pos_item_embeddings: Array, features: Mapping[str, Array]
+    ) -> None:
+        """Phase three: write the fresh embeddings and the batch's own items into the cache."""
+        self._commit(result, {SINGLE: pos_item_embeddings}, {SINGLE: features})
+
+
+class MultiCacheLossHandler(BaseHandler):
+    """Several named caches that the loss treats as one, each fed by its own new items.
+
+    cache_managers: name -> CacheManager; for the other arguments see CacheLossHandler
+    """
+
+    @property
+    def cache(self) -> dict[str, NegativeCache]:
+        """The caches as they are now, by name."""
+        return dict(self._caches())
+
+    def update_cache_and_compute_loss(
+        self,
+        item_network: Callable[[dict[str, Array]], Array],
+        query_embeddings: Array,
+        pos_item_embeddings: Array,
+        new_item_embeddings: Mapping[str, Array],
+        new_item_features: Mapping[str, Mapping[str, Array]],
+    ) -> Array:
+        """Run one step, as CacheLossHandler does; what enters each cache is given by its name.
+
+        new_item_embeddings: name -> (n, D); new_item_features: name -> field -> (n, …)
+        """
+        return self._step(
+            item_network,
+            query_embeddings,
+            pos_item_embeddings,
+            new_item_embeddings,
+            new_item_features,
+        )
+
+    def retrieve(
+        self,
+        query_embeddings: Array,
+        new_item_features: Mapping[str, Mapping[str, Array]],
+        *,
+        noise: Array | None = None,
+    ) -> Retrieval:
+        """Phase one: draw negatives from all caches together."""
+        return _two_phase(self.cache_loss).retrieve(
+            query_embeddings,
+            self._caches(),
+            pos_features=self._stand_in(new_item_features),
+            noise=noise,
+        )
+
+    compute_loss = CacheLossHandler.compute_loss
+
+    def commit(
+        self,
+        result: CacheLossReturn,
+        new_item_embeddings: Mapping[str, Array],
+        new_item_features: Mapping[str, Mapping[str, Array]],
+    ) -> None:
+        """Phase three: write the fresh embeddings and the new items into the caches."""
+        self._commit(result, new_item_embeddings, new_item_features)
+
+
+def _two_phase(cache_loss: Any) -> CacheClassificationLoss:
+    if not isinstance(cache_loss, CacheClassificationLoss):
+        raise KindError(
+            f"cache_loss is a {type(cache_loss).__name__}, which has no phases: use "
+            "update_cache_and_compute_loss, or a CacheClassificationLoss."
+        )
+    return cache_loss

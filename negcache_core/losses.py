@@ -1,0 +1,296 @@
+"""The cache classification loss: cross-entropy against everything in the cache.
+
+The loss is -log of the positive's probability in the softmax over the positive and every row of
+the cache. Its value comes from stale scores; its gradient from the few rows that were drawn and
+embedded anew. `retrieve` and `loss_from_negatives` are the two phases of calling it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+from negcache_core._array import Array, accumulation_dtype, cast, length
+from negcache_core.backend import NUMPY, Backend
+from negcache_core.checks import check_field_names, check_floating, check_shape, shape_of
+from negcache_core.errors import KindError, OptionError
+from negcache_core.estimators import ESTIMATORS, check_estimator
+from negcache_core.metrics import finite_rows, mean, staleness, step_metrics
+from negcache_core.retrieval import SINGLE, Retrieval, draw, gather, named_caches, score_caches
+from negcache_core.scoring import Scorer, sigmoid, soft_plus
+from negcache_core.state import NegativeCache
+from negcache_core.topk import check_top_k
+
+
+class CacheLossReturn(NamedTuple):
+    """What a cache loss returns. The first six fields are the published ones.
+
+    training_loss:        the surrogate: its gradient counts, its value means nothing
+    interpretable_loss:   the cross-entropy estimate from stale scores, in nats; never infinite
+    updated_item_data:    {embedding_key: (n, D)} fresh embeddings of the drawn rows, constants
+    updated_item_indices: (n,) their slots
+    updated_item_mask:    bool (n,); False: no row was drawn, or its embedding is not finite
+    staleness:            |stale - fresh|^2 / |fresh|^2 of the drawn rows, reduced like the losses
+    loss:                 value of interpretable_loss, gradient of training_loss: for training
+    metrics:              scalars, see `negcache_core.metrics.step_metrics`
+
+    The three updated_item_* are dicts by cache name where the loss was given a dict of caches, and
+    fit `CacheManager.update_cache` as they are.
+    """
+
+    training_loss: Array
+    interpretable_loss: Array
+    updated_item_data: Any
+    updated_item_indices: Any
+    updated_item_mask: Any
+    staleness: Array
+    loss: Array | None = None
+    metrics: dict[str, Array] | None = None
+
+
+class CacheLoss(ABC):
+    """A loss of queries, positives and a cache, as a handler calls it."""
+
+    @abstractmethod
+    def __call__(
+        self, doc_network: Any, query_embeddings: Array, pos_doc_embeddings: Array, cache: Any
+    ) -> CacheLossReturn:
+        """Embed what the loss needs with `doc_network` and return a CacheLossReturn."""
+
+
+class CacheClassificationLoss(CacheLoss):
+    """Cross-entropy of the positive against the positive and every written row of the cache.
+
+    Per query i, with s+ the positive's score, t_j the stale score of slot j, and j drawn from
+    softmax(t):  loss = log(exp(s+) + sum_j exp(t_j)) - s+,  gradient of (1 - p+) (s_j - s+).
+
+    embedding_key:   the cache field that holds embeddings (D,)
+    data_keys:       the fields that the item network takes
+    score_transform: elementwise function of scores; may hold a trained temperature
+    top_k:           compete against the best of each of k contiguous groups of slots only. This
+                     changes the objective: it is no longer the cross-entropy over all slots.
+    reducer:         (B,) values -> what is returned; the mean by default, None for per-query values
+    retrieval_fn:    scores (B, C) -> slots (B, 1); replaces softmax sampling, biased in general
+    scale:           factor on the dot products, before score_transform: a number, a scalar tensor
+                     that may be trained, or a function of no arguments that returns one
+    estimator:       "paper"
+    num_samples:     S, draws per query, with replacement
+    generator:       None, an int seed, or a random generator of the framework
+
+    Raises OptionError, KindError or CapacityError on an argument that cannot work.
+    Source: the paper, sections 3.1 and 3.2; published as `losses.CacheClassificationLoss`.
+    Differs from it: (1) empty slots neither count nor are drawn; (2) `interpretable_loss` is
+    finite; (3) half types are scored and summed in float32; (4) `loss` joins the two losses.
+
+    >>> import numpy as np
+    >>> from negcache_core import NegativeCache
+    >>> rows = np.asarray([[1.0], [-1.0]])
+    >>> cache = NegativeCache({"emb": rows, "x": rows}, np.zeros(2, np.int32))
+    >>> loss = CacheClassificationLoss("emb", ["x"], generator=0)
+    >>> out = loss(lambda data: data["x"], np.asarray([[3.0]]), np.asarray([[1.0]]), cache)
+    >>> round(float(out.interpretable_loss), 4)
+    0.6944
+    """
+
+    backend: ClassVar[Backend] = NUMPY
+
+    def __init__(
+        self,
+        embedding_key: str,
+        data_keys: Iterable[str],
+        score_transform: Callable[[Array], Array] | None = None,
+        top_k: int | None = None,
+        reducer: Callable[[Array], Array] | None = mean,
+        *,
+        retrieval_fn: Callable[[Array], Array] | None = None,
+        scale: Any = None,
+        estimator: str = "paper",
+        num_samples: int = 1,
+        generator: Any = None,
+    ) -> None:
+        super().__init__()
+        self.embedding_key, self.data_keys = check_field_names(embedding_key, data_keys)
+        for name, function in (
+            ("score_transform", score_transform),
+            ("reducer", reducer),
+            ("retrieval_fn", retrieval_fn),
+        ):
+            if function is not None and not callable(function):
+                raise KindError(f"{name} is {function!r}: expected a function, or None.")
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+            raise OptionError(f"num_samples is {num_samples!r}: expected a positive int.")
+        self.score_transform = score_transform
+        self.top_k = check_top_k(top_k)
+        self.reducer = reducer
+        self.retrieval_fn = retrieval_fn
+        self.scale = scale
+        self.estimator = check_estimator(estimator)
+        self.num_samples = num_samples
+        self.generator = self.backend.make_generator(generator)
+
+    def retrieve(
+        self,
+        query_embeddings: Array,
+        cache: NegativeCache | Mapping[str, NegativeCache],
+        *,
+        pos_features: Mapping[str, Array] | None = None,
+        noise: Array | None = None,
+    ) -> Retrieval:
+        """Draw negatives: phase one. No gradient flows, and nothing is embedded.
+
+        query_embeddings: (B, D)
+        cache:            a NegativeCache, or a dict of named ones that count as one
+        pos_features:     field -> (rows, …), features of the positives; they stand in where no slot
+                          is usable, so that the encoder never sees the zeros of an unwritten slot
+        noise:            (B, S, 2) uniforms in [0, 1); drawn from the generator where it is None
+        """
+        caches = named_caches(cache, (self.embedding_key, *self.data_keys))
+        first = next(iter(caches.values())).data[self.embedding_key]
+        check_floating(
+            check_shape(query_embeddings, ("B", first.shape[1]), "query_embeddings"),
+            "query_embeddings",
+        )
+        backend, xp = self.backend, self.backend.xp
+        with backend.no_gradient():
+            queries = backend.stop_gradient(query_embeddings)
+            scores, fill = score_caches(
+                queries, caches, self.embedding_key, self._scorer(queries, first)
+            )
+            if noise is None and self.retrieval_fn is None:
+                shape = (length(queries, xp), self.num_samples, 2)
+                noise = backend.uniform(self.generator, shape, queries)
+            draws = draw(
+                scores,
+                noise=noise,
+                retrieval_fn=self.retrieval_fn,
+                top_k=self.top_k,
+                backend=backend,
+            )
+            rows = gather(caches, draws, self.embedding_key, self.data_keys, pos_features, backend)
+        if not isinstance(cache, Mapping):
+            rows.update(slots=rows["slots"][SINGLE], owned=rows["owned"][SINGLE])
+        return Retrieval(
+            drawn=draws.drawn,
+            log_partition=backend.stop_gradient(draws.log_partition),
+            entropy=backend.stop_gradient(draws.entropy),
+            fill=fill,
+            **rows,
+        )
+
+    def loss_from_negatives(
+        self,
+        query_embeddings: Array,
+        pos_doc_embeddings: Array,
+        neg_doc_embeddings: Array,
+        retrieval: Retrieval,
+    ) -> CacheLossReturn:
+        """Return the loss from embeddings of `retrieval.features`: phase two. Differentiable.
+
+        query_embeddings, pos_doc_embeddings: (B, D); neg_doc_embeddings: (B * S, D)
+        """
+        backend, xp = self.backend, self.backend.xp
+        draws, width = retrieval.drawn.shape[1], retrieval.stale_embeddings.shape[1]
+        rows = retrieval.drawn.shape[0]
+        total = None if rows is None else rows * draws
+        for what, array, count in (
+            ("query_embeddings", query_embeddings, rows),
+            ("pos_doc_embeddings", pos_doc_embeddings, rows),
+            ("the item network's output", neg_doc_embeddings, total),
+        ):
+            check_floating(check_shape(array, (count, width), what), what)
+        stale = retrieval.stale_embeddings
+        scorer = self._scorer(query_embeddings, pos_doc_embeddings, neg_doc_embeddings, stale)
+        positive = scorer.pairs(query_embeddings, pos_doc_embeddings)
+        negative = scorer.pairs(
+            query_embeddings, xp.reshape(neg_doc_embeddings, (-1, draws, width))
+        )
+        constant = backend.stop_gradient(positive)
+        log_partition = cast(retrieval.log_partition, scorer.dtype, xp)
+        weights = ESTIMATORS[self.estimator](constant, log_partition, retrieval.drawn, xp=xp)
+        training = xp.sum(weights.negative * negative, axis=1) - weights.positive * positive
+        log_odds = log_partition - constant
+        interpretable = soft_plus(log_odds, xp=xp)
+
+        fresh = cast(backend.stop_gradient(neg_doc_embeddings), stale.dtype, xp)
+        row_staleness = staleness(
+            cast(stale, scorer.dtype, xp), cast(fresh, scorer.dtype, xp), xp=xp
+        )
+        drawn = xp.reshape(retrieval.drawn, (-1,))
+        by_query = xp.reshape(xp.where(drawn, row_staleness, 0.0), (-1, draws))
+        finite = finite_rows(fresh, xp=xp)
+        kept = finite_rows(cast(backend.stop_gradient(pos_doc_embeddings), stale.dtype, xp), xp=xp)
+        training, reduced = self._reduce(training), self._reduce(interpretable)
+        return CacheLossReturn(
+            training_loss=training,
+            interpretable_loss=reduced,
+            **self._refresh(retrieval, fresh, finite),
+            staleness=self._reduce(xp.mean(by_query, axis=1)),
+            # The difference is exactly zero, whatever the surrogate's magnitude.
+            loss=backend.stop_gradient(reduced) + (training - backend.stop_gradient(training)),
+            metrics=step_metrics(
+                retrieval,
+                interpretable,
+                sigmoid(log_odds, xp=xp),
+                row_staleness,
+                xp.concat([drawn & ~finite, ~kept]),
+                xp=xp,
+            ),
+        )
+
+    def __call__(
+        self,
+        doc_network: Callable[[dict[str, Array]], Array],
+        query_embeddings: Array,
+        pos_doc_embeddings: Array,
+        cache: NegativeCache | Mapping[str, NegativeCache],
+        *,
+        pos_features: Mapping[str, Array] | None = None,
+        noise: Array | None = None,
+    ) -> CacheLossReturn:
+        """Retrieve, embed what was drawn with `doc_network`, and return the loss.
+
+        See `retrieve` for the arguments; the cache is not changed. Raises KeysError, ShapeError,
+        DTypeError or CapacityError before `doc_network` is called, or ShapeError on its output.
+        """
+        _check_positives(query_embeddings, pos_doc_embeddings)
+        retrieval = self.retrieve(query_embeddings, cache, pos_features=pos_features, noise=noise)
+        negatives = doc_network(retrieval.features)
+        return self.loss_from_negatives(query_embeddings, pos_doc_embeddings, negatives, retrieval)
+
+    def _scorer(self, *arrays: Array) -> Scorer:
+        xp = self.backend.xp
+        return Scorer(self.scale, self.score_transform, accumulation_dtype(*arrays, xp=xp), xp)
+
+    def _reduce(self, values: Array) -> Array:
+        if self.reducer is mean:
+            return mean(values, xp=self.backend.xp)
+        return values if self.reducer is None else self.reducer(values)
+
+    def _refresh(self, retrieval: Retrieval, fresh: Array, finite: Array) -> dict[str, Any]:
+        """Return the updated_item_* fields, by cache name where the caches were named."""
+        data = {self.embedding_key: fresh}
+        if not isinstance(retrieval.slots, dict):
+            return {
+                "updated_item_data": data,
+                "updated_item_indices": retrieval.slots,
+                "updated_item_mask": retrieval.owned & finite,
+            }
+        return {
+            "updated_item_data": dict.fromkeys(retrieval.slots, data),
+            "updated_item_indices": retrieval.slots,
+            "updated_item_mask": {key: mask & finite for key, mask in retrieval.owned.items()},
+        }
+
+
+def _check_positives(query_embeddings: Array, pos_doc_embeddings: Array) -> None:
+    for what, array in (
+        ("query_embeddings", query_embeddings),
+        ("pos_doc_embeddings", pos_doc_embeddings),
+    ):
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise KindError(f"{what} is a {type(array).__name__}: expected an array (B, D).")
+    check_shape(
+        pos_doc_embeddings,
+        shape_of(query_embeddings, "query_embeddings"),
+        "pos_doc_embeddings",
+        "One positive item for each query.",
+    )

@@ -1,0 +1,185 @@
+"""The cache manager: which rows enter, stay, are refreshed, and leave."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from negcache_core._array import Array, cast, native_dtype, put_rows
+from negcache_core.backend import NUMPY, Backend
+from negcache_core.checks import check_mask, check_new_rows, check_refresh
+from negcache_core.errors import CapacityError, KindError
+from negcache_core.plans import (
+    WritePlan,
+    grow_older,
+    plan_insert,
+    plan_refresh,
+    rows_to_write,
+    too_many_rows,
+)
+from negcache_core.specs import as_field_specs
+from negcache_core.state import EMPTY, NegativeCache, check_cache
+
+
+class UpdatePlan(NamedTuple):
+    """One checked update: what to write, and the ages after it. Nothing is written yet.
+
+    refresh, new_items: (WritePlan, rows by field), or None where there is nothing to write
+    age:                int32 (C,) afterwards
+    """
+
+    refresh: tuple[WritePlan, dict[str, Array]] | None
+    new_items: tuple[WritePlan, dict[str, Array]] | None
+    age: Array
+
+    def writes(self) -> list[tuple[WritePlan, dict[str, Array]]]:
+        """Return the writes in the order in which they count."""
+        return [write for write in (self.refresh, self.new_items) if write is not None]
+
+
+class CacheManager:
+    """Makes and updates a cache of fixed capacity, first in first out or least recently used.
+
+    specs:      field name -> FieldSpec
+    cache_size: capacity C, the number of slots
+    use_lru:    True: refreshing a row makes it as young as a new one; False: it keeps its age
+
+    The manager holds no rows: state goes in and comes out as a NegativeCache.
+    Source: the paper's streaming cache, section 3.2, and the published `CacheManager`.
+
+    >>> from negcache_core import FieldSpec
+    >>> manager = CacheManager({"embedding": FieldSpec((2,), "float32")}, cache_size=3)
+    >>> cache = manager.init_cache()
+    >>> cache = manager.update_cache(cache, new_items={"embedding": [[1.0, 2.0]]})
+    >>> cache.data["embedding"][0]
+    array([1., 2.], dtype=float32)
+    >>> cache.age
+    array([         0, 2147483647, 2147483647], dtype=int32)
+    """
+
+    backend: Backend = NUMPY
+
+    def __init__(
+        self,
+        specs: Mapping[str, Any],
+        cache_size: int,
+        use_lru: bool = True,
+        *,
+        backend: Backend | None = None,
+    ) -> None:
+        if isinstance(cache_size, bool) or not hasattr(cache_size, "__index__"):
+            raise KindError(
+                f"cache_size is {cache_size!r}: expected a positive int, the number of slots."
+            )
+        if cache_size.__index__() < 1:
+            raise CapacityError(f"cache_size is {cache_size}: a cache needs at least one slot.")
+        self.specs = as_field_specs(specs)
+        self.cache_size = cache_size.__index__()
+        self.use_lru = bool(use_lru)
+        if backend is not None:
+            self.backend = backend
+        for spec in self.specs.values():
+            native_dtype(spec.dtype, self.backend.xp)  # raises where the library lacks the dtype
+
+    def init_cache(self) -> NegativeCache:
+        """Return a cache of zero rows, every age EMPTY.
+
+        Differs from the 2021 code, where ages start at 0: here an unwritten slot is never drawn.
+        """
+        xp = self.backend.xp
+        data = {
+            key: xp.zeros((self.cache_size, *spec.shape), dtype=native_dtype(spec.dtype, xp))
+            for key, spec in self.specs.items()
+        }
+        return NegativeCache(data, xp.full((self.cache_size,), EMPTY, dtype=xp.int32))
+
+    def plan_update(
+        self,
+        cache: NegativeCache,
+        *,
+        new_items: Mapping[str, Any] | None = None,
+        new_items_mask: Any = None,
+        updated_item_data: Mapping[str, Any] | None = None,
+        updated_item_indices: Any = None,
+        updated_item_mask: Any = None,
+    ) -> UpdatePlan:
+        """Check an update and decide what it writes, without writing; see `update_cache`."""
+        backend, xp = self.backend, self.backend.xp
+        cache = self._own(cache)
+        age, refresh, insert = cache.age, None, None
+        refresh_args = (updated_item_data, updated_item_indices, updated_item_mask)
+        if any(argument is not None for argument in refresh_args):
+            rows, indices, mask = check_refresh(*refresh_args, cache, backend)
+            plan = plan_refresh(age, indices, mask, use_lru=self.use_lru, xp=xp)
+            refresh, age = (plan, rows), plan.age
+        if new_items is not None:
+            rows, count = self.check_new_items(cache, new_items)
+            mask = check_mask(new_items_mask, count, "new_items_mask", backend)
+            plan = plan_insert(age, count, mask, xp=xp)
+            insert, age = (plan, rows), plan.age
+        return UpdatePlan(refresh, insert, grow_older(age, xp=xp))
+
+    def check_new_items(
+        self, cache: NegativeCache, new_items: Mapping[str, Any]
+    ) -> tuple[dict[str, Array], Any]:
+        """Raise unless `new_items` could be inserted; return them as arrays, and their number."""
+        rows, count = check_new_rows(new_items, cache, self.backend)
+        capacity = cache.age.shape[0]
+        if isinstance(count, int) and count > capacity:
+            raise too_many_rows(count, capacity)
+        return rows, count
+
+    def update_cache(
+        self,
+        cache: NegativeCache,
+        *,
+        new_items: Mapping[str, Any] | None = None,
+        new_items_mask: Any = None,
+        updated_item_data: Mapping[str, Any] | None = None,
+        updated_item_indices: Any = None,
+        updated_item_mask: Any = None,
+    ) -> NegativeCache:
+        """Return the cache after one step; the input cache is never changed.
+
+        First rows in place are refreshed, then new items overwrite the oldest slots (empty before
+        old, ties to the lowest slot), then all other written rows grow older by one.
+
+        new_items:            every field -> (n, …), n <= C
+        new_items_mask:       bool (n,); a row where it is False touches nothing and takes no slot
+        updated_item_data:    some fields -> (m, …); fields that are not named keep their rows
+        updated_item_indices: integers (m,), the slots to refresh; where one is named twice the last
+                              unmasked entry counts, and entries outside 0 … C - 1 touch nothing
+        updated_item_mask:    bool (m,); an entry where it is False touches nothing
+
+        Floating rows are cast to the field's dtype; integers may only widen.
+        Raises KeysError, ShapeError, DTypeError or CapacityError.
+        """
+        plan = self.plan_update(
+            cache,
+            new_items=new_items,
+            new_items_mask=new_items_mask,
+            updated_item_data=updated_item_data,
+            updated_item_indices=updated_item_indices,
+            updated_item_mask=updated_item_mask,
+        )
+        xp = self.backend.xp
+        data = dict(self._own(cache).data)
+        for write, rows_by_key in plan.writes():
+            for key, rows in rows_by_key.items():
+                final = rows_to_write(write, data[key], rows, xp=xp)
+                data[key] = put_rows(data[key], write.slots, final, xp)
+        return NegativeCache(data, plan.age)
+
+    def write_in_place(self, cache: NegativeCache, plan: UpdatePlan) -> None:
+        """Carry out a plan in the cache's own arrays, without a copy of any table."""
+        backend = self.backend
+        for write, rows_by_key in plan.writes():
+            for key, rows in rows_by_key.items():
+                final = rows_to_write(write, cache.data[key], rows, xp=backend.xp)
+                backend.write_rows(cache.data[key], write.slots, final)
+        backend.overwrite(cache.age, plan.age)
+
+    def _own(self, cache: NegativeCache) -> NegativeCache:
+        """Return `cache` with the ages as an array of this library (a list is accepted)."""
+        if hasattr(cache, "age") and not hasattr(cache.age, "shape"):
+            cache = cache._replace(age=self.backend.to_array(cache.age))
+        cache = check_cache(cache)
+        return NegativeCache(cache.data, cast(cache.age, self.backend.xp.int32, self.backend.xp))

@@ -1,0 +1,179 @@
+"""Phase one of a step: score the cache, draw negatives, and gather what the encoder needs.
+
+Everything here is integers and constants; nothing is differentiated. Several named caches are
+treated as one, in sorted order of their names.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from negcache_core._array import Array, cast, length, mask_rows, positions, take
+from negcache_core.backend import Backend
+from negcache_core.checks import shape_of
+from negcache_core.errors import KeysError, ShapeError
+from negcache_core.sampling import check_choice, draw_from_softmax
+from negcache_core.scoring import Scorer, log_sum_exp
+from negcache_core.state import NegativeCache, check_cache, written_slots
+from negcache_core.topk import approximate_top_k_with_indices
+
+SINGLE = "cache"  # the name a cache goes by where the caller gave it none
+
+
+class Retrieval(NamedTuple):
+    """The negatives drawn for B queries, S each: constants, n = B * S rows, query-major.
+
+    features:         field -> (n, …), what to put through the item network
+    drawn:            bool (B, S); False where no slot was usable and a stand-in is in the row
+    log_partition:    (B,) log-sum-exp of the stale scores over usable slots, -inf for none
+    entropy:          (B,) of the softmax, in nats: log_partition minus the drawn scores' mean, an
+                      unbiased estimate (exact where a retrieval_fn was given the score matrix)
+    stale_embeddings: (n, D) as the cache holds them
+    ages:             int32 (n,)
+    fill:             scalar, the share of slots that hold a row
+    slots, owned:     (n,) the slot in its cache, and whether it is that cache's row and was drawn;
+                      a dict of these by name where a dict of caches was given
+    """
+
+    features: dict[str, Array]
+    drawn: Array
+    log_partition: Array
+    entropy: Array
+    stale_embeddings: Array
+    ages: Array
+    fill: Array
+    slots: Any
+    owned: Any
+
+
+def named_caches(cache: Any, fields: tuple[str, ...]) -> dict[str, NegativeCache]:
+    """Return caches by sorted name; check that each has `fields`, of one shape and dtype."""
+    single = isinstance(cache, NegativeCache) or not isinstance(cache, Mapping)
+    given = {SINGLE: cache} if single else dict(cache)
+    if not given:
+        raise KeysError("cache is an empty dict: expected at least one NegativeCache.")
+    caches = {name: check_cache(given[name], f"cache {name!r}") for name in sorted(given)}
+    first = next(iter(caches.values()))
+    for name, each in caches.items():
+        missing = [key for key in fields if key not in each.data]
+        if missing:
+            raise KeysError(
+                f"cache {name!r} lacks {missing} of embedding_key and data_keys {list(fields)}: it "
+                f"has {sorted(each.data)}. Add the field to its specs, or correct the keys."
+            )
+        for key in fields:
+            own, other = (cache.data[key] for cache in (each, first))
+            if shape_of(own, key)[1:] != shape_of(other, key)[1:] or own.dtype != other.dtype:
+                raise ShapeError(
+                    f"field {key!r} of cache {name!r} has row shape {tuple(own.shape)[1:]} and "
+                    f"dtype {own.dtype}, elsewhere {tuple(other.shape)[1:]} and {other.dtype}: "
+                    "caches that are treated as one need equal fields."
+                )
+        if each.age.shape[0] is None:
+            raise ShapeError(f"cache {name!r} has an unknown capacity: set its static shape.")
+    return caches
+
+
+def score_caches(
+    queries: Array, caches: Mapping[str, NegativeCache], embedding_key: str, scorer: Scorer
+) -> tuple[Array, Array]:
+    """Return stale scores (B, C) over all caches, -inf at empty slots; and the share written."""
+    xp = scorer.xp
+    written = xp.concat([written_slots(cache) for cache in caches.values()])
+    tables = [cache.data[embedding_key] for cache in caches.values()]
+    scores = xp.concat([scorer.all_pairs(queries, table) for table in tables], axis=1)
+    # Scale first, then mask: an infinite score times a scale has no gradient.
+    fill = xp.mean(cast(written, scorer.dtype, xp))
+    return xp.where(written[None, :], scores, -float("inf")), fill
+
+
+class Draw(NamedTuple):
+    """Slots (B, S) over all caches; drawn (B, S); log_partition (B,); entropy (B,)."""
+
+    slots: Array
+    drawn: Array
+    log_partition: Array
+    entropy: Array
+
+
+def draw(
+    scores: Array,
+    *,
+    noise: Array | None,
+    retrieval_fn: Callable[[Array], Array] | None,
+    top_k: int | None,
+    backend: Backend,
+) -> Draw:
+    """Draw slots from scores (B, C).
+
+    Without `retrieval_fn` the draw is from the softmax, driven by `noise`; the score matrix is
+    handed out to a user's function alone. A slot outside 0 … C - 1 counts as not drawn.
+    """
+    xp = backend.xp
+    columns = None
+    if top_k is not None:
+        scores, columns = approximate_top_k_with_indices(scores, top_k, xp=xp)
+    if retrieval_fn is None:
+        slots, log_partition = draw_from_softmax(scores, noise, xp=xp)
+    else:
+        slots = check_choice(retrieval_fn(scores), scores.shape[0], backend)
+        log_partition = log_sum_exp(scores, xp=xp)
+    width = scores.shape[1]
+    inside = (slots >= 0) & (slots < width)
+    slots = xp.where(inside, slots, 0)
+    flat = xp.reshape(positions(scores, xp)[:, None] * width + slots, (-1,))
+    drawn_scores = xp.reshape(take(xp.reshape(scores, (-1,)), flat, xp), (-1, slots.shape[1]))
+    drawn = inside & (drawn_scores > -float("inf"))
+    if columns is not None:
+        slots = xp.reshape(take(xp.reshape(columns, (-1,)), flat, xp), (-1, slots.shape[1]))
+    if retrieval_fn is None:
+        mean_score = xp.mean(xp.where(drawn, drawn_scores, 0.0), axis=1)
+    else:
+        finite = xp.where(scores > -float("inf"), scores, 0.0)
+        mean_score = xp.sum(xp.exp(scores - log_partition[:, None]) * finite, axis=1)
+    entropy = xp.where(log_partition > -float("inf"), log_partition - mean_score, 0.0)
+    return Draw(slots, drawn, log_partition, entropy)
+
+
+def gather(
+    caches: Mapping[str, NegativeCache],
+    draws: Draw,
+    embedding_key: str,
+    data_keys: tuple[str, ...],
+    stand_in: Mapping[str, Array] | None,
+    backend: Backend,
+) -> dict[str, Any]:
+    """Copy the drawn rows out of the caches: the row-wise fields of a Retrieval."""
+    xp = backend.xp
+    every, drawn = (xp.reshape(array, (-1,)) for array in (draws.slots, draws.drawn))
+    start, slots, mine = 0, {}, {}
+    for name, cache in caches.items():
+        capacity = cache.age.shape[0]
+        mine[name] = (every >= start) & (every < start + capacity)
+        slots[name] = xp.where(mine[name], every - start, 0)
+        start += capacity
+
+    def rows_of(pick: Callable[[NegativeCache], Array]) -> Array:
+        result = None
+        for name, cache in caches.items():
+            rows = take(pick(cache), slots[name], xp)
+            result = rows if result is None else xp.where(mask_rows(mine[name], rows), rows, result)
+        return result
+
+    def field(key: str) -> Array:
+        return rows_of(lambda cache: cache.data[key])
+
+    features = {key: field(key) for key in data_keys}
+    if stand_in is not None:
+        count = length(next(iter(stand_in.values())), xp)
+        row = positions(every, xp) // draws.slots.shape[1] % count
+        features = {
+            key: xp.where(mask_rows(drawn, rows), rows, take(stand_in[key], row, xp))
+            for key, rows in features.items()
+        }
+    return {
+        "features": features,
+        "stale_embeddings": field(embedding_key),
+        "ages": rows_of(lambda cache: cache.age),
+        "slots": slots,
+        "owned": {name: mask & drawn for name, mask in mine.items()},
+    }

@@ -1,0 +1,148 @@
+"""Drawing negatives: exact softmax sampling, and functions of the score matrix."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from negcache_core._array import (
+    Array,
+    cast,
+    dtype_kind,
+    fill,
+    index_dtype,
+    length,
+    namespace,
+    positions,
+    take,
+)
+from negcache_core.backend import NUMPY, Backend
+from negcache_core.errors import OptionError
+from negcache_core.scoring import log_sum_exp
+
+BLOCK = 128
+"""Slots in a block: a draw first picks a block by its weight, then a slot inside."""
+
+
+def inverse_cdf(log_weights: Array, uniforms: Array, *, xp: Any = None) -> Array:
+    """Map uniforms to positions: the softmax law, by the inverse of its distribution function.
+
+    log_weights: (B, n); uniforms: (B, S) in [0, 1). Returns (B, S) positions.
+    A weight of exp(-inf) is never drawn, whatever rounding does to the sums; where every weight of
+    a row is zero the position means nothing.
+
+    >>> import numpy as np
+    >>> inverse_cdf(np.log([[0.25, 0.5, 0.25]]), np.asarray([[0.0, 0.3, 0.74, 0.76]]))
+    array([[0, 1, 1, 2]])
+    """
+    xp = namespace(log_weights, uniforms, xp=xp)
+    top = xp.max(log_weights, axis=-1, keepdims=True)
+    cdf = xp.cumulative_sum(xp.exp(log_weights - xp.where(top > -float("inf"), top, 0.0)), axis=-1)
+    target = uniforms * cdf[:, -1:]
+    index_of = index_dtype(xp)
+    below = xp.sum(cast(cdf[:, None, :] <= target[:, :, None], index_of, xp), axis=-1)
+    # Where rounding makes the target the whole sum, the last position with any weight is meant.
+    last = xp.sum(cast(cdf < cdf[:, -1:], index_of, xp), axis=-1)
+    return xp.minimum(below, last[:, None])
+
+
+def draw_from_softmax(scores: Array, noise: Array, *, xp: Any = None) -> tuple[Array, Array]:
+    """Draw from softmax(scores), independently and with replacement.
+
+    scores: (B, C), -inf where a slot must not be drawn
+    noise:  (B, S, 2) uniforms in [0, 1): the first picks a block of slots, the second a slot in it
+
+    Returns positions (B, S), and the log-partition (B,): log-sum-exp of each row, -inf where
+    nothing can be drawn (its positions then mean nothing).
+    Differs from the 2021 code, which adds Gumbel noise to every score.
+    """
+    xp = namespace(scores, noise, xp=xp)
+    noise = cast(noise, scores.dtype, xp)
+    rows, slots = length(scores, xp), scores.shape[1]
+    blocks = -(-slots // BLOCK)
+    padding = blocks * BLOCK - slots
+    if padding:
+        pad = xp.broadcast_to(fill((1, 1), -float("inf"), scores, xp), (rows, padding))
+        scores = xp.concat([scores, pad], axis=1)
+    tiled = xp.reshape(scores, (-1, blocks, BLOCK))
+    block_weights = log_sum_exp(tiled, xp=xp)
+    block = inverse_cdf(block_weights, noise[:, :, 0], xp=xp)
+    first = positions(scores, xp)[:, None] * blocks
+    chosen = take(xp.reshape(scores, (-1, BLOCK)), xp.reshape(first + block, (-1,)), xp)
+    inside = inverse_cdf(chosen, xp.reshape(noise[:, :, 1], (-1, 1)), xp=xp)
+    return block * BLOCK + xp.reshape(inside, (-1, block.shape[1])), log_sum_exp(
+        block_weights, xp=xp
+    )
+
+
+class AbstractRetrievalFn(ABC):
+    """A function of the score matrix: scores (B, C) -> slots (B, 1) or (B, S)."""
+
+    backend: ClassVar[Backend] = NUMPY
+
+    @abstractmethod
+    def __call__(self, scores: Array) -> Array:
+        """Choose slots for each query. Slots that must not be used score -inf."""
+
+
+class MaxScoreRetrievalFn(AbstractRetrievalFn):
+    """Always take the highest score: the hardest negative. Biased: no estimate of cross-entropy.
+
+    >>> import numpy as np
+    >>> MaxScoreRetrievalFn()(np.asarray([[1.0, 2.0, 0.0]]))
+    array([[1]])
+    """
+
+    def __call__(self, scores: Array) -> Array:
+        """Return (B, 1): the first slot of the highest score."""
+        return self.backend.xp.argmax(scores, axis=1)[:, None]
+
+
+class GumbelMaxRetrievalFn(AbstractRetrievalFn):
+    """Sample from softmax(inv_temp * scores) by adding Gumbel noise to every score.
+
+    inv_temp:  1 for an unbiased estimate; more draws harder negatives, less easier ones
+    generator: None, an int seed, or a generator of the framework
+
+    This is the published default. Leaving `retrieval_fn` unset draws from the same law at
+    inv_temp=1 with two random numbers per draw instead of one per slot. Noise comes from 53-bit
+    uniforms: a 23-bit one would cut the Gumbel tail at 15.9.
+
+    >>> import numpy as np
+    >>> fn = GumbelMaxRetrievalFn(inv_temp=0.5)
+    >>> fn(np.asarray([[1.0, 0.0, 0.0]]), noise=np.asarray([[0.0, 0.9, 0.0]]))
+    array([[1]])
+    """
+
+    def __init__(self, inv_temp: float = 1.0, *, generator: Any = None) -> None:
+        super().__init__()
+        self.inv_temp = inv_temp
+        self.generator = self.backend.make_generator(generator)
+
+    def __call__(self, scores: Array, noise: Array | None = None) -> Array:
+        """Return (B, 1) slots; `noise` (B, C) are Gumbel variates, drawn where it is None."""
+        xp = self.backend.xp
+        if noise is None:
+            shape = (length(scores, xp), length(scores, xp, 1))
+            noise = gumbel(self.backend.uniform(self.generator, shape, scores), xp=xp)
+        return xp.argmax(self.inv_temp * scores + cast(noise, scores.dtype, xp), axis=1)[:, None]
+
+
+def gumbel(uniforms: Array, *, xp: Any = None) -> Array:
+    """Return standard Gumbel variates from uniforms in [0, 1)."""
+    xp = namespace(uniforms, xp=xp)
+    tiny = 1e-300 if uniforms.dtype == xp.float64 else 1e-37
+    return -xp.log(-xp.log(xp.maximum(uniforms, tiny)))
+
+
+def check_choice(chosen: Any, rows: Any, backend: Backend) -> Array:
+    """Check what a user's retrieval function returned, and return it as (B, S) integers."""
+    xp = backend.xp
+    chosen = backend.to_array(chosen)
+    if len(chosen.shape) == 1:
+        chosen = chosen[:, None]
+    sized = len(chosen.shape) == 2 and (rows in (None, chosen.shape[0]) or chosen.shape[0] is None)
+    if not sized or dtype_kind(chosen.dtype) != "integer":
+        raise OptionError(
+            f"retrieval_fn returned shape {tuple(chosen.shape)} and dtype {chosen.dtype} for "
+            f"{rows} queries: expected integer slots of shape (B, 1), or (B, S) for S draws each."
+        )
+    return cast(chosen, index_dtype(xp), xp)

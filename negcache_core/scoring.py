@@ -1,0 +1,83 @@
+"""Scores, and the few numerically careful functions of them that the losses need."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from negcache_core._array import Array, cast, matmul_transposed, namespace
+from negcache_core.errors import ShapeError
+
+
+class Scorer(NamedTuple):
+    """score(q, d) = transform(scale * <q, d>), computed in `dtype`.
+
+    scale:     None, a number, a scalar tensor that may be trained, or a function returning one
+    transform: None, or an elementwise function of scores, which may hold trained values
+    dtype:     the dtype to compute in; half types are raised to float32 before the product
+    """
+
+    scale: Any
+    transform: Callable[[Array], Array] | None
+    dtype: Any
+    xp: Any
+
+    def pairs(self, queries: Array, items: Array) -> Array:
+        """Score each query (B, D) with its own items (B, D) or (B, S, D): (B,) or (B, S)."""
+        queries = cast(queries, self.dtype, self.xp)
+        if len(items.shape) == 3:
+            queries = queries[:, None, :]
+        return self._finish(self.xp.sum(queries * cast(items, self.dtype, self.xp), axis=-1))
+
+    def all_pairs(self, queries: Array, items: Array) -> Array:
+        """Score every query (B, D) with every item (C, D): (B, C)."""
+        queries, items = (cast(array, self.dtype, self.xp) for array in (queries, items))
+        return self._finish(matmul_transposed(queries, items, self.xp))
+
+    def _finish(self, scores: Array) -> Array:
+        if self.scale is not None:
+            scores = scores * self._scale()
+        if self.transform is None:
+            return scores
+        transformed = self.transform(scores)
+        if tuple(transformed.shape) != tuple(scores.shape):
+            raise ShapeError(
+                f"score_transform returned shape {tuple(transformed.shape)} for scores of shape "
+                f"{tuple(scores.shape)}: expected the same shape, as it acts on each score alone."
+            )
+        return transformed
+
+    def _scale(self) -> Any:
+        scale = self.scale() if callable(self.scale) else self.scale
+        if not hasattr(scale, "dtype"):
+            return scale
+        return cast(self.xp.reshape(scale, ()), self.dtype, self.xp)
+
+
+def log_sum_exp(scores: Array, axis: int = -1, *, xp: Any = None) -> Array:
+    """Return log(sum(exp(scores))) along an axis; -inf for no terms, and where all are -inf.
+
+    The largest term is taken out first, so it is finite for any finite scores.
+
+    >>> import numpy as np
+    >>> log_sum_exp(np.asarray([[1e4, 1e4], [-np.inf, -np.inf]])).tolist()
+    [10000.69314718056, -inf]
+    """
+    xp = namespace(scores, xp=xp)
+    top = xp.max(scores, axis=axis, keepdims=True)
+    top = xp.where(xp.abs(top) < float("inf"), top, 0.0)
+    total = xp.sum(xp.exp(scores - top), axis=axis)
+    top = xp.sum(top, axis=axis)  # drops the axis, of size 1, where other sizes may be unknown
+    # A sum of 0 is log 0 without a division warning; a sum of NaN stays NaN.
+    return xp.where(total == 0, -float("inf"), xp.log(xp.where(total == 0, 1.0, total)) + top)
+
+
+def soft_plus(values: Array, *, xp: Any = None) -> Array:
+    """Return log(1 + exp(values)) without overflow: finite for all finite values, 0 for -inf."""
+    xp = namespace(values, xp=xp)
+    return xp.maximum(values, 0.0) + xp.log1p(xp.exp(-xp.abs(values)))
+
+
+def sigmoid(values: Array, *, xp: Any = None) -> Array:
+    """Return 1 / (1 + exp(-values)) without overflow, accurate in both tails."""
+    xp = namespace(values, xp=xp)
+    small = xp.exp(-xp.abs(values))
+    return xp.where(values >= 0, 1.0, small) / (1.0 + small)

@@ -1,0 +1,52 @@
+"""The state of a cache: its rows, and their ages."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from negcache_core._array import Array
+from negcache_core.errors import KeysError, KindError, ShapeError
+
+EMPTY = 2**31 - 1
+"""Age of a slot whose row was never written: larger than any other, so empty slots fill first."""
+
+OLDEST = EMPTY - 1
+"""The age at which a row stops growing older, so that no run is long enough to empty a slot."""
+
+
+class NegativeCache(NamedTuple):
+    """Named fields of rows, one row per slot, and the age of each row.
+
+    data: field name -> array (C, …), C the capacity
+    age:  int32 array (C,), update steps since the row's embedding was written; EMPTY where none was
+
+    The published code starts ages at zero, so a row that was never written looks like a new one;
+    here it can never be drawn, filtered on or counted.
+    """
+
+    data: dict[str, Array]
+    age: Array
+
+
+def written_slots(cache: NegativeCache) -> Array:
+    """Return a bool array (C,): True where a row was written."""
+    return cache.age != EMPTY
+
+
+def check_cache(cache: Any, what: str = "cache") -> NegativeCache:
+    """Raise unless `cache` is a NegativeCache whose fields and ages agree on the capacity."""
+    if not isinstance(getattr(cache, "data", None), Mapping) or not hasattr(cache, "age"):
+        raise KindError(
+            f"{what} is a {type(cache).__name__}: expected a NegativeCache(data, age), as "
+            "CacheManager.init_cache() makes."
+        )
+    if not cache.data:
+        raise KeysError(f"{what} has no fields: make it with CacheManager.init_cache().")
+    capacities = {key: value.shape[0] for key, value in cache.data.items()}
+    if len(cache.age.shape) != 1 or any(
+        capacity != cache.age.shape[0] for capacity in capacities.values()
+    ):
+        raise ShapeError(
+            f"{what} has age of shape {tuple(cache.age.shape)} and rows by field {capacities}: "
+            "expected one age, and one row of every field, for each slot."
+        )
+    return NegativeCache(dict(cache.data), cache.age)

@@ -1,0 +1,220 @@
+"""A step: retrieve, embed, loss, commit; what the handlers of one cache and of several share.
+
+An adapter supplies where the state lives (`_hold`, `_caches`) and what is done with a step's
+report; the order of things stands here once. The cache is written last, after everything that can
+fail, so an exception anywhere leaves it as it was.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+from negcache_core._array import Array, cast, dtype_kind
+from negcache_core.backend import NUMPY, Backend
+from negcache_core.checks import check_field_names, check_keys, check_mapping
+from negcache_core.errors import DTypeError, KeysError, KindError, OptionError, ShapeError
+from negcache_core.losses import CacheClassificationLoss, CacheLossReturn
+from negcache_core.manager import CacheManager, UpdatePlan
+from negcache_core.metrics import finite_rows
+from negcache_core.state import NegativeCache
+
+
+class BaseHandler:
+    """Holds caches and a loss, and runs steps; see CacheLossHandler for the arguments."""
+
+    backend: ClassVar[Backend] = NUMPY
+
+    def __init__(
+        self,
+        cache_managers: Mapping[str, CacheManager],
+        cache_loss: Callable[..., CacheLossReturn],
+        embedding_key: str,
+        data_keys: Iterable[str],
+        use_cross_replica: bool = False,
+        *,
+        new_items_filter: Callable[[NegativeCache, Mapping[str, Any]], Array] | None = None,
+    ) -> None:
+        super().__init__()
+        embedding_key, keys = check_field_names(embedding_key, data_keys)
+        for name, manager in cache_managers.items():
+            _check_manager(name, manager, embedding_key, keys)
+        _check_loss(cache_loss, embedding_key, keys)
+        if new_items_filter is not None and not callable(new_items_filter):
+            raise KindError(
+                f"new_items_filter is {new_items_filter!r}: expected a function (cache, new_items) "
+                "-> bool mask such as IsInCacheFilterFn(keys), or None."
+            )
+        self.embedding_key, self.data_keys = embedding_key, keys
+        self.cache_loss = cache_loss
+        self.use_cross_replica = bool(use_cross_replica)
+        self.new_items_filter = new_items_filter
+        self._managers = dict(cache_managers)
+        self._hold({name: manager.init_cache() for name, manager in self._managers.items()})
+        self.metrics: dict[str, Any] = {}
+
+    def _hold(self, caches: dict[str, NegativeCache]) -> None:
+        """Take charge of the initial state."""
+        self._tables = caches
+
+    def _caches(self) -> dict[str, NegativeCache]:
+        """Return the state as it is now, by cache name; writes to its arrays change it."""
+        return self._tables
+
+    def _report(self, result: CacheLossReturn) -> None:
+        """Keep a step's metrics for the user to read."""
+        self.metrics = {
+            key: self.backend.stop_gradient(value) for key, value in (result.metrics or {}).items()
+        }
+
+    def _step(
+        self,
+        item_network: Any,
+        query_embeddings: Array,
+        pos_item_embeddings: Array,
+        embeddings: Mapping[str, Array],
+        features: Mapping[str, Mapping[str, Array]],
+    ) -> Array:
+        """Run one whole step; `embeddings` and `features` are the new rows by cache name."""
+        arguments = {
+            "doc_network": item_network,
+            "query_embeddings": query_embeddings,
+            "pos_doc_embeddings": pos_item_embeddings,
+            "cache": self._caches(),
+        }
+        self._check(embeddings, features)
+        if isinstance(self.cache_loss, CacheClassificationLoss):
+            arguments["pos_features"] = self._stand_in(features)
+        result = self.cache_loss(**arguments)
+        self._commit(result, embeddings, features)
+        return result.training_loss if result.loss is None else result.loss
+
+    def _stand_in(self, features: Mapping[str, Mapping[str, Array]]) -> dict[str, Array] | None:
+        """Return real rows to embed for queries without a usable slot: the first cache's."""
+        for name in sorted(features):
+            rows = {key: self.backend.to_array(features[name][key]) for key in self.data_keys}
+            if all(each.shape[0] != 0 for each in rows.values()):
+                return rows
+        return None
+
+    def _check(
+        self, embeddings: Mapping[str, Array], features: Mapping[str, Mapping[str, Array]]
+    ) -> None:
+        """Refuse a bad batch by its keys, shapes and dtypes, before any network runs."""
+        caches = self._caches()
+        for what, given in (("new_item_embeddings", embeddings), ("new_item_features", features)):
+            check_keys(check_mapping(given, what), caches, what, exact=True)
+        for name, cache in caches.items():
+            new_items = self._new_items(cache, embeddings[name], features[name])
+            self._managers[name].check_new_items(cache, new_items)
+
+    def _plan(
+        self,
+        name: str,
+        result: CacheLossReturn,
+        embeddings: Array,
+        features: Mapping[str, Array],
+    ) -> UpdatePlan:
+        """Plan the update of one cache; nothing is written."""
+        cache = self._caches()[name]
+        new_items = self._new_items(cache, embeddings, features)
+        update = {
+            "new_items": new_items,
+            "new_items_mask": self._new_items_mask(cache, new_items),
+            **_refresh_of(result, name),
+        }
+        if self.use_cross_replica:
+            update = {key: self._all_gather(value) for key, value in update.items()}
+        return self._managers[name].plan_update(cache, **update)
+
+    def _all_gather(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: self.backend.all_gather(rows) for key, rows in value.items()}
+        return None if value is None else self.backend.all_gather(value)
+
+    def _new_items(
+        self, cache: NegativeCache, embeddings: Array, features: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Return the rows to insert, one array for each field of the cache."""
+        check_mapping(features, "features")
+        wanted = [key for key in cache.data if key != self.embedding_key]
+        missing = [key for key in wanted if key not in features]
+        if missing:
+            raise KeysError(
+                f"features lack {missing}: the cache stores {wanted} of each item, and features "
+                f"have {sorted(features)}."
+            )
+        rows = {key: self.backend.to_array(features[key]) for key in wanted}
+        embeddings = self.backend.to_array(embeddings)
+        return {self.embedding_key: self.backend.stop_gradient(embeddings), **rows}
+
+    def _new_items_mask(self, cache: NegativeCache, new_items: dict[str, Array]) -> Array:
+        """Return which rows enter: those with a finite embedding that the filter lets through."""
+        xp = self.backend.xp
+        rows, table = new_items[self.embedding_key], cache.data[self.embedding_key]
+        if dtype_kind(rows.dtype) != "floating" or len(rows.shape) != 2:
+            raise ShapeError(
+                f"item embeddings have shape {tuple(rows.shape)} and dtype {rows.dtype}: expected "
+                f"floating rows (n, {table.shape[1]})."
+            )
+        mask = finite_rows(cast(rows, table.dtype, xp), xp=xp)
+        if self.new_items_filter is not None:
+            mask = mask & self.new_items_filter(cache, new_items)
+        return mask
+
+    def _commit(
+        self,
+        result: CacheLossReturn,
+        embeddings: Mapping[str, Array],
+        features: Mapping[str, Mapping[str, Array]],
+    ) -> None:
+        self._check(embeddings, features)
+        with self.backend.no_gradient():
+            caches = self._caches()
+            # All plans before the first write: a refused update leaves every cache as it was.
+            plans = {
+                name: self._plan(name, result, embeddings[name], features[name]) for name in caches
+            }
+            for name, cache in caches.items():
+                self._managers[name].write_in_place(cache, plans[name])
+        self._report(result)
+
+
+def _check_manager(
+    name: str, manager: CacheManager, embedding_key: str, data_keys: tuple[str, ...]
+) -> None:
+    if not isinstance(manager, CacheManager):
+        raise KindError(
+            f"cache_manager {name!r} is a {type(manager).__name__}: expected CacheManager."
+        )
+    missing = [key for key in (embedding_key, *data_keys) if key not in manager.specs]
+    if missing:
+        raise KeysError(
+            f"the specs of cache {name!r} lack {missing}: expected embedding_key {embedding_key!r} "
+            f"and data_keys {list(data_keys)} among {sorted(manager.specs)}."
+        )
+    spec = manager.specs[embedding_key]
+    if len(spec.shape) != 1 or dtype_kind(spec.dtype) != "floating":
+        raise DTypeError(
+            f"embedding field {embedding_key!r} of cache {name!r} is {spec}: expected one floating "
+            "vector for each row, such as FieldSpec((128,), 'float32')."
+        )
+
+
+def _check_loss(cache_loss: Any, embedding_key: str, data_keys: tuple[str, ...]) -> None:
+    if not callable(cache_loss):
+        raise KindError(
+            f"cache_loss is a {type(cache_loss).__name__}: expected a CacheClassificationLoss."
+        )
+    for what, own in (("embedding_key", embedding_key), ("data_keys", data_keys)):
+        other = getattr(cache_loss, what, own)
+        if other != own:
+            raise OptionError(
+                f"the handler has {what}={own!r} and its loss {other!r}: give both the same."
+            )
+
+
+def _refresh_of(result: CacheLossReturn, name: str) -> dict[str, Any]:
+    """Return a loss's refresh of one cache as arguments of `plan_update`."""
+    return {
+        key: (getattr(result, key) or {}).get(name)
+        for key in ("updated_item_data", "updated_item_indices", "updated_item_mask")
+    }

@@ -1,0 +1,53 @@
+"""Approximate top-k: the best of each of k contiguous groups."""
+
+from typing import Any
+
+from negcache_core._array import Array, index_dtype, namespace
+from negcache_core.errors import CapacityError, KindError, ShapeError
+
+
+def check_top_k(k: Any) -> int | None:
+    """Return `k` as an int, or None; raise unless it is None or a positive integer."""
+    if k is None:
+        return None
+    if isinstance(k, bool) or not hasattr(k, "__index__"):
+        raise KindError(f"top_k is {k!r}: expected None or a positive int.")
+    if k.__index__() < 1:
+        raise CapacityError(f"top_k is {k}: expected at least 1, or None to use every slot.")
+    return int(k.__index__())
+
+
+def approximate_top_k_with_indices(scores: Array, k: int, *, xp: Any = None) -> tuple[Array, Array]:
+    """Return the highest score of each of k contiguous groups of columns, and its column.
+
+    scores: (B, C); 1 <= k <= C. The first C mod k groups have one column more than the others.
+    Returns (B, k) scores and (B, k) columns; ties go to the lowest column.
+
+    Differs from the published code, where k must divide C. Raises CapacityError if k > C.
+
+    >>> import numpy as np
+    >>> approximate_top_k_with_indices(np.asarray([[1.0, 2.0, 3.0, 9.0, 4.0]]), 2)
+    (array([[3., 9.]]), array([[2, 3]]))
+    """
+    xp = namespace(scores, xp=xp)
+    k = check_top_k(k) or 1
+    if len(scores.shape) != 2:
+        raise ShapeError(f"scores has shape {tuple(scores.shape)}: expected (B, C).")
+    columns = scores.shape[1]
+    if k > columns:
+        raise CapacityError(
+            f"top_k is {k} and there are {columns} slots: at most one group for each slot. "
+            "Lower top_k, or raise cache_size."
+        )
+    width, longer = divmod(columns, k)
+    cut = longer * (width + 1)
+    best, places = [], []
+    # Groups of two sizes: the longer ones first.
+    for start, stop, size in ((0, cut, width + 1), (cut, columns, width)):
+        if start == stop:
+            continue
+        groups = xp.reshape(scores[:, start:stop], (-1, (stop - start) // size, size))
+        best.append(xp.max(groups, axis=-1))
+        first = start + size * xp.arange((stop - start) // size, dtype=index_dtype(xp))
+        places.append(xp.argmax(groups, axis=-1) + first)
+    return xp.concat(best, axis=1), xp.concat(places, axis=1)
