@@ -123,7 +123,11 @@ def matmul_transposed(left: Array, right: Array, xp: Any) -> Array:
 
 def take(array: Array, indices: Array, xp: Any) -> Array:
     """Return a copy of the rows of `array` (C, …) at `indices` (n,), never a view."""
-    return xp.take_rows(array, indices) if hasattr(xp, "take_rows") else array[indices]
+    if hasattr(xp, "take_rows"):
+        return xp.take_rows(array, indices)
+    if array_api_compat.is_torch_namespace(xp):
+        return array[indices]  # its own take knows no unsigned integers
+    return xp.take(array, indices, axis=0)
 
 
 def positions(array: Array, xp: Any) -> Array:
@@ -189,4 +193,4 @@ def put_rows(table: Array, slots: Array, rows: Array, xp: Any) -> Array:
     place = xp.searchsorted(ordered, every)
     place = xp.where(place < slots.shape[0], place, slots.shape[0] - 1)
     hit = ordered[place] == every
-    return xp.where(mask_rows(hit, table), rows[order[place]], table)
+    return xp.where(mask_rows(hit, table), take(rows, order[place], xp), table)

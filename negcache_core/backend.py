@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from negcache_core._array import Array, namespace, numpy_namespace
+from negcache_core._array import Array, numpy_namespace
 from negcache_core.errors import OptionError
 
 
@@ -62,11 +62,6 @@ class Backend:
             f"use_cross_replica=True needs a distributed backend, and {self.name!r} runs in one "
             "process: use negcache_torch or negcache_tensorflow, or leave the option off."
         )
-
-
-def array_backend(*arrays: Array, xp: Any = None) -> Backend:
-    """Return a Backend for any array-API library, inferred from `arrays`."""
-    return Backend(namespace(*arrays, xp=xp))
 
 
 NUMPY = Backend()

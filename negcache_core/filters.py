@@ -49,7 +49,7 @@ class IsInCacheFilterFn(CacheFilterFn):
     def __call__(self, cache: NegativeCache, new_items: Mapping[str, Any]) -> Array:
         """Return bool (n,). Raises KeysError, ShapeError, or DTypeError for a floating field."""
         xp = self.backend.xp
-        cache = check_cache(cache)
+        cache = check_cache(cache, self.backend)
         equal = written_slots(cache)[None, :]
         for key in self.keys:
             for what, fields in (("the cache", cache.data), ("new_items", new_items)):

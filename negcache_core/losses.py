@@ -143,13 +143,13 @@ class CacheClassificationLoss(CacheLoss):
                           is usable, so that the encoder never sees the zeros of an unwritten slot
         noise:            (B, S, 2) uniforms in [0, 1); drawn from the generator where it is None
         """
-        caches = named_caches(cache, (self.embedding_key, *self.data_keys))
+        backend, xp = self.backend, self.backend.xp
+        caches = named_caches(cache, (self.embedding_key, *self.data_keys), backend)
         first = next(iter(caches.values())).data[self.embedding_key]
         check_floating(
             check_shape(query_embeddings, ("B", first.shape[1]), "query_embeddings"),
             "query_embeddings",
         )
-        backend, xp = self.backend, self.backend.xp
         with backend.no_gradient():
             queries = backend.stop_gradient(query_embeddings)
             scores, fill = score_caches(

@@ -1,7 +1,7 @@
 """The cache manager: which rows enter, stay, are refreshed, and leave."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from negcache_core._array import Array, cast, native_dtype, put_rows
 from negcache_core.backend import NUMPY, Backend
@@ -55,16 +55,9 @@ class CacheManager:
     array([         0, 2147483647, 2147483647], dtype=int32)
     """
 
-    backend: Backend = NUMPY
+    backend: ClassVar[Backend] = NUMPY
 
-    def __init__(
-        self,
-        specs: Mapping[str, Any],
-        cache_size: int,
-        use_lru: bool = True,
-        *,
-        backend: Backend | None = None,
-    ) -> None:
+    def __init__(self, specs: Mapping[str, Any], cache_size: int, use_lru: bool = True) -> None:
         if isinstance(cache_size, bool) or not hasattr(cache_size, "__index__"):
             raise KindError(
                 f"cache_size is {cache_size!r}: expected a positive int, the number of slots."
@@ -74,8 +67,6 @@ class CacheManager:
         self.specs = as_field_specs(specs)
         self.cache_size = cache_size.__index__()
         self.use_lru = bool(use_lru)
-        if backend is not None:
-            self.backend = backend
         for spec in self.specs.values():
             native_dtype(spec.dtype, self.backend.xp)  # raises where the library lacks the dtype
 
@@ -178,8 +169,6 @@ class CacheManager:
         backend.overwrite(cache.age, plan.age)
 
     def _own(self, cache: NegativeCache) -> NegativeCache:
-        """Return `cache` with the ages as an array of this library (a list is accepted)."""
-        if hasattr(cache, "age") and not hasattr(cache.age, "shape"):
-            cache = cache._replace(age=self.backend.to_array(cache.age))
-        cache = check_cache(cache)
+        """Return `cache` checked, with ages of int32."""
+        cache = check_cache(cache, self.backend)
         return NegativeCache(cache.data, cast(cache.age, self.backend.xp.int32, self.backend.xp))

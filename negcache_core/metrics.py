@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from negcache_core._array import Array, cast, length, namespace
+from negcache_core._array import Array, cast, namespace
 from negcache_core.retrieval import Retrieval
 
 
@@ -34,8 +34,8 @@ def mean(values: Array, *, xp: Any = None) -> Array:
 
 
 def finite_rows(rows: Array, *, xp: Any) -> Array:
-    """Return bool (n,): True where all of a row (n, …) is finite."""
-    return xp.all(xp.isfinite(xp.reshape(rows, (length(rows, xp), -1))), axis=1)
+    """Return bool (n,): True where all of a row of (n, D) is finite."""
+    return xp.all(xp.isfinite(rows), axis=1)
 
 
 def step_metrics(

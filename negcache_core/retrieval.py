@@ -45,13 +45,13 @@ class Retrieval(NamedTuple):
     owned: Any
 
 
-def named_caches(cache: Any, fields: tuple[str, ...]) -> dict[str, NegativeCache]:
+def named_caches(cache: Any, fields: tuple[str, ...], backend: Backend) -> dict[str, NegativeCache]:
     """Return caches by sorted name; check that each has `fields`, of one shape and dtype."""
     single = isinstance(cache, NegativeCache) or not isinstance(cache, Mapping)
     given = {SINGLE: cache} if single else dict(cache)
     if not given:
         raise KeysError("cache is an empty dict: expected at least one NegativeCache.")
-    caches = {name: check_cache(given[name], f"cache {name!r}") for name in sorted(given)}
+    caches = {name: check_cache(given[name], backend, f"cache {name!r}") for name in sorted(given)}
     first = next(iter(caches.values()))
     for name, each in caches.items():
         missing = [key for key in fields if key not in each.data]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from negcache_core._array import Array
+from negcache_core.backend import Backend
 from negcache_core.errors import KeysError, KindError, ShapeError
 
 EMPTY = 2**31 - 1
@@ -32,8 +33,8 @@ def written_slots(cache: NegativeCache) -> Array:
     return cache.age != EMPTY
 
 
-def check_cache(cache: Any, what: str = "cache") -> NegativeCache:
-    """Raise unless `cache` is a NegativeCache whose fields and ages agree on the capacity."""
+def check_cache(cache: Any, backend: Backend, what: str = "cache") -> NegativeCache:
+    """Return `cache`, lists as arrays; raise unless fields and ages agree on the capacity."""
     if not isinstance(getattr(cache, "data", None), Mapping) or not hasattr(cache, "age"):
         raise KindError(
             f"{what} is a {type(cache).__name__}: expected a NegativeCache(data, age), as "
@@ -41,12 +42,18 @@ def check_cache(cache: Any, what: str = "cache") -> NegativeCache:
         )
     if not cache.data:
         raise KeysError(f"{what} has no fields: make it with CacheManager.init_cache().")
-    capacities = {key: value.shape[0] for key, value in cache.data.items()}
-    if len(cache.age.shape) != 1 or any(
-        capacity != cache.age.shape[0] for capacity in capacities.values()
-    ):
+    data, age = (
+        {key: _array(value, backend) for key, value in cache.data.items()},
+        _array(cache.age, backend),
+    )
+    capacities = {key: value.shape[0] for key, value in data.items()}
+    if len(age.shape) != 1 or any(size != age.shape[0] for size in capacities.values()):
         raise ShapeError(
-            f"{what} has age of shape {tuple(cache.age.shape)} and rows by field {capacities}: "
+            f"{what} has age of shape {tuple(age.shape)} and rows by field {capacities}: "
             "expected one age, and one row of every field, for each slot."
         )
-    return NegativeCache(dict(cache.data), cache.age)
+    return NegativeCache(data, age)
+
+
+def _array(value: Any, backend: Backend) -> Array:
+    return value if hasattr(value, "shape") else backend.to_array(value)

@@ -1,0 +1,13 @@
+"""The conformance kit: what every adapter must pass, replayed beside the NumPy reference.
+
+    from negcache_core import testing
+    testing.check_adapter(testing.Adapter("mine", my_module, my_asarray, numpy.asarray))
+
+Each check runs one script on the adapter and on NumPy, with the same inputs and the same noise, and
+compares everything that comes out. `CHECKS` names them, for a test runner to list one by one.
+"""
+
+from negcache_core.testing._adapter import NUMPY_ADAPTER, Adapter, bind
+from negcache_core.testing._checks import CHECKS, check_adapter
+
+__all__ = ["CHECKS", "NUMPY_ADAPTER", "Adapter", "bind", "check_adapter"]

@@ -1,0 +1,98 @@
+"""Every backend under test, as the conformance kit wants it described."""
+
+import functools
+
+import array_api_strict
+import negcache_tensorflow
+import negcache_torch
+import numpy as np
+import tensorflow as tf
+import torch
+
+from negcache_core._array import put_rows
+from negcache_core.backend import Backend
+from negcache_core.testing import NUMPY_ADAPTER, Adapter, bind
+
+
+class StrictBackend(Backend):
+    """array-api-strict: what it refuses, the standard does not promise."""
+
+    name = "array-api-strict"
+
+    def write_rows(self, table, slots, rows):
+        table[...] = put_rows(table, slots, rows, self.xp)  # the standard has no indexed write
+
+
+def _torch_gradients(function, arrays):
+    leaves = [array.clone().requires_grad_() for array in arrays]
+    function(*leaves).backward()
+    return [leaf.grad.numpy() for leaf in leaves]
+
+
+def _tensorflow_run(function, state, batch, *, jit_compile):
+    """Trace with unknown first sizes of the batch; the state's sizes are known."""
+    signature = tf.nest.map_structure(
+        lambda leaf: tf.TensorSpec([None, *leaf.shape[1:]], leaf.dtype), batch
+    )
+    traced = tf.function(
+        function,
+        jit_compile=jit_compile,
+        input_signature=[tf.nest.map_structure(tf.TensorSpec.from_tensor, state), signature],
+    )
+    return traced(state, batch)
+
+
+def _tensorflow_gradients(function, arrays, *, wrap=lambda function: function):
+    def gradients(*arrays):
+        with tf.GradientTape() as tape:
+            tape.watch(arrays)
+            value = function(*arrays)
+        return tape.gradient(value, arrays)
+
+    return [gradient.numpy() for gradient in wrap(gradients)(*arrays)]
+
+
+def _tensorflow(name, **options):
+    return Adapter(
+        name,
+        negcache_tensorflow,
+        tf.convert_to_tensor,
+        lambda tensor: tensor.numpy() if hasattr(tensor, "numpy") else tensor,
+        **options,
+    )
+
+
+NUMPY = NUMPY_ADAPTER
+STRICT = Adapter(
+    "array-api-strict",
+    bind(StrictBackend(array_api_strict)),
+    array_api_strict.asarray,
+    np.asarray,
+    dtypes=tuple(dtype for dtype in NUMPY.dtypes if dtype != "float16"),  # not in the standard
+)
+TORCH = Adapter(
+    "torch",
+    negcache_torch,
+    torch.as_tensor,
+    lambda tensor: tensor.detach().numpy(),
+    gradients=_torch_gradients,
+)
+TENSORFLOW = _tensorflow("tensorflow", gradients=_tensorflow_gradients)
+TENSORFLOW_GRAPH = _tensorflow(
+    "tf.function",
+    run=functools.partial(_tensorflow_run, jit_compile=False),
+    gradients=functools.partial(_tensorflow_gradients, wrap=tf.function),
+)
+TENSORFLOW_XLA = _tensorflow(
+    "tf.function+xla",
+    run=functools.partial(_tensorflow_run, jit_compile=True),
+    gradients=functools.partial(
+        _tensorflow_gradients, wrap=functools.partial(tf.function, jit_compile=True)
+    ),
+)
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (NUMPY, STRICT, TORCH, TENSORFLOW, TENSORFLOW_GRAPH, TENSORFLOW_XLA)
+}
+EAGER = {name: BACKENDS[name] for name in ("numpy", "array-api-strict", "torch", "tensorflow")}
