@@ -37,8 +37,11 @@ class Backend:
         return array
 
     def no_gradient(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context in which nothing is recorded for differentiation."""
-        return contextlib.nullcontext()
+        """Return a context for constants: nothing is recorded for differentiation.
+
+        Nor does NumPy warn in it of values that are not finite: they are left out and counted.
+        """
+        return np.errstate(over="ignore", invalid="ignore")
 
     def write_rows(self, table: Array, slots: Array, rows: Array) -> None:
         """Put `rows` (n, …) at `slots` (n,) of `table` (C, …), in place."""

@@ -7,6 +7,10 @@ Every message says what was given, what was expected, and what to do.
 class NegcacheError(Exception):
     """Base of every error that negcache raises on purpose."""
 
+    # AutoGraph rebuilds an error raised while tracing in its own type only if it sees this very
+    # constructor; otherwise tf.function would show a StagingError instead.
+    __init__ = Exception.__init__
+
 
 class ShapeError(NegcacheError, ValueError):
     """An array has the wrong shape."""

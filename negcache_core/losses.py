@@ -210,30 +210,33 @@ class CacheClassificationLoss(CacheLoss):
         log_odds = log_partition - constant
         interpretable = soft_plus(log_odds, xp=xp)
 
-        fresh = cast(backend.stop_gradient(neg_doc_embeddings), stale.dtype, xp)
-        row_staleness = staleness(
-            cast(stale, scorer.dtype, xp), cast(fresh, scorer.dtype, xp), xp=xp
-        )
-        drawn = xp.reshape(retrieval.drawn, (-1,))
-        by_query = xp.reshape(xp.where(drawn, row_staleness, 0.0), (-1, draws))
-        finite = finite_rows(fresh, xp=xp)
-        kept = finite_rows(cast(backend.stop_gradient(pos_doc_embeddings), stale.dtype, xp), xp=xp)
+        with backend.no_gradient():
+            fresh = cast(backend.stop_gradient(neg_doc_embeddings), stale.dtype, xp)
+            kept = cast(backend.stop_gradient(pos_doc_embeddings), stale.dtype, xp)
+            finite, kept = finite_rows(fresh, xp=xp), finite_rows(kept, xp=xp)
+            drawn = xp.reshape(retrieval.drawn, (-1,))
+            row_staleness = staleness(
+                cast(stale, scorer.dtype, xp), cast(fresh, scorer.dtype, xp), xp=xp
+            )
+            row_staleness = xp.where(drawn & finite, row_staleness, 0.0)
+            by_query = xp.mean(xp.reshape(row_staleness, (-1, draws)), axis=1)
+            metrics = step_metrics(
+                retrieval,
+                backend.stop_gradient(interpretable),
+                sigmoid(log_odds, xp=xp),
+                row_staleness,
+                xp.concat([drawn & ~finite, ~kept]),
+                xp=xp,
+            )
         training, reduced = self._reduce(training), self._reduce(interpretable)
         return CacheLossReturn(
             training_loss=training,
             interpretable_loss=reduced,
             **self._refresh(retrieval, fresh, finite),
-            staleness=self._reduce(xp.mean(by_query, axis=1)),
+            staleness=self._reduce(by_query),
             # The difference is exactly zero, whatever the surrogate's magnitude.
             loss=backend.stop_gradient(reduced) + (training - backend.stop_gradient(training)),
-            metrics=step_metrics(
-                retrieval,
-                interpretable,
-                sigmoid(log_odds, xp=xp),
-                row_staleness,
-                xp.concat([drawn & ~finite, ~kept]),
-                xp=xp,
-            ),
+            metrics=metrics,
         )
 
     def __call__(

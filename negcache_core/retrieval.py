@@ -129,7 +129,8 @@ def draw(
         mean_score = xp.mean(xp.where(drawn, drawn_scores, 0.0), axis=1)
     else:
         finite = xp.where(scores > -float("inf"), scores, 0.0)
-        mean_score = xp.sum(xp.exp(scores - log_partition[:, None]) * finite, axis=1)
+        law = xp.exp(scores - xp.where(log_partition > -float("inf"), log_partition, 0.0)[:, None])
+        mean_score = xp.sum(law * finite, axis=1)
     entropy = xp.where(log_partition > -float("inf"), log_partition - mean_score, 0.0)
     return Draw(slots, drawn, log_partition, entropy)
 

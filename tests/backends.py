@@ -74,7 +74,7 @@ TORCH = Adapter(
     "torch",
     negcache_torch,
     torch.as_tensor,
-    lambda tensor: tensor.detach().numpy(),
+    lambda tensor: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy(),
     gradients=_torch_gradients,
 )
 TENSORFLOW = _tensorflow("tensorflow", gradients=_tensorflow_gradients)

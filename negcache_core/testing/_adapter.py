@@ -25,7 +25,7 @@ class Adapter(NamedTuple):
     to_numpy:  the reverse
     run:       (function, state, batch) -> function(state, batch), perhaps traced or compiled;
                sizes of `state` are fixed, the first sizes of `batch` may be made unknown
-    gradients: (function, arrays) -> gradients of the scalar function(*arrays); None without autograd
+    gradients: (function, arrays) -> gradients of the scalar function(*arrays), if any
     dtypes:    names of the dtypes that fields can have
     """
 

@@ -1,0 +1,349 @@
+"""Bad input: our own errors, which say what was given, what was expected and what to do."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from backends import BACKENDS
+
+import negcache_core as core
+
+SPECS = {"x": core.FieldSpec((2,), "float32"), "id": core.FieldSpec((), "int32")}
+
+
+def manager(**options):
+    return core.CacheManager(**{"specs": SPECS, "cache_size": 2, **options})
+
+
+def rows(count, **change):
+    return {"x": np.zeros((count, 2), np.float32), "id": np.zeros(count, np.int32), **change}
+
+
+def update(**arguments):
+    own = manager()
+    return own.update_cache(own.init_cache(), **arguments)
+
+
+def loss(**options):
+    arguments = {"embedding_key": "x", "data_keys": ("id",), **options}
+    return core.CacheClassificationLoss(**arguments)
+
+
+def call(query=(1, 2), positive=(1, 2), cache=None, dtype=np.float32, output=None, **options):
+    cache = manager().init_cache() if cache is None else cache
+    return loss(**options)(
+        lambda features: np.zeros(output or (len(features["id"]), 2), np.float32),
+        np.zeros(query, dtype),
+        np.zeros(positive, dtype),
+        cache,
+    )
+
+
+def handler(specs=SPECS, cache_loss=None, embedding_key="x", data_keys=("id",), **options):
+    return core.CacheLossHandler(
+        core.CacheManager(specs, 2), cache_loss or loss(), embedding_key, data_keys, **options
+    )
+
+
+CASES = [
+    # specs and manager
+    (
+        lambda: manager(specs={}),
+        core.KeysError,
+        "specs is empty: name at least the embedding field.",
+    ),
+    (
+        lambda: manager(specs=[("x", 1)]),
+        core.KindError,
+        "specs is a list: expected a dict such as {'embedding': FieldSpec((128,), 'float32')}.",
+    ),
+    (
+        lambda: manager(specs={3: SPECS["x"]}),
+        core.KeysError,
+        "specs has key 3: field names are non-empty strings.",
+    ),
+    (
+        lambda: manager(specs={"x": "float32"}),
+        core.KindError,
+        "field 'x' has spec 'float32': expected FieldSpec(shape, dtype), or any object with .shape "
+        "and .dtype such as tf.io.FixedLenFeature.",
+    ),
+    (
+        lambda: manager(specs={"x": core.FieldSpec((None, 2), "float32")}),
+        core.ShapeError,
+        "field 'x' has row shape (None, 2): every size must be a known, non-negative integer, "
+        "because all rows of a cache have one shape. Pad variable-length features.",
+    ),
+    (
+        lambda: manager(specs={"x": core.FieldSpec((2,), "complex64")}),
+        core.DTypeError,
+        "field 'x' has dtype complex64: expected bool, an integer or a real floating dtype. Store "
+        "text as token ids, and complex numbers as two real fields.",
+    ),
+    (
+        lambda: manager(specs={"x": core.FieldSpec((2,), "bfloat16")}),
+        core.DTypeError,
+        "dtype 'bfloat16' is not available in numpy: choose another dtype for the field.",
+    ),
+    (
+        lambda: manager(cache_size=0),
+        core.CapacityError,
+        "cache_size is 0: a cache needs at least one slot.",
+    ),
+    (
+        lambda: manager(cache_size=2.5),
+        core.KindError,
+        "cache_size is 2.5: expected a positive int, the number of slots.",
+    ),
+    # update_cache
+    (
+        lambda: update(new_items=rows(3)),
+        core.CapacityError,
+        "cannot insert 3 rows into a cache of 2 slots: each step would overwrite itself. Raise "
+        "cache_size, or insert fewer rows.",
+    ),
+    (
+        lambda: update(new_items={"x": rows(1)["x"], "z": rows(1)["id"]}),
+        core.KeysError,
+        "new_items has keys ['x', 'z']: expected exactly ['id', 'x']; missing: ['id']; unknown: "
+        "['z'].",
+    ),
+    (
+        lambda: update(new_items=[1]),
+        core.KindError,
+        "new_items is a list: expected a dict of field name -> array.",
+    ),
+    (
+        lambda: update(new_items=rows(1, x=np.zeros((1, 3), np.float32))),
+        core.ShapeError,
+        "new_items['x'] has shape (1, 3): expected (n, 2). One row per item, each of the field's "
+        "shape.",
+    ),
+    (
+        lambda: update(new_items=rows(2, id=np.zeros(1, np.int32))),
+        core.ShapeError,
+        "new_items has row counts {'x': 2, 'id': 1}: expected one number of rows in all fields.",
+    ),
+    (
+        lambda: update(new_items=rows(1, id=np.zeros(1, np.int64))),
+        core.DTypeError,
+        "new_items['id'] has dtype int64 and its field stores int32: expected the field's dtype, "
+        "any floating one for a floating field, or a narrower integer for an integer field. Cast "
+        "the rows, or declare the field with their dtype.",
+    ),
+    (
+        lambda: update(new_items=rows(2), new_items_mask=np.ones(1, bool)),
+        core.ShapeError,
+        "new_items_mask has shape (1,): expected (2,). One bool for each row.",
+    ),
+    (
+        lambda: update(new_items=rows(1), new_items_mask=np.ones(1)),
+        core.DTypeError,
+        "new_items_mask has dtype float64: expected bool.",
+    ),
+    (
+        lambda: update(updated_item_data={"x": rows(1)["x"]}),
+        core.KeysError,
+        "updated_item_data, updated_item_indices and updated_item_mask belong together: expected "
+        "rows and their slots (the mask may be left out), or none of the three.",
+    ),
+    (
+        lambda: update(updated_item_data={"y": rows(1)["x"]}, updated_item_indices=[0]),
+        core.KeysError,
+        "updated_item_data has keys ['y']: expected some of ['id', 'x']; unknown: ['y'].",
+    ),
+    (
+        lambda: update(updated_item_data={"x": rows(1)["x"]}, updated_item_indices=[0, 1]),
+        core.ShapeError,
+        "updated_item_indices has shape (2,): expected (1,). One slot for each row of "
+        "updated_item_data.",
+    ),
+    (
+        lambda: update(updated_item_data={"x": rows(1)["x"]}, updated_item_indices=[0.5]),
+        core.DTypeError,
+        "updated_item_indices has dtype float64: expected integers.",
+    ),
+    # the loss
+    (
+        lambda: loss(data_keys="id"),
+        core.KindError,
+        "data_keys is 'id': expected several field names, such as ('token_ids',).",
+    ),
+    (
+        lambda: loss(data_keys=()),
+        core.KeysError,
+        "data_keys is empty: name the fields that the item network takes.",
+    ),
+    (
+        lambda: loss(top_k=0),
+        core.CapacityError,
+        "top_k is 0: expected at least 1, or None to use every slot.",
+    ),
+    (lambda: loss(top_k=1.5), core.KindError, "top_k is 1.5: expected None or a positive int."),
+    (
+        lambda: loss(estimator="best"),
+        core.OptionError,
+        "estimator is 'best': expected one of ['paper'].",
+    ),
+    (
+        lambda: loss(num_samples=0),
+        core.OptionError,
+        "num_samples is 0: expected a positive int.",
+    ),
+    (
+        lambda: loss(reducer="mean"),
+        core.KindError,
+        "reducer is 'mean': expected a function, or None.",
+    ),
+    (
+        lambda: call(top_k=3),
+        core.CapacityError,
+        "top_k is 3 and there are 2 slots: at most one group for each slot. Lower top_k, or raise "
+        "cache_size.",
+    ),
+    (
+        lambda: call(query=(1, 3), positive=(1, 3)),
+        core.ShapeError,
+        "query_embeddings has shape (1, 3): expected (B, 2).",
+    ),
+    (
+        lambda: call(positive=(2, 2)),
+        core.ShapeError,
+        "pos_doc_embeddings has shape (2, 2): expected (1, 2). One positive item for each query.",
+    ),
+    (
+        lambda: call(dtype=np.int64),
+        core.DTypeError,
+        "query_embeddings has dtype int64: expected float16, bfloat16, float32 or float64. Pass the "
+        "network's output, not its input.",
+    ),
+    (
+        lambda: call(output=(1, 5)),
+        core.ShapeError,
+        "the item network's output has shape (1, 5): expected (1, 2).",
+    ),
+    (
+        lambda: call(cache=SimpleNamespace(data={})),
+        core.KindError,
+        "cache 'cache' is a SimpleNamespace: expected a NegativeCache(data, age), as "
+        "CacheManager.init_cache() makes.",
+    ),
+    (
+        lambda: call(cache=core.NegativeCache({"x": np.zeros((2, 2))}, np.zeros(3, np.int32))),
+        core.ShapeError,
+        "cache 'cache' has age of shape (3,) and rows by field {'x': 2}: expected one age, and one "
+        "row of every field, for each slot.",
+    ),
+    (
+        lambda: call(data_keys=("token",)),
+        core.KeysError,
+        "cache 'cache' lacks ['token'] of embedding_key and data_keys ['x', 'token']: it has "
+        "['id', 'x']. Add the field to its specs, or correct the keys.",
+    ),
+    (
+        lambda: call(retrieval_fn=lambda scores: np.zeros((3, 1))),
+        core.OptionError,
+        "retrieval_fn returned shape (3, 1) and dtype float64 for 1 queries: expected integer slots "
+        "of shape (B, 1), or (B, S) for S draws each.",
+    ),
+    (
+        lambda: call(cache={}),
+        core.KeysError,
+        "cache is an empty dict: expected at least one NegativeCache.",
+    ),
+    # filters and handlers
+    (
+        lambda: core.IsInCacheFilterFn(("x",))(manager().init_cache(), rows(1)),
+        core.DTypeError,
+        "key 'x' has dtype float32: floating values that went through a network are seldom equal. "
+        "Identify items by an integer field.",
+    ),
+    (
+        lambda: core.IsInCacheFilterFn(("y",))(manager().init_cache(), rows(1)),
+        core.KeysError,
+        "key 'y' is not in the cache, which has ['id', 'x']: correct the filter's keys.",
+    ),
+    (
+        lambda: core.IsInCacheFilterFn("id"),
+        core.KindError,
+        "keys is 'id': expected several field names, such as ('item_id',).",
+    ),
+    (
+        lambda: handler(data_keys=("token",), cache_loss=loss(data_keys=("token",))),
+        core.KeysError,
+        "the specs of cache 'cache' lack ['token']: expected embedding_key 'x' and data_keys "
+        "['token'] among ['id', 'x'].",
+    ),
+    (
+        lambda: handler(embedding_key="id", data_keys=("x",), cache_loss=loss(embedding_key="id")),
+        core.DTypeError,
+        "embedding field 'id' of cache 'cache' is FieldSpec(shape=(), dtype='int32'): expected one "
+        "floating vector for each row, such as FieldSpec((128,), 'float32').",
+    ),
+    (
+        lambda: handler(new_items_filter="id"),
+        core.KindError,
+        "new_items_filter is 'id': expected a function (cache, new_items) -> bool mask such as "
+        "IsInCacheFilterFn(keys), or None.",
+    ),
+    (
+        lambda: handler().update_cache_and_compute_loss(
+            lambda features: features["id"],
+            np.zeros((1, 2), np.float32),
+            np.zeros((1, 2), np.float32),
+            {},
+        ),
+        core.KeysError,
+        "features lack ['id']: the cache stores ['id'] of each item, and features have [].",
+    ),
+    (
+        lambda: handler(use_cross_replica=True).commit(
+            handler_result(), np.zeros((1, 2), np.float32), {"id": np.zeros(1, np.int32)}
+        ),
+        core.OptionError,
+        "use_cross_replica=True needs a distributed backend, and 'numpy' runs in one process: use "
+        "negcache_torch or negcache_tensorflow, or leave the option off.",
+    ),
+    (
+        lambda: core.approximate_top_k_with_indices(np.zeros(3), 1),
+        core.ShapeError,
+        "scores has shape (3,): expected (B, C).",
+    ),
+    (
+        lambda: core.approximate_top_k_with_indices([[1.0]], 1),
+        core.KindError,
+        "cannot infer an array-API namespace from (list): pass arrays of one library, or the "
+        "namespace as xp= (TensorFlow has none of its own: use negcache_tensorflow).",
+    ),
+]
+
+
+def handler_result():
+    return core.CacheLossReturn(0.0, 0.0, None, None, None, 0.0)
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CASES, ids=[case[2][:40] for case in CASES])
+def test_message(call, error, message):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("name", ["torch", "tensorflow", "tf.function"])
+def test_the_same_errors_come_from_every_backend_also_while_tracing(name):
+    backend = BACKENDS[name]
+    module = backend.module
+    own = module.CacheManager(
+        {"x": module.FieldSpec((2,), "float32"), "id": module.FieldSpec((), "int32")}, 2
+    )
+    for new_items, error, message in (
+        (rows(1, x=np.zeros((1, 3), np.float32)), core.ShapeError, r"new_items\['x'\] has shape"),
+        (rows(1, id=np.zeros(1, np.int64)), core.DTypeError, r"new_items\['id'\] has dtype int64"),
+        ({"x": rows(1)["x"]}, core.KeysError, r"missing: \['id'\]"),
+    ):
+        with pytest.raises(error, match=message):
+            backend.run(
+                lambda cache, batch: own.update_cache(cache, new_items=batch),
+                own.init_cache(),
+                backend.native(new_items),
+            )

@@ -1,0 +1,125 @@
+"""The import graph: the core imports no framework, and no adapter imports another."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "jaxlib", "flax"}
+ADAPTERS = {"negcache_torch": "torch", "negcache_tensorflow": "tensorflow"}
+ARRAY_LIBRARIES = {"array_api_compat", "array_api_extra"}
+THE_DOOR = "_array.py"
+# Arrows in one direction only: each file may import those before it.
+ORDER = (
+    "errors",
+    "_array",
+    "backend",
+    "specs",
+    "state",
+    "checks",
+    "plans",
+    "manager",
+    "scoring",
+    "topk",
+    "sampling",
+    "retrieval",
+    "estimators",
+    "filters",
+    "metrics",
+    "losses",
+    "step",
+    "handlers",
+    "exact",
+    "testing",
+)
+
+
+def imports_of(path):
+    """Return the full names of the modules that a file imports, wherever it does so."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module)
+    return found
+
+
+def offences(root):
+    """Return what breaks the rules in a tree of the project's layout, as readable lines."""
+    found = []
+    for path in sorted((root / "negcache_core").rglob("*.py")):
+        tops = {name.partition(".")[0] for name in imports_of(path)}
+        bad = tops & (FRAMEWORKS | set(ADAPTERS))
+        if path.name != THE_DOOR:
+            bad |= tops & ARRAY_LIBRARIES
+        found += [f"{path.name} imports {name}" for name in sorted(bad)]
+    for adapter, framework in ADAPTERS.items():
+        for path in sorted((root / "adapters" / adapter).rglob("*.py")):
+            tops = {name.partition(".")[0] for name in imports_of(path)}
+            bad = tops & ((FRAMEWORKS - {framework}) | (set(ADAPTERS) - {adapter}))
+            found += [f"{adapter}/{path.name} imports {name}" for name in sorted(bad)]
+    return found
+
+
+def test_the_rules_hold():
+    assert offences(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "line", "expected"),
+    [
+        ("negcache_core/scoring.py", "import torch", "scoring.py imports torch"),
+        (
+            "negcache_core/testing/kit.py",
+            "def f():\n    from jax import numpy",
+            "kit.py imports jax",
+        ),
+        (
+            "negcache_core/plans.py",
+            "import array_api_compat.numpy",
+            "plans.py imports array_api_compat",
+        ),
+        (
+            "adapters/negcache_torch/losses.py",
+            "import negcache_tensorflow",
+            "negcache_torch/losses.py imports negcache_tensorflow",
+        ),
+    ],
+)
+def test_a_planted_offence_is_caught(tmp_path, place, line, expected):
+    path = tmp_path / place
+    path.parent.mkdir(parents=True)
+    path.write_text(line)
+    assert offences(tmp_path) == [expected]
+
+
+def test_the_cores_own_arrows_point_one_way():
+    files = {path.stem for path in (ROOT / "negcache_core").glob("*.py")} - {"__init__"}
+    assert files | {"testing"} == set(ORDER)
+    for path in (ROOT / "negcache_core").glob("*.py"):
+        if path.stem == "__init__":
+            continue
+        own = {name for name in imports_of(path) if name.startswith("negcache_core.")}
+        later = {name for name in own if ORDER.index(name.split(".")[1]) >= ORDER.index(path.stem)}
+        assert later == set(), path.name
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("negcache_core", FRAMEWORKS),
+        ("negcache_core.testing", FRAMEWORKS),
+        ("negcache_torch", {"tensorflow", "jax"}),
+        ("negcache_tensorflow", {"torch"}),  # TensorFlow itself imports jax
+    ],
+)
+def test_importing_loads_no_other_framework(module, forbidden):
+    code = f"import sys, {module}; print(sorted({forbidden!r} & set(sys.modules)))"
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert out.stdout.strip() == "[]"
