@@ -214,8 +214,8 @@ CASES = [
     (
         lambda: call(dtype=np.int64),
         core.DTypeError,
-        "query_embeddings has dtype int64: expected float16, bfloat16, float32 or float64. Pass the "
-        "network's output, not its input.",
+        "query_embeddings has dtype int64: expected float16, bfloat16, float32 or float64. Pass "
+        "the network's output, not its input.",
     ),
     (
         lambda: call(output=(1, 5)),
@@ -243,8 +243,8 @@ CASES = [
     (
         lambda: call(retrieval_fn=lambda scores: np.zeros((3, 1))),
         core.OptionError,
-        "retrieval_fn returned shape (3, 1) and dtype float64 for 1 queries: expected integer slots "
-        "of shape (B, 1), or (B, S) for S draws each.",
+        "retrieval_fn returned shape (3, 1) and dtype float64 for 1 queries: expected integer "
+        "slots of shape (B, 1), or (B, S) for S draws each.",
     ),
     (
         lambda: call(cache={}),

@@ -9,6 +9,14 @@ from negcache_core.backend import Backend
 
 from . import _namespace
 
+# all_gather knows few dtypes: the others travel as one that holds all their values.
+_WIRE = {
+    **dict.fromkeys((tf.bool, tf.int8, tf.int16, tf.uint8, tf.uint16), tf.int32),
+    tf.uint32: tf.int64,
+    tf.uint64: tf.int64,  # the cast keeps the bits, there and back
+    tf.bfloat16: tf.float32,
+}
+
 
 class TensorFlowBackend(Backend):
     """TensorFlow, eager or traced, with or without XLA; state is in variables."""
@@ -22,7 +30,11 @@ class TensorFlowBackend(Backend):
         return tf.stop_gradient(array)
 
     def write_rows(self, table: tf.Variable, slots: tf.Tensor, rows: tf.Tensor) -> None:
-        table.scatter_nd_update(slots[:, None], rows)
+        if isinstance(table, tf.distribute.DistributedValues):
+            # Variables of a strategy can only be assigned as a whole: one copy of the table.
+            table.assign(_namespace.put_rows(table, slots, rows))
+        else:
+            table.scatter_nd_update(slots[:, None], rows)
 
     def overwrite(self, table: tf.Variable, values: tf.Tensor) -> None:
         table.assign(values)
@@ -45,7 +57,9 @@ class TensorFlowBackend(Backend):
         return generator.uniform([tf.cast(size, tf.int32) for size in shape], dtype=tf.float64)
 
     def all_gather(self, array: tf.Tensor) -> tf.Tensor:
-        return tf.distribute.get_replica_context().all_gather(array, axis=0)
+        wire = _WIRE.get(array.dtype, array.dtype)
+        gathered = tf.distribute.get_replica_context().all_gather(tf.cast(array, wire), axis=0)
+        return tf.cast(gathered, array.dtype)
 
 
 TENSORFLOW = TensorFlowBackend(_namespace)

@@ -16,6 +16,14 @@ def _call(function: Callable[[Tree, Tree], Tree], state: Tree, batch: Tree) -> T
     return function(state, batch)
 
 
+DTYPES = (
+    "bool",
+    *(f"int{bits}" for bits in (8, 16, 32, 64)),
+    *(f"uint{bits}" for bits in (8, 16, 32, 64)),
+    *(f"float{bits}" for bits in (16, 32, 64)),
+)
+
+
 class Adapter(NamedTuple):
     """An adapter under test.
 
@@ -35,11 +43,7 @@ class Adapter(NamedTuple):
     to_numpy: Callable[[Any], Any]
     run: Callable[..., Tree] = _call
     gradients: Callable[..., list[Any]] | None = None
-    dtypes: tuple[str, ...] = (
-        "bool",
-        *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
-        *(f"float{bits}" for bits in (16, 32, 64)),
-    )
+    dtypes: tuple[str, ...] = DTYPES
 
     def native(self, tree: Tree) -> Tree:
         """Convert every NumPy array of a tree."""

@@ -1,0 +1,242 @@
+"""What is TensorFlow's own: variables, tracing, checkpoints, summaries, and no global switch."""
+
+import subprocess
+import sys
+
+import negcache_tensorflow as negcache
+import numpy as np
+import pytest
+import tensorflow as tf
+
+WIDTH = 4
+
+
+def handler_of(capacity=8, *, generator=0, scale=None, use_lru=True):
+    specs = {
+        "tokens": tf.io.FixedLenFeature([3], tf.int64),
+        "embedding": tf.io.FixedLenFeature([WIDTH], tf.float32),
+    }
+    return negcache.CacheLossHandler(
+        negcache.CacheManager(specs, capacity, use_lru),
+        negcache.CacheClassificationLoss(
+            "embedding", ("tokens",), scale=scale, generator=generator
+        ),
+        embedding_key="embedding",
+        data_keys=("tokens",),
+    )
+
+
+def table_of():
+    return tf.Variable(np.random.default_rng(0).standard_normal((20, WIDTH)).astype(np.float32))
+
+
+def network_of(table):
+    return lambda features: tf.reduce_mean(tf.gather(table, features["tokens"]), 1)
+
+
+def batch(seed, rows=3):
+    rng = np.random.default_rng(seed)
+    tokens = tf.constant(rng.integers(0, 20, (rows, 3)))
+    return tf.constant(rng.standard_normal((rows, WIDTH)), tf.float32), tokens
+
+
+def step_of(handler, table):
+    network = network_of(table)
+
+    def step(query, tokens):
+        features = {"tokens": tokens}
+        with tf.GradientTape() as tape:
+            loss = handler.update_cache_and_compute_loss(
+                network, query, network(features), features
+            )
+        return loss, tf.convert_to_tensor(tape.gradient(loss, table))
+
+    return step
+
+
+def state_of(handler):
+    return [handler.cache.age.numpy(), *(value.numpy() for value in handler.cache.data.values())]
+
+
+SIGNATURE = [tf.TensorSpec([None, WIDTH], tf.float32), tf.TensorSpec([None, 3], tf.int64)]
+
+
+@pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
+def test_one_trace_serves_every_batch_size_and_agrees_with_eager(jit_compile):
+    """XLA draws other random numbers; first in, first out, the state does not depend on them."""
+    sides, traces = [], []
+    for traced in (False, True):
+        handler = handler_of(scale=1.5, use_lru=not jit_compile)
+        step = step_of(handler, table_of())
+        if traced:
+
+            def counted(query, tokens, step=step):
+                traces.append(1)
+                return step(query, tokens)
+
+            step = tf.function(counted, input_signature=SIGNATURE, jit_compile=jit_compile)
+        history = []
+        for seed, rows in enumerate((3, 5, 0, 2, 4)):
+            loss, gradient = step(*batch(seed, rows))
+            history += [loss.numpy(), *(np.array(value) for value in state_of(handler))]
+            history += [] if jit_compile else [gradient.numpy()]
+        sides.append(history)
+    assert len(traces) == 1
+    for ours, theirs in zip(*sides, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_state_is_in_variables_and_none_of_them_is_trained():
+    scale = tf.Variable(2.0)
+    handler = handler_of(scale=scale)
+    assert {variable.name for variable in handler.variables} >= {
+        "cache/age:0",
+        "cache/tokens:0",
+        "cache/embedding:0",
+    }
+    assert [variable is scale for variable in handler.trainable_variables] == [True]
+
+
+def test_checkpoint_round_trip(tmp_path):
+    """Save to files, restore in a new handler, go on: bit for bit as if never stopped."""
+    table, handler = table_of(), handler_of()
+    step = step_of(handler, table)
+    for seed in range(4):
+        step(*batch(seed))
+    path = tf.train.Checkpoint(handler=handler).save(str(tmp_path / "checkpoint"))
+    resumed = handler_of(generator=99)
+    status = tf.train.Checkpoint(handler=resumed).restore(path)
+    status.assert_consumed()
+    resumed_step = step_of(resumed, table)
+    for seed in range(4, 8):
+        ours, theirs = resumed_step(*batch(seed)), step(*batch(seed))
+        np.testing.assert_array_equal(ours[0], theirs[0])
+        for mine, other in zip(state_of(resumed), state_of(handler), strict=True):
+            np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_summaries_are_the_published_ones(tmp_path, traced):
+    handler = handler_of()
+    step = step_of(handler, table_of())
+    step = tf.function(step) if traced else step
+    step(*batch(0))  # without a writer: nothing is written and nothing fails
+    with tf.summary.create_file_writer(str(tmp_path)).as_default(step=7):
+        step = tf.function(step_of(handler, table_of())) if traced else step
+        loss, _ = step(*batch(1))
+    events = [
+        tf.compat.v1.Event.FromString(record.numpy())
+        for path in tmp_path.iterdir()
+        for record in tf.data.TFRecordDataset(str(path))
+    ]
+    scalars = {
+        value.tag: (event.step, float(tf.make_ndarray(value.tensor)))
+        for event in events
+        for value in event.summary.value
+    }
+    assert set(scalars) == {"cache/interpretable_prediction_loss", "cache/staleness"}
+    assert scalars["cache/interpretable_prediction_loss"] == (7, pytest.approx(float(loss)))
+    assert scalars["cache/staleness"] == (7, pytest.approx(0.0, abs=1e-6))
+
+
+def test_metrics_are_kept_in_eager_code_and_no_traced_tensor_leaks():
+    handler = handler_of()
+    step = step_of(handler, table_of())
+    tf.function(step)(*batch(0))
+    assert handler.metrics == {}
+    step(*batch(1))
+    assert float(handler.metrics["fill"]) == pytest.approx(3 / 8)
+
+
+def test_generators_follow_the_frameworks_seed():
+    def draw(generator):
+        function = negcache.GumbelMaxRetrievalFn(generator=generator)
+        return function(tf.zeros((16, 50))).numpy()
+
+    tf.random.set_seed(1)
+    first = draw(None)
+    tf.random.set_seed(1)
+    np.testing.assert_array_equal(draw(None), first)
+    assert (draw(None) != first).any()
+    np.testing.assert_array_equal(
+        draw(tf.random.Generator.from_seed(3)), draw(tf.random.Generator.from_seed(3))
+    )
+    with pytest.raises(negcache.KindError, match=r"or a tf\.random\.Generator"):
+        draw(0.5)
+
+
+def test_no_global_switch_is_thrown():
+    """With NumPy behaviour on, an int and a float tensor would be promoted instead of refused."""
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        _ = tf.constant(1) + tf.constant(1.0)
+    assert not hasattr(tf.constant(1.0), "astype")
+
+
+def test_python_control_flow_of_the_users_network_is_still_converted():
+    """AutoGraph must reach the item network through the handler."""
+    handler, table = handler_of(), table_of()
+
+    def network(features):
+        rows = tf.gather(table, features["tokens"])
+        if tf.reduce_sum(rows) > 0:  # noqa: SIM108 - a branch on a tensor is the point
+            rows = rows * 2.0
+        else:
+            rows = rows * 3.0
+        return tf.reduce_mean(rows, 1)
+
+    @tf.function
+    def step(query, tokens):
+        return handler.update_cache_and_compute_loss(
+            network, query, network({"tokens": tokens}), {"tokens": tokens}
+        )
+
+    for seed in range(2):
+        assert np.isfinite(step(*batch(seed)))
+
+
+MIRRORED = """
+import numpy as np, tensorflow as tf
+import negcache_tensorflow as negcache
+
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+specs = {"x": negcache.FieldSpec((2,), "bfloat16"), "big": negcache.FieldSpec((), "uint64"),
+         "embedding": negcache.FieldSpec((2,), "float32")}
+with strategy.scope():
+    handler = negcache.CacheLossHandler(
+        negcache.CacheManager(specs, 8),
+        negcache.CacheClassificationLoss("embedding", ("x",), generator=0),
+        embedding_key="embedding", data_keys=("x",), use_cross_replica=True)
+
+@tf.function
+def step(x):
+    network = lambda features: tf.cast(features["x"], tf.float32)
+    features = {"x": tf.cast(x, tf.bfloat16), "big": tf.cast(x[:, 0], tf.uint64) + 2**63}
+    return handler.update_cache_and_compute_loss(network, x, x, features)
+
+def batch(context, step):
+    replica = context.replica_id_in_sync_group
+    return tf.fill((2, 2), tf.cast(1 + replica + 10 * step, tf.float32))
+
+for number in range(3):
+    values = strategy.experimental_distribute_values_from_function(lambda c: batch(c, number))
+    losses = strategy.run(step, args=(values,))
+for key, table in {**handler.cache.data, "age": handler.cache.age}.items():
+    one, two = (value.numpy() for value in strategy.experimental_local_results(table))
+    np.testing.assert_array_equal(one, two)
+    if key == "x":
+        assert sorted(one[:, 0]) == [11.0, 11.0, 12.0, 12.0, 21.0, 21.0, 22.0, 22.0], one
+    if key == "big":
+        assert sorted(one - np.uint64(2**63)) == [11, 11, 12, 12, 21, 21, 22, 22], one
+assert all(np.isfinite(loss.numpy()) for loss in strategy.experimental_local_results(losses))
+print("replicas agree")
+"""
+
+
+def test_replicas_of_a_strategy_keep_equal_caches():
+    out = subprocess.run(
+        [sys.executable, "-c", MIRRORED], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert out.stdout.strip().endswith("replicas agree")

@@ -1,0 +1,68 @@
+"""Real processes over gloo: with use_cross_replica every rank ends each step with one cache."""
+
+import negcache_torch as negcache
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+RANKS = 2
+
+
+def train(rank, store, fail):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    specs = {
+        "x": negcache.FieldSpec((2,), torch.float32),
+        "flag": negcache.FieldSpec((), torch.bool),
+        "embedding": negcache.FieldSpec((2,), torch.bfloat16),
+    }
+    handler = negcache.CacheLossHandler(
+        negcache.CacheManager(specs, 16),
+        negcache.CacheClassificationLoss("embedding", ("x",), generator=rank),
+        embedding_key="embedding",
+        data_keys=("x",),
+        use_cross_replica=True,
+    )
+    weight = torch.eye(2, requires_grad=True)
+    for step in range(6):
+        rows = (step + rank) % 4  # ranks differ, and some batches are empty
+        x = torch.full((rows, 2), 1.0 + rank + 10 * step)
+        features = {"x": x, "flag": torch.full((rows,), bool(rank))}
+        loss = handler.update_cache_and_compute_loss(
+            lambda features, weight=weight: features["x"] @ weight, x, x @ weight, features
+        )
+        loss.backward()
+        with torch.no_grad():
+            weight -= 0.01
+        for value in [*handler.cache.data.values(), handler.cache.age]:
+            copies = [torch.empty_like(value) for _ in range(RANKS)]
+            dist.all_gather(copies, value.contiguous())
+            assert torch.equal(*copies)
+    assert int((handler.cache.age == 0).sum()) >= 3
+    assert set(handler.cache.data["flag"].tolist()) == {True, False}
+    if fail:
+        assert rank != 1, "rank 1 fails on purpose"
+    dist.destroy_process_group()
+
+
+def test_every_rank_has_the_same_cache(tmp_path):
+    mp.spawn(train, args=(str(tmp_path / "store"), False), nprocs=RANKS)
+
+
+def test_a_failing_rank_fails_the_suite(tmp_path):
+    with pytest.raises(mp.ProcessRaisedException, match="rank 1 fails on purpose"):
+        mp.spawn(train, args=(str(tmp_path / "store"), True), nprocs=RANKS)
+
+
+def test_one_process_without_a_group_is_told_what_to_do():
+    specs = {"x": negcache.FieldSpec((2,), "float32"), "e": negcache.FieldSpec((2,), "float32")}
+    handler = negcache.CacheLossHandler(
+        negcache.CacheManager(specs, 4),
+        negcache.CacheClassificationLoss("e", ("x",), generator=0),
+        "e",
+        ("x",),
+        use_cross_replica=True,
+    )
+    x = torch.ones(1, 2)
+    with pytest.raises(negcache.OptionError, match=r"torch\.distributed is not init"):
+        handler.update_cache_and_compute_loss(lambda features: features["x"], x, x, {"x": x})
