@@ -16,8 +16,9 @@ from negcache_core.errors import (
 )
 from negcache_core.filters import CacheFilterFn, IsInCacheFilterFn
 from negcache_core.handlers import CacheLossHandler, MultiCacheLossHandler
-from negcache_core.losses import CacheClassificationLoss, CacheLoss, CacheLossReturn
+from negcache_core.losses import CacheClassificationLoss
 from negcache_core.manager import CacheManager
+from negcache_core.results import CacheLoss, CacheLossReturn
 from negcache_core.retrieval import Retrieval
 from negcache_core.sampling import AbstractRetrievalFn, GumbelMaxRetrievalFn, MaxScoreRetrievalFn
 from negcache_core.specs import FieldSpec

@@ -3,13 +3,16 @@
 Every message says what was given, what was expected, and what to do.
 """
 
+from typing import TYPE_CHECKING
+
 
 class NegcacheError(Exception):
     """Base of every error that negcache raises on purpose."""
 
-    # AutoGraph rebuilds an error raised while tracing in its own type only if it sees this very
-    # constructor; otherwise tf.function would show a StagingError instead.
-    __init__ = Exception.__init__
+    if not TYPE_CHECKING:
+        # AutoGraph rebuilds an error raised while tracing in its own type only if it sees this
+        # very constructor; otherwise tf.function would show a StagingError instead.
+        __init__ = Exception.__init__
 
 
 class ShapeError(NegcacheError, ValueError):

@@ -5,8 +5,9 @@ from typing import Any
 
 from negcache_core._array import Array
 from negcache_core.errors import KindError
-from negcache_core.losses import CacheClassificationLoss, CacheLossReturn
+from negcache_core.losses import CacheClassificationLoss
 from negcache_core.manager import CacheManager
+from negcache_core.results import CacheLossReturn
 from negcache_core.retrieval import SINGLE, Retrieval
 from negcache_core.state import NegativeCache
 from negcache_core.step import BaseHandler

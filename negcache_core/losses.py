@@ -5,9 +5,8 @@ the cache. Its value comes from stale scores; its gradient from the few rows tha
 embedded anew. `retrieve` and `loss_from_negatives` are the two phases of calling it.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from negcache_core._array import Array, accumulation_dtype, cast, length
 from negcache_core.backend import NUMPY, Backend
@@ -15,46 +14,11 @@ from negcache_core.checks import check_field_names, check_floating, check_shape,
 from negcache_core.errors import KindError, OptionError
 from negcache_core.estimators import ESTIMATORS, check_estimator
 from negcache_core.metrics import finite_rows, mean, staleness, step_metrics
+from negcache_core.results import CacheLoss, CacheLossReturn
 from negcache_core.retrieval import SINGLE, Retrieval, draw, gather, named_caches, score_caches
 from negcache_core.scoring import Scorer, sigmoid, soft_plus
 from negcache_core.state import NegativeCache
 from negcache_core.topk import check_top_k
-
-
-class CacheLossReturn(NamedTuple):
-    """What a cache loss returns. The first six fields are the published ones.
-
-    training_loss:        the surrogate: its gradient counts, its value means nothing
-    interpretable_loss:   the cross-entropy estimate from stale scores, in nats; never infinite
-    updated_item_data:    {embedding_key: (n, D)} fresh embeddings of the drawn rows, constants
-    updated_item_indices: (n,) their slots
-    updated_item_mask:    bool (n,); False: no row was drawn, or its embedding is not finite
-    staleness:            |stale - fresh|^2 / |fresh|^2 of the drawn rows, reduced like the losses
-    loss:                 value of interpretable_loss, gradient of training_loss: for training
-    metrics:              scalars, see `negcache_core.metrics.step_metrics`
-
-    The three updated_item_* are dicts by cache name where the loss was given a dict of caches, and
-    fit `CacheManager.update_cache` as they are.
-    """
-
-    training_loss: Array
-    interpretable_loss: Array
-    updated_item_data: Any
-    updated_item_indices: Any
-    updated_item_mask: Any
-    staleness: Array
-    loss: Array | None = None
-    metrics: dict[str, Array] | None = None
-
-
-class CacheLoss(ABC):
-    """A loss of queries, positives and a cache, as a handler calls it."""
-
-    @abstractmethod
-    def __call__(
-        self, doc_network: Any, query_embeddings: Array, pos_doc_embeddings: Array, cache: Any
-    ) -> CacheLossReturn:
-        """Embed what the loss needs with `doc_network` and return a CacheLossReturn."""
 
 
 class CacheClassificationLoss(CacheLoss):

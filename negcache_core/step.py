@@ -12,9 +12,10 @@ from negcache_core._array import Array, cast, dtype_kind
 from negcache_core.backend import NUMPY, Backend
 from negcache_core.checks import check_field_names, check_keys, check_mapping
 from negcache_core.errors import DTypeError, KeysError, KindError, OptionError, ShapeError
-from negcache_core.losses import CacheClassificationLoss, CacheLossReturn
+from negcache_core.losses import CacheClassificationLoss
 from negcache_core.manager import CacheManager, UpdatePlan
 from negcache_core.metrics import finite_rows
+from negcache_core.results import CacheLossReturn
 from negcache_core.state import NegativeCache
 
 

@@ -29,6 +29,7 @@ ORDER = (
     "estimators",
     "filters",
     "metrics",
+    "results",
     "losses",
     "step",
     "handlers",

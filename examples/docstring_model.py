@@ -1,0 +1,232 @@
+"""The demo's search model, its evaluation, and its training by two methods that can be compared."""
+
+import math
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import negcache_torch as negcache
+import numpy as np
+import torch
+from docstring_pairs import BUCKETS, ITEM_WORDS, PADDING
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+WIDTH = 128
+LEARNING_RATE = 3e-3
+EVALUATIONS = 10
+IN_BATCH, CACHE = "in-batch negatives", "negative cache"
+
+
+class Settings(NamedTuple):
+    """What both trainings share."""
+
+    steps: int
+    batch_size: int
+    cache_size: int
+    seed: int
+
+
+class Data(NamedTuple):
+    """Token ids of all queries (n, QUERY_WORDS) and items (n, ITEM_WORDS); row i goes with row i.
+
+    train, held_out: the rows of the queries to train on and to evaluate with
+    """
+
+    queries: np.ndarray
+    items: np.ndarray
+    train: np.ndarray
+    held_out: np.ndarray
+
+
+class Result(NamedTuple):
+    """A finished training.
+
+    curve:     (step, training seconds so far, MRR, recall@10), from step 0 to the last
+    seconds:   spent in training steps, without evaluation
+    memory_mb: peak resident memory of the process, with Python, PyTorch and the data
+    cache_mb:  what of it the cache takes
+    weights:   the model's state_dict as NumPy arrays
+    """
+
+    curve: list[tuple[int, float, float, float]]
+    seconds: float
+    memory_mb: float
+    cache_mb: float
+    weights: dict[str, np.ndarray]
+
+
+class SearchModel(nn.Module):
+    """Two towers of hashed bags of words, which share their words' vectors.
+
+    An embedding is the normalised, weighted sum of a text's word vectors. Each tower learns its
+    own weight for a word: "return" says little in a sentence, and "self" says nothing in code.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(torch.randn(BUCKETS, WIDTH) * 0.05)
+        self.query_log_weights = nn.Parameter(torch.zeros(BUCKETS, 1))
+        self.item_log_weights = nn.Parameter(torch.zeros(BUCKETS, 1))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(20.0)))
+
+    def embed_queries(self, tokens: Tensor) -> Tensor:
+        """Map token ids (n, QUERY_WORDS) to embeddings (n, WIDTH) of length 1."""
+        return self._embed(tokens, self.query_log_weights)
+
+    def embed_items(self, features: dict[str, Tensor]) -> Tensor:
+        """Map {"tokens": ids (n, ITEM_WORDS)}, as a cache stores them, to embeddings (n, WIDTH)."""
+        return self._embed(features["tokens"], self.item_log_weights)
+
+    def scale(self) -> Tensor:
+        """Return the trained factor on the cosines."""
+        return self.log_scale.exp()
+
+    def _embed(self, tokens: Tensor, log_weights: Tensor) -> Tensor:
+        # Sparse gradients: a batch touches a few hundred of the words, and so does its update.
+        weights = functional.embedding(tokens, log_weights, sparse=True)[:, :, 0].exp()
+        total = functional.embedding_bag(
+            tokens,
+            self.vectors,
+            mode="sum",
+            per_sample_weights=weights,
+            padding_idx=PADDING,
+            sparse=True,
+        )
+        return functional.normalize(total, dim=1)
+
+
+Loss = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, float]]]
+
+
+def in_batch_loss(model: SearchModel) -> Loss:
+    """Cross-entropy of each query's item against the batch's other items."""
+
+    def loss(query_tokens: Tensor, item_tokens: Tensor) -> tuple[Tensor, dict[str, float]]:
+        queries = model.embed_queries(query_tokens)
+        items = model.embed_items({"tokens": item_tokens})
+        value = functional.cross_entropy(
+            model.scale() * queries @ items.T, torch.arange(len(queries))
+        )
+        return value, {"loss": value.item()}
+
+    return loss
+
+
+def cache_loss(model: SearchModel, cache_size: int, seed: int) -> tuple[Loss, float]:
+    """Cross-entropy against everything in a negative cache; also return the cache's size in MB."""
+    specs = {
+        "tokens": negcache.FieldSpec((ITEM_WORDS,), torch.int32),
+        "embedding": negcache.FieldSpec((WIDTH,), torch.float32),
+    }
+    handler = negcache.CacheLossHandler(
+        negcache.CacheManager(specs, cache_size),
+        negcache.CacheClassificationLoss(
+            "embedding", ("tokens",), scale=model.scale, generator=seed
+        ),
+        embedding_key="embedding",
+        data_keys=("tokens",),
+    )
+
+    def loss(query_tokens: Tensor, item_tokens: Tensor) -> tuple[Tensor, dict[str, float]]:
+        features = {"tokens": item_tokens}
+        value = handler.update_cache_and_compute_loss(
+            model.embed_items,
+            model.embed_queries(query_tokens),
+            model.embed_items(features),
+            features,
+        )
+        metrics = handler.metrics
+        return value, {
+            "loss": metrics["interpretable_loss"].item(),
+            "staleness": metrics["staleness"].item(),
+        }
+
+    tables = (handler.cache.age, *handler.cache.data.values())
+    return loss, sum(table.nbytes for table in tables) / 1e6
+
+
+def train(method: str, settings: Settings, data: Data) -> Result:
+    """Train a model by `method`: the same first weights and the same batches for each."""
+    torch.manual_seed(settings.seed)
+    model, cache_mb = SearchModel(), 0.0
+    loss_fn = in_batch_loss(model)
+    if method == CACHE:
+        loss_fn, cache_mb = cache_loss(model, settings.cache_size, settings.seed)
+    tables = [model.vectors, model.query_log_weights, model.item_log_weights]
+    optimizers = [
+        torch.optim.SparseAdam(tables, lr=LEARNING_RATE),
+        torch.optim.Adam([model.log_scale], lr=LEARNING_RATE),
+    ]
+    # The rate is constant for half of the steps, then falls to zero.
+    schedules = [
+        LambdaLR(each, lambda step: min(1.0, 2.0 - 2.0 * step / settings.steps))
+        for each in optimizers
+    ]
+    queries, items = torch.from_numpy(data.queries), torch.from_numpy(data.items)
+    evaluated = {settings.steps * part // EVALUATIONS for part in range(1, EVALUATIONS + 1)}
+    curve, seconds = [(0, 0.0, *evaluate(model, data))], 0.0
+    progress = tqdm(_batches(data.train, settings), desc=method, unit="step", mininterval=0.5)
+    for step, rows in enumerate(progress, 1):
+        start = time.perf_counter()
+        loss, shown = loss_fn(queries[rows], items[rows])
+        for each in optimizers:
+            each.zero_grad()
+        loss.backward()
+        for each in (*optimizers, *schedules):
+            each.step()
+        seconds += time.perf_counter() - start
+        if step in evaluated:
+            curve.append((step, seconds, *evaluate(model, data)))
+        figures = {**shown, "MRR": curve[-1][2]}
+        progress.set_postfix({key: f"{value:.3f}" for key, value in figures.items()}, refresh=False)
+    weights = {key: value.numpy() for key, value in model.state_dict().items()}
+    return Result(curve, seconds, peak_memory_mb(), cache_mb, weights)
+
+
+def evaluate(model: SearchModel, data: Data) -> tuple[float, float]:
+    """Return MRR and recall@10 of the held-out queries, ranked among all items."""
+    embeddings = embed_all_items(model, data.items)
+    ranks = []
+    with torch.no_grad():
+        # In parts, so that this score matrix does not set the peak of memory.
+        for rows in torch.from_numpy(data.held_out).split(256):
+            queries = model.embed_queries(torch.from_numpy(data.queries)[rows])
+            scores = queries @ embeddings.T
+            own = scores.gather(1, rows[:, None])
+            ranks.append((scores >= own).sum(dim=1))  # a tie counts as a loss
+    rank = torch.cat(ranks).double()
+    return (1 / rank).mean().item(), (rank <= 10).double().mean().item()
+
+
+@torch.no_grad()
+def embed_all_items(model: SearchModel, items: np.ndarray) -> Tensor:
+    """Return the embeddings (n, WIDTH) of items given as token ids."""
+    parts = torch.from_numpy(items).split(1024)
+    return torch.cat([model.embed_items({"tokens": tokens}) for tokens in parts])
+
+
+def peak_memory_mb() -> float:
+    """Return the most memory that this process has held at once, in MB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux lets a process inherit its parent's ru_maxrss
+        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024 / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (peak if sys.platform == "darwin" else peak * 1024) / 1e6
+
+
+def _batches(train: np.ndarray, settings: Settings) -> Tensor:
+    """Return (steps, batch size) rows: one shuffle of all of `train` after another."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    wanted = settings.steps * settings.batch_size
+    shuffles = [
+        torch.randperm(len(train), generator=generator) for _ in range(-(-wanted // len(train)))
+    ]
+    rows = torch.from_numpy(train)[torch.cat(shuffles)[:wanted]]
+    return rows.reshape(settings.steps, settings.batch_size)

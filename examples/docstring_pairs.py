@@ -1,0 +1,140 @@
+"""Search pairs from Python source that is already installed: a sentence, and the code it describes.
+
+A query is the first sentence of a function's docstring; its item is the function's source without
+docstrings. Queries and items become rows of token ids by hashing their words.
+"""
+
+import ast
+import re
+import sysconfig
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+BUCKETS = 32_768
+PADDING = 0
+QUERY_WORDS = 32
+ITEM_WORDS = 128
+
+_SKIPPED_FOLDERS = {
+    *("site-packages", "dist-packages"),  # packages are mined by name, not as standard library
+    *("test", "tests", "idle_test", "testing"),  # their docstrings describe cases, not functions
+}
+_BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?![a-z])")
+
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+_Documented = _Function | ast.ClassDef
+
+
+class Pair(NamedTuple):
+    """A query, its item's source, and where that stands: 'json/decoder.py:343 raw_decode'."""
+
+    query: str
+    code: str
+    where: str
+
+
+def mine_pairs(limit: int | None = None) -> list[Pair]:
+    """Return distinct pairs from the standard library, NumPy and PyTorch, always in one order.
+
+    No two queries have the same words, and no two items: so nothing is both trained on and held
+    out. Stops reading at `limit` pairs.
+    """
+    pairs, queries, items = [], set(), set()
+    for path, base in tqdm(_source_files(), desc="reading source files", unit="file"):
+        for pair in _pairs_of_file(path, base):
+            query, item = tuple(words(pair.query)), tuple(words(pair.code))
+            if 3 <= len(query) <= QUERY_WORDS and query not in queries and item not in items:
+                queries.add(query)
+                items.add(item)
+                pairs.append(pair)
+            if len(pairs) == limit:
+                return pairs
+    return pairs
+
+
+def words(text: str) -> list[str]:
+    """Split text or code into lower-case words: identifiers come apart at _ and at capitals.
+
+    >>> words("def readHTTPBody_v2(self)")
+    ['def', 'read', 'http', 'body', 'v', '2', 'self']
+    """
+    return [word.lower() for word in _WORD.findall(text)]
+
+
+def token_ids(texts: Iterable[str], length: int) -> np.ndarray:
+    """Return int32 (texts, length): the hashes of each text's distinct words, then PADDING."""
+    rows = []
+    for text in texts:
+        distinct = list(dict.fromkeys(words(text)))[:length]
+        # crc32 is the same in every process; Python's own hash of a string is not.
+        row = [zlib.crc32(word.encode()) % (BUCKETS - 1) + 1 for word in distinct]
+        rows.append(row + [PADDING] * (length - len(row)))
+    return np.asarray(rows, np.int32).reshape(-1, length)
+
+
+def is_held_out(query: str) -> bool:
+    """Tell whether a query is for evaluation: a tenth of them, by a hash of its words."""
+    return zlib.crc32(" ".join(words(query)).encode()) % 10 == 0
+
+
+def _source_files() -> list[tuple[Path, Path]]:
+    """Return every file to read, with the folder to which its path is shown relative."""
+    library = Path(sysconfig.get_path("stdlib"))
+    packages = [Path(package.__file__).parent for package in (np, torch)]
+    folders = [(library, library), *((folder, folder.parent) for folder in packages)]
+    return [
+        (path, base)
+        for folder, base in folders
+        for path in sorted(folder.rglob("*.py"))
+        if not _SKIPPED_FOLDERS & set(path.relative_to(folder).parts)
+    ]
+
+
+def _pairs_of_file(path: Path, base: Path) -> Iterator[Pair]:
+    """Yield a pair for each documented function of a file; none if it does not parse."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other people's invalid escapes
+            tree = ast.parse(text)
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return
+    documented = [node for node in _definitions(tree) if ast.get_docstring(node, clean=False)]
+    hidden = {line for node in documented for line in _docstring_lines(node)}
+    lines = text.split("\n")
+    for node in documented:
+        if isinstance(node, _Function) and len(node.body) > 1:
+            kept = [n for n in range(node.lineno, node.end_lineno + 1) if n not in hidden]
+            yield Pair(
+                _first_sentence(ast.get_docstring(node)),
+                "\n".join(lines[n - 1] for n in kept),
+                f"{path.relative_to(base).as_posix()}:{node.lineno} {node.name}",
+            )
+
+
+def _definitions(node: ast.AST) -> Iterator[_Documented]:
+    """Yield all functions and classes; only statements hold them, so expressions are not walked."""
+    for block in _BLOCKS:
+        for child in getattr(node, block, ()):
+            if isinstance(child, _Documented):
+                yield child
+            yield from _definitions(child)
+
+
+def _docstring_lines(node: _Documented) -> range:
+    """Return the numbers of the lines that a docstring takes up."""
+    return range(node.body[0].lineno, node.body[0].end_lineno + 1)
+
+
+def _first_sentence(docstring: str) -> str:
+    paragraph = docstring.strip().split("\n\n")[0]
+    return _SENTENCE_END.split(" ".join(paragraph.split()), maxsplit=1)[0]

@@ -1,0 +1,218 @@
+"""Search Python code by what it does, with a model trained here in two ways.
+
+    python examples/docstring_search.py train
+    python examples/docstring_search.py search "parse an ISO date"
+
+`train` mines pairs (a docstring's first sentence, the function's source) from the standard library,
+NumPy and PyTorch, trains one model with in-batch negatives and once more with a negative cache, and
+compares the two on held-out queries. `search` answers a query from the model trained with the cache.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from docstring_model import CACHE, IN_BATCH, Data, Result, SearchModel, Settings, embed_all_items
+from docstring_model import train as train_model
+from docstring_pairs import ITEM_WORDS, QUERY_WORDS, Pair, is_held_out, mine_pairs, token_ids
+from matplotlib.figure import Figure
+
+OUT = Path(__file__).resolve().parents[1] / "runs" / "docstring_search"
+SAMPLES = (
+    "parse an ISO date",
+    "run a command and capture its output",
+    "multiply two matrices",
+)
+
+
+def train(settings: Settings, max_pairs: int | None, out: Path) -> None:
+    """Mine, train by both methods, report, save, and answer sample queries."""
+    start = time.perf_counter()
+    pairs = mine_pairs(max_pairs)
+    data = as_data(pairs)
+    print(
+        f"{len(pairs):,} pairs: {len(data.train):,} to train on, {len(data.held_out):,} held out. "
+        f"{settings.steps:,} steps of {settings.batch_size}."
+    )
+    results = {method: _in_own_process(method, settings, data) for method in (IN_BATCH, CACHE)}
+    print(table(results, settings, len(pairs)))
+    out.mkdir(parents=True, exist_ok=True)
+    save_results(results, settings, data, out / "results.json")
+    plot(results, settings, len(pairs), out / "curves.png")
+    save_model(results[CACHE], pairs, data, out)
+    print(f"Saved model.pt, items.json, results.json and curves.png in {out}")
+    for query in SAMPLES:
+        search(query, out)
+    print(f"\nAll of it took {time.perf_counter() - start:.0f} s.")
+
+
+def as_data(pairs: list[Pair]) -> Data:
+    """Turn pairs into token ids, and split them by a hash of the query."""
+    held_out = np.asarray([is_held_out(pair.query) for pair in pairs])
+    if held_out.all() or not held_out.any():
+        raise SystemExit(
+            f"{len(pairs)} pairs leave nothing to train on or to hold out: raise --max-pairs."
+        )
+    return Data(
+        token_ids((pair.query for pair in pairs), QUERY_WORDS),
+        token_ids((pair.code for pair in pairs), ITEM_WORDS),
+        np.flatnonzero(~held_out),
+        np.flatnonzero(held_out),
+    )
+
+
+def _in_own_process(method: str, settings: Settings, data: Data) -> Result:
+    """Train in a fresh process, so that its peak memory is its own."""
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+        return pool.submit(train_model, method, settings, data).result()
+
+
+def table(results: dict[str, Result], settings: Settings, items: int) -> str:
+    """Return the comparison as text."""
+    lines = [
+        "",
+        f"{'held-out queries among ' + format(items, ',') + ' items':<36}"
+        f"{'MRR':>8}{'recall@10':>11}{'seconds':>9}{'peak MB':>9}",
+    ]
+    for method, result in results.items():
+        name = f"{method} ({settings.cache_size:,})" if method == CACHE else method
+        *_, mrr, recall = result.curve[-1]
+        lines.append(
+            f"{name:<36}{mrr:>8.3f}{recall:>11.3f}{result.seconds:>9.1f}{result.memory_mb:>9.0f}"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "seconds: in training steps, without evaluation. peak MB: resident memory of each",
+            "training's own process, with Python, PyTorch and the data; the cache takes "
+            f"{results[CACHE].cache_mb:.1f} MB of it.",
+        ]
+    )
+
+
+def save_results(results: dict[str, Result], settings: Settings, data: Data, path: Path) -> None:
+    """Save the settings, the curves and the final figures as JSON."""
+    report = {
+        "settings": settings._asdict(),
+        "pairs": {"train": len(data.train), "held_out": len(data.held_out)},
+        "methods": {
+            method: {
+                "mrr": result.curve[-1][2],
+                "recall_at_10": result.curve[-1][3],
+                "seconds": result.seconds,
+                "peak_memory_mb": result.memory_mb,
+                "cache_mb": result.cache_mb,
+                "curve": [
+                    dict(zip(("step", "seconds", "mrr", "recall_at_10"), point, strict=True))
+                    for point in result.curve
+                ],
+            }
+            for method, result in results.items()
+        },
+    }
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def plot(results: dict[str, Result], settings: Settings, items: int, path: Path) -> None:
+    """Draw MRR against steps and against training time, a curve for each method."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    by_step, by_time = figure.subplots(1, 2, sharey=True)
+    styles = {IN_BATCH: ("tab:gray", "s"), CACHE: ("tab:blue", "o")}
+    for method, result in results.items():
+        color, marker = styles[method]
+        steps, seconds, mrr, _ = zip(*result.curve, strict=True)
+        for axes, along in ((by_step, steps), (by_time, seconds)):
+            axes.plot(along, mrr, color=color, marker=marker, markersize=5, label=method)
+        by_step.annotate(
+            f"{mrr[-1]:.3f}",
+            (steps[-1], mrr[-1]),
+            (0, 7),
+            textcoords="offset points",
+            ha="center",
+            color=color,
+        )
+    by_step.set(xlabel=f"step, of {settings.batch_size} queries each", ylabel="MRR")
+    by_time.set(xlabel="seconds of training")
+    for axes in (by_step, by_time):
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.margins(y=0.12)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(b=False)
+    by_step.legend(loc="lower right", frameon=False)
+    figure.suptitle(f"Held-out docstrings searching {items:,} functions")
+    figure.savefig(path, dpi=150)
+
+
+def save_model(result: Result, pairs: list[Pair], data: Data, out: Path) -> None:
+    """Save the weights and every item's embedding as tensors, and where the items stand."""
+    model = SearchModel()
+    weights = {key: torch.from_numpy(value) for key, value in result.weights.items()}
+    model.load_state_dict(weights)
+    items = [{"where": pair.where, "sentence": pair.query} for pair in pairs]
+    (out / "items.json").write_text(json.dumps(items), encoding="utf-8")
+    embeddings = embed_all_items(model, data.items)
+    torch.save({"weights": weights, "item_embeddings": embeddings}, out / "model.pt")
+
+
+@torch.no_grad()
+def search(query: str, out: Path, results: int = 5) -> None:
+    """Print the saved model's best items for a query, best first, with their cosines."""
+    if not (out / "model.pt").exists():
+        raise SystemExit(f"no model in {out}: run `python {sys.argv[0]} train` first.")
+    saved = torch.load(out / "model.pt", weights_only=True)
+    items = json.loads((out / "items.json").read_text(encoding="utf-8"))
+    model = SearchModel()
+    model.load_state_dict(saved["weights"])
+    tokens = torch.from_numpy(token_ids([query], QUERY_WORDS))
+    scores = saved["item_embeddings"] @ model.embed_queries(tokens)[0]
+    print(f"\n{query}")
+    for score, row in zip(*scores.topk(min(results, len(items))), strict=True):
+        item = items[row]
+        print(f"  {score:.2f}  {item['where']}\n        {item['sentence']}")
+
+
+def positive_int(text: str) -> int:
+    """Read a command-line number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    trainer = commands.add_parser("train", help="train by both methods and compare")
+    trainer.add_argument("--steps", type=positive_int, default=2000)
+    trainer.add_argument("--batch-size", type=positive_int, default=16)
+    trainer.add_argument("--cache-size", type=positive_int, default=8192)
+    trainer.add_argument("--seed", type=int, default=0)
+    trainer.add_argument("--max-pairs", type=positive_int, help="stop mining at so many pairs")
+    searcher = commands.add_parser("search", help="answer a query from the saved model")
+    searcher.add_argument("query", help='such as "parse an ISO date"')
+    for command in (trainer, searcher):
+        command.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
+    options = parser.parse_args()
+    if options.command == "search":
+        search(options.query, options.out)
+        return
+    if options.cache_size < options.batch_size:
+        parser.error("--cache-size must be at least --batch-size, which enters it at each step")
+    settings = Settings(options.steps, options.batch_size, options.cache_size, options.seed)
+    train(settings, options.max_pairs, options.out)
+
+
+if __name__ == "__main__":
+    main()
