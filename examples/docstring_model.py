@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-WIDTH = 128
+WIDTH = 256
 LEARNING_RATE = 3e-3
 EVALUATIONS = 10
 IN_BATCH, CACHE = "in-batch negatives", "negative cache"
@@ -71,7 +71,7 @@ class SearchModel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.vectors = nn.Parameter(torch.randn(BUCKETS, WIDTH) * 0.05)
+        self.vectors = nn.Parameter(torch.randn(BUCKETS, WIDTH) * 0.1)
         self.query_log_weights = nn.Parameter(torch.zeros(BUCKETS, 1))
         self.item_log_weights = nn.Parameter(torch.zeros(BUCKETS, 1))
         self.log_scale = nn.Parameter(torch.tensor(math.log(20.0)))
@@ -154,6 +154,8 @@ def cache_loss(model: SearchModel, cache_size: int, seed: int) -> tuple[Loss, fl
 
 def train(method: str, settings: Settings, data: Data) -> Result:
     """Train a model by `method`: the same first weights and the same batches for each."""
+    # The steps are small: more threads hardly help on an idle machine, and wait on a busy one.
+    torch.set_num_threads(1)
     torch.manual_seed(settings.seed)
     model, cache_mb = SearchModel(), 0.0
     loss_fn = in_batch_loss(model)

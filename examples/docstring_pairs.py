@@ -10,6 +10,7 @@ import sysconfig
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ BUCKETS = 32_768
 PADDING = 0
 QUERY_WORDS = 32
 ITEM_WORDS = 128
+NAME_REPEATS = 3  # on top of the `def` line: a function's name says most of what it does
 
 _SKIPPED_FOLDERS = {
     *("site-packages", "dist-packages"),  # packages are mined by name, not as standard library
@@ -35,9 +37,10 @@ _Documented = _Function | ast.ClassDef
 
 
 class Pair(NamedTuple):
-    """A query, its item's source, and where that stands: 'json/decoder.py:343 raw_decode'."""
+    """A query; its item, a function's name and source; and where that stands: 'ast.py:33'."""
 
     query: str
+    name: str
     code: str
     where: str
 
@@ -70,20 +73,30 @@ def words(text: str) -> list[str]:
     return [word.lower() for word in _WORD.findall(text)]
 
 
-def token_ids(texts: Iterable[str], length: int) -> np.ndarray:
-    """Return int32 (texts, length): the hashes of each text's distinct words, then PADDING."""
-    rows = []
-    for text in texts:
-        distinct = list(dict.fromkeys(words(text)))[:length]
-        # crc32 is the same in every process; Python's own hash of a string is not.
-        row = [zlib.crc32(word.encode()) % (BUCKETS - 1) + 1 for word in distinct]
-        rows.append(row + [PADDING] * (length - len(row)))
-    return np.asarray(rows, np.int32).reshape(-1, length)
+def query_tokens(queries: Iterable[str]) -> np.ndarray:
+    """Return int32 (n, QUERY_WORDS): the token ids of each query's distinct words."""
+    return _token_ids((dict.fromkeys(words(query)) for query in queries), QUERY_WORDS)
+
+
+def item_tokens(pairs: Iterable[Pair]) -> np.ndarray:
+    """Return int32 (n, ITEM_WORDS): the token ids of each item's name and its distinct words."""
+    items = ([*words(pair.name) * NAME_REPEATS, *dict.fromkeys(words(pair.code))] for pair in pairs)
+    return _token_ids(items, ITEM_WORDS)
 
 
 def is_held_out(query: str) -> bool:
     """Tell whether a query is for evaluation: a tenth of them, by a hash of its words."""
     return zlib.crc32(" ".join(words(query)).encode()) % 10 == 0
+
+
+def _token_ids(texts: Iterable[Iterable[str]], length: int) -> np.ndarray:
+    """Return int32 (texts, length): the hashes of each text's first words, then PADDING."""
+    rows = []
+    for text in texts:
+        # crc32 is the same in every process; Python's own hash of a string is not.
+        row = [zlib.crc32(word.encode()) % (BUCKETS - 1) + 1 for word in islice(text, length)]
+        rows.append(row + [PADDING] * (length - len(row)))
+    return np.asarray(rows, np.int32)
 
 
 def _source_files() -> list[tuple[Path, Path]]:
@@ -115,9 +128,10 @@ def _pairs_of_file(path: Path, base: Path) -> Iterator[Pair]:
         if isinstance(node, _Function) and len(node.body) > 1:
             kept = [n for n in range(node.lineno, node.end_lineno + 1) if n not in hidden]
             yield Pair(
-                _first_sentence(ast.get_docstring(node)),
-                "\n".join(lines[n - 1] for n in kept),
-                f"{path.relative_to(base).as_posix()}:{node.lineno} {node.name}",
+                query=_first_sentence(ast.get_docstring(node)),
+                name=node.name,
+                code="\n".join(lines[n - 1] for n in kept),
+                where=f"{path.relative_to(base).as_posix()}:{node.lineno}",
             )
 
 

@@ -3,9 +3,10 @@
     python examples/docstring_search.py train
     python examples/docstring_search.py search "parse an ISO date"
 
-`train` mines pairs (a docstring's first sentence, the function's source) from the standard library,
-NumPy and PyTorch, trains one model with in-batch negatives and once more with a negative cache, and
-compares the two on held-out queries. `search` answers a query from the model trained with the cache.
+`train` mines pairs (a docstring's first sentence, the function's source) from the standard
+library, NumPy and PyTorch, trains one model with in-batch negatives alone and once more with a
+negative cache, and compares the two on held-out queries. `search` answers any query from the model
+that the cache trained.
 """
 
 import argparse
@@ -20,14 +21,14 @@ import numpy as np
 import torch
 from docstring_model import CACHE, IN_BATCH, Data, Result, SearchModel, Settings, embed_all_items
 from docstring_model import train as train_model
-from docstring_pairs import ITEM_WORDS, QUERY_WORDS, Pair, is_held_out, mine_pairs, token_ids
+from docstring_pairs import Pair, is_held_out, item_tokens, mine_pairs, query_tokens, words
 from matplotlib.figure import Figure
 
 OUT = Path(__file__).resolve().parents[1] / "runs" / "docstring_search"
 SAMPLES = (
     "parse an ISO date",
-    "run a command and capture its output",
-    "multiply two matrices",
+    "download a file from a URL",
+    "clip the norm of the gradients",
 )
 
 
@@ -60,8 +61,8 @@ def as_data(pairs: list[Pair]) -> Data:
             f"{len(pairs)} pairs leave nothing to train on or to hold out: raise --max-pairs."
         )
     return Data(
-        token_ids((pair.query for pair in pairs), QUERY_WORDS),
-        token_ids((pair.code for pair in pairs), ITEM_WORDS),
+        query_tokens(pair.query for pair in pairs),
+        item_tokens(pairs),
         np.flatnonzero(~held_out),
         np.flatnonzero(held_out),
     )
@@ -76,26 +77,21 @@ def _in_own_process(method: str, settings: Settings, data: Data) -> Result:
 
 def table(results: dict[str, Result], settings: Settings, items: int) -> str:
     """Return the comparison as text."""
+    row = "{:<36}{:>8}{:>11}{:>9}{:>9}".format
     lines = [
-        "",
-        f"{'held-out queries among ' + format(items, ',') + ' items':<36}"
-        f"{'MRR':>8}{'recall@10':>11}{'seconds':>9}{'peak MB':>9}",
+        row(f"held-out queries among {items:,} items", "MRR", "recall@10", "seconds", "peak MB")
     ]
     for method, result in results.items():
-        name = f"{method} ({settings.cache_size:,})" if method == CACHE else method
+        name = f"{method}, {settings.cache_size:,} slots" if method == CACHE else method
         *_, mrr, recall = result.curve[-1]
-        lines.append(
-            f"{name:<36}{mrr:>8.3f}{recall:>11.3f}{result.seconds:>9.1f}{result.memory_mb:>9.0f}"
-        )
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "seconds: in training steps, without evaluation. peak MB: resident memory of each",
-            "training's own process, with Python, PyTorch and the data; the cache takes "
-            f"{results[CACHE].cache_mb:.1f} MB of it.",
-        ]
-    )
+        figures = f"{mrr:.3f}", f"{recall:.3f}", f"{result.seconds:.1f}", f"{result.memory_mb:.0f}"
+        lines.append(row(name, *figures))
+    cache_mb = results[CACHE].cache_mb
+    notes = f"""
+seconds: in training steps, without evaluation.
+peak MB: resident memory of each training's own process, with Python, PyTorch and the data; the
+cache takes {cache_mb:.1f} MB of it."""
+    return "\n".join(["", *lines, notes])
 
 
 def save_results(results: dict[str, Result], settings: Settings, data: Data, path: Path) -> None:
@@ -125,30 +121,33 @@ def plot(results: dict[str, Result], settings: Settings, items: int, path: Path)
     """Draw MRR against steps and against training time, a curve for each method."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     by_step, by_time = figure.subplots(1, 2, sharey=True)
-    styles = {IN_BATCH: ("tab:gray", "s"), CACHE: ("tab:blue", "o")}
+    styles = {IN_BATCH: ("dimgray", "s"), CACHE: ("tab:blue", "o")}
     for method, result in results.items():
         color, marker = styles[method]
         steps, seconds, mrr, _ = zip(*result.curve, strict=True)
         for axes, along in ((by_step, steps), (by_time, seconds)):
             axes.plot(along, mrr, color=color, marker=marker, markersize=5, label=method)
-        by_step.annotate(
-            f"{mrr[-1]:.3f}",
-            (steps[-1], mrr[-1]),
-            (0, 7),
-            textcoords="offset points",
-            ha="center",
-            color=color,
-        )
-    by_step.set(xlabel=f"step, of {settings.batch_size} queries each", ylabel="MRR")
-    by_time.set(xlabel="seconds of training")
+            axes.annotate(
+                f"{mrr[-1]:.3f}",
+                (along[-1], mrr[-1]),
+                (8, 0),
+                textcoords="offset points",
+                va="center",
+                color=color,
+            )
+    best = max(point[2] for result in results.values() for point in result.curve)
+    by_step.set(xlabel="training step", ylabel="MRR of held-out queries", ylim=(0, 1.15 * best))
+    by_time.set(xlabel="seconds of training, without evaluation")
     for axes in (by_step, by_time):
+        axes.margins(x=0.13)  # room for the last figures
         axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
-        axes.margins(y=0.12)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(b=False)
     by_step.legend(loc="lower right", frameon=False)
-    figure.suptitle(f"Held-out docstrings searching {items:,} functions")
+    figure.suptitle(
+        f"Searching {items:,} functions, trained at batch {settings.batch_size}: "
+        f"in-batch negatives against a cache of {settings.cache_size:,}"
+    )
     figure.savefig(path, dpi=150)
 
 
@@ -157,7 +156,7 @@ def save_model(result: Result, pairs: list[Pair], data: Data, out: Path) -> None
     model = SearchModel()
     weights = {key: torch.from_numpy(value) for key, value in result.weights.items()}
     model.load_state_dict(weights)
-    items = [{"where": pair.where, "sentence": pair.query} for pair in pairs]
+    items = [{"where": f"{pair.where} {pair.name}", "sentence": pair.query} for pair in pairs]
     (out / "items.json").write_text(json.dumps(items), encoding="utf-8")
     embeddings = embed_all_items(model, data.items)
     torch.save({"weights": weights, "item_embeddings": embeddings}, out / "model.pt")
@@ -168,11 +167,13 @@ def search(query: str, out: Path, results: int = 5) -> None:
     """Print the saved model's best items for a query, best first, with their cosines."""
     if not (out / "model.pt").exists():
         raise SystemExit(f"no model in {out}: run `python {sys.argv[0]} train` first.")
+    if not words(query):
+        raise SystemExit(f"the query {query!r} has no words: describe what the code should do.")
     saved = torch.load(out / "model.pt", weights_only=True)
     items = json.loads((out / "items.json").read_text(encoding="utf-8"))
     model = SearchModel()
     model.load_state_dict(saved["weights"])
-    tokens = torch.from_numpy(token_ids([query], QUERY_WORDS))
+    tokens = torch.from_numpy(query_tokens([query]))
     scores = saved["item_embeddings"] @ model.embed_queries(tokens)[0]
     print(f"\n{query}")
     for score, row in zip(*scores.topk(min(results, len(items))), strict=True):
