@@ -205,8 +205,8 @@ class CacheClassificationLoss(CacheLoss):
             interpretable_loss=reduced,
             **self._refresh(retrieval, fresh, finite),
             staleness=self._reduce(by_query),
-            # The difference is exactly zero, whatever the surrogate's magnitude.
-            loss=backend.stop_gradient(reduced) + (training - backend.stop_gradient(training)),
+            # A constant, and a difference that is exactly zero whatever the surrogate's magnitude.
+            loss=reduced + (training - backend.stop_gradient(training)),
             metrics=metrics,
         )
 

@@ -186,6 +186,24 @@ def test_trained_scales_and_transforms_are_parameters():
     assert loss.score_transform.log.grad.abs() > 0
 
 
+def test_retrieval_records_nothing_for_backward():
+    recorded = []
+
+    def transform(scores):
+        recorded.append(torch.is_grad_enabled())
+        return scores
+
+    tower, handler = tower_of(), handler_of()
+    handler.cache_loss.score_transform = transform
+    query, features = batch(0)
+    query.requires_grad_()
+    retrieval = handler.retrieve(query, features)
+    assert recorded
+    assert not any(recorded)
+    handler.compute_loss(query, tower(features), tower(retrieval.features), retrieval)
+    assert recorded[-1]
+
+
 def test_tensors_on_another_device_are_refused():
     handler, tower = handler_of(), tower_of()
     query, features = batch(0)
