@@ -40,8 +40,8 @@ class CacheClassificationLoss(CacheLoss):
     estimator:       "paper"
     num_samples:     S, draws per query, with replacement
     generator:       None, an int seed, or a random generator of the framework
-    tile_bytes:      memory for scores in flight; the cache is scored in tiles that fit it. It changes
-                     the speed, never the law.
+    tile_bytes:      memory for scores in flight; the cache is scored in tiles that fit it. This
+                     changes the speed, never the law.
 
     Raises OptionError, KindError or CapacityError on an argument that cannot work.
     Source: the paper, sections 3.1 and 3.2; published as `losses.CacheClassificationLoss`.

@@ -24,7 +24,7 @@ from negcache_core.checks import shape_of
 from negcache_core.errors import KeysError, ShapeError
 from negcache_core.sampling import check_choice, draw_from_softmax
 from negcache_core.scoring import Scorer, log_sum_exp
-from negcache_core.state import NegativeCache, check_cache, written_slots
+from negcache_core.state import NegativeCache, check_cache, is_written
 from negcache_core.streaming import (
     CacheScores,
     best_of_all_groups,
@@ -111,7 +111,7 @@ def scores_of(
 
 def filled(caches: Mapping[str, NegativeCache], dtype: Any, xp: Any) -> Array:
     """Return the share of all slots that hold a row."""
-    written = [xp.sum(cast(written_slots(cache), dtype, xp)) for cache in caches.values()]
+    written = [xp.sum(cast(is_written(cache.age), dtype, xp)) for cache in caches.values()]
     total = sum(cache.age.shape[0] for cache in caches.values())
     return functools.reduce(operator.add, written) / total
 

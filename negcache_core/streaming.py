@@ -1,8 +1,8 @@
 """Streaming retrieval: the cache is scored a tile at a time, and B x C scores never exist.
 
 Of each block of slots only the log-sum-exp of its scores is kept. A draw picks a block by its
-weight, scores that block again, and picks a slot inside: exactly softmax sampling, for B x C / BLOCK
-numbers of memory. Of each top-k group only the best score and its slot are kept.
+weight, scores that block again, and picks a slot inside: exactly softmax sampling, for
+B x C / BLOCK numbers of memory. Of each top-k group only the best score and its slot are kept.
 """
 
 import functools
@@ -14,7 +14,7 @@ from negcache_core._array import Array, arange_like, cast, fill, length, take, t
 from negcache_core.backend import Backend
 from negcache_core.sampling import BLOCK, inverse_cdf
 from negcache_core.scoring import Scorer, log_sum_exp
-from negcache_core.state import written_slots
+from negcache_core.state import is_written
 
 TILE_BYTES = 32 * 2**20
 """Memory for the scores of a tile and their exponentials, unless the caller says otherwise."""
@@ -65,7 +65,7 @@ class CacheScores(NamedTuple):
         )
         # Scale first, then mask: an infinite score times a scale has no gradient.
         scores = self.scorer.all_pairs(self.queries, rows)
-        return self.scorer.xp.where(written_slots(age)[None, :], scores, -float("inf"))
+        return self.scorer.xp.where(is_written(age)[None, :], scores, -float("inf"))
 
     def block_weights(self) -> Array:
         """Return the log-sum-exp of every block: (B, blocks)."""
@@ -91,7 +91,7 @@ class CacheScores(NamedTuple):
         flat = xp.reshape(xp.where(there, every, 0), (-1,))
         rows = xp.reshape(take(self.table, flat, xp), (-1, draws * BLOCK, self.table.shape[1]))
         scores = xp.reshape(self.scorer.pairs(self.queries, rows), (-1, draws, BLOCK))
-        written = written_slots(xp.reshape(take(self.age, flat, xp), (-1, draws, BLOCK)))
+        written = is_written(xp.reshape(take(self.age, flat, xp), (-1, draws, BLOCK)))
         return xp.where(there & written, scores, -float("inf"))
 
     def best_of_groups(self, start: int, groups: int, width: int) -> tuple[Array, Array]:
@@ -124,7 +124,7 @@ class CacheScores(NamedTuple):
     def _over_tiles(
         self, function: Callable[[Any, int], tuple[Array, ...]], slots: int, tile: int
     ) -> tuple[Array, ...]:
-        """Concatenate function(start, size) over the tiles of a stretch, and the rest that is left."""
+        """Concatenate function(start, size) over the tiles of a stretch and what is left of it."""
         count, rest = divmod(slots, tile)
         parts = []
         if count:
@@ -203,8 +203,8 @@ def group_runs(capacities: tuple[int, ...], k: int) -> tuple[Any, ...]:
     """Cut the slots of several caches into k groups, and gather equal neighbours into runs.
 
     Returns, in order, (stretches, groups, width). A run inside one cache has one stretch (cache,
-    start, size) and a width. A group that lies in several caches is a run of its own, with a stretch
-    in each and width 0.
+    start, size) and a width. A group that lies in several caches is a run of its own, with a
+    stretch in each and width 0.
 
     >>> group_runs((4, 3), 3)  # groups of 3, 2 and 2 slots; the second lies in both caches
     ((((0, 0, 3),), 1, 3), (((0, 3, 1), (1, 0, 1)), 1, 0), (((1, 1, 2),), 1, 2))
