@@ -60,13 +60,18 @@ class Backend:
             return parts[0]
         return tuple(self.xp.concat(list(each), axis=1) for each in zip(*parts, strict=True))
 
-    def write_rows(self, table: Array, slots: Array, rows: Array) -> None:
-        """Put `rows` (n, …) at `slots` (n,) of `table` (C, …), in place."""
-        table[slots] = rows
+    def write_rows(self, table: Array, slots: Array, rows: Array) -> Array:
+        """Put `rows` (n, …) at `slots` (n,) of `table` (C, …), and return the table.
 
-    def overwrite(self, table: Array, values: Array) -> None:
-        """Replace all of a table's values, in place."""
+        In place, but for libraries whose arrays never change: there the result is the new table.
+        """
+        table[slots] = rows
+        return table
+
+    def overwrite(self, table: Array, values: Array) -> Array:
+        """Replace all of a table's values, in place if possible, and return it."""
         table[...] = values
+        return table
 
     def make_generator(self, seed: Any) -> Any:
         """Return a noise generator from None, an int, or a generator of the library."""

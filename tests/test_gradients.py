@@ -78,7 +78,6 @@ def enumerated_by_hand(backend, problem, outcomes, *, top_k, num_samples):
         top_k=top_k,
         scale=float(problem.scale),
         num_samples=num_samples,
-        generator=0,
     )
     arrays = (problem.y @ problem.V, problem.x_positive @ problem.W, problem.x @ problem.W)
     query, positive, fresh = map(backend.to_native, arrays)
@@ -106,7 +105,6 @@ def enumerated(backend, problem, outcomes, *, top_k, num_samples, split):
         top_k=top_k,
         scale=lambda: now["scale"],
         num_samples=num_samples,
-        generator=0,
     )
     whole = NegativeCache(problem.cache_data, problem.age)
     cache = backend.native(whole)
@@ -180,7 +178,7 @@ def test_expected_gradient_with_several_draws_per_query(name, problem):
     assert_unbiased(name, problem, num_samples=2)
 
 
-@pytest.mark.parametrize("name", ["tf.function", "tf.function+xla"])
+@pytest.mark.parametrize("name", ["tf.function", "tf.function+xla", "jax", "jax.jit"])
 @settings(max_examples=3)
 @given(problem=towers(stale=True, max_slots=3))
 def test_expected_gradient_when_traced_and_compiled(name, problem):
@@ -209,7 +207,7 @@ def test_expected_gradient_through_a_nonlinear_transform(problem):
     weights = np.where(mask, np.exp(scores.detach().numpy()), 0.0)
     weights[:, 0] += ~mask.any(axis=1)
     law = weights / weights.sum(axis=1, keepdims=True)
-    loss = CacheClassificationLoss("embedding", ("x",), score_transform=transform, generator=0)
+    loss = CacheClassificationLoss("embedding", ("x",), score_transform=transform)
     cache = BACKENDS["torch"].native(NegativeCache(problem.cache_data, problem.age))
     total = 0.0
     for slots, probability in exact.enumerate_draws(law):

@@ -64,15 +64,17 @@ class TensorFlowBackend(Backend):
             tf.reshape(stack, (tf.shape(stack)[0], count * stack.shape[2])) for stack in stacks
         )
 
-    def write_rows(self, table: tf.Variable, slots: tf.Tensor, rows: tf.Tensor) -> None:
+    def write_rows(self, table: tf.Variable, slots: tf.Tensor, rows: tf.Tensor) -> tf.Variable:
         if isinstance(table, tf.distribute.DistributedValues):
             # Variables of a strategy can only be assigned as a whole: one copy of the table.
             table.assign(_namespace.put_rows(table, slots, rows))
         else:
             table.scatter_nd_update(slots[:, None], rows)
+        return table
 
-    def overwrite(self, table: tf.Variable, values: tf.Tensor) -> None:
+    def overwrite(self, table: tf.Variable, values: tf.Tensor) -> tf.Variable:
         table.assign(values)
+        return table
 
     def make_generator(self, seed: Any) -> tf.random.Generator:
         if isinstance(seed, tf.random.Generator):
