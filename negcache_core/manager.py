@@ -160,7 +160,7 @@ class CacheManager:
         return NegativeCache(data, plan.age)
 
     def carry_out(self, cache: NegativeCache, plan: UpdatePlan) -> NegativeCache:
-        """Write a plan and return the cache: the same arrays where the library can write in place."""
+        """Write a plan and return the cache; in place, the same arrays, where the library can."""
         backend, data = self.backend, dict(cache.data)
         for write, rows_by_key in plan.writes():
             for key, rows in rows_by_key.items():

@@ -1,5 +1,6 @@
-"""Streaming retrieval against the whole score matrix: the same law for any tiling, and no matrix."""
+"""Streaming retrieval against the whole score matrix: one law for any tiling, and no matrix."""
 
+import itertools
 import tracemalloc
 
 import numpy as np
@@ -43,7 +44,7 @@ def stream_of(matrix, capacities):
     starts = np.cumsum([0, *capacities])
     return [
         (start + at, matrix[:, start + at : min(start + at + BLOCK, stop)])
-        for start, stop in zip(starts, starts[1:], strict=False)
+        for start, stop in itertools.pairwise(starts)
         for at in range(0, stop - start, BLOCK)
     ]
 
