@@ -114,7 +114,7 @@ class CacheScores(NamedTuple):
             return best_column(*parts, xp=xp)
 
         if width > self.tile:
-            return self.backend.fold_tiles(best_of_one, groups)  # type: ignore[return-value]
+            return self.backend.fold_tiles(best_of_one, groups)
         tile = self.tile // width * width
         parts = self._over_tiles(
             lambda at, size: best(start + at, size // width, width), groups * width, tile
@@ -195,7 +195,7 @@ def best_of_all_groups(caches: Sequence[CacheScores], k: int) -> tuple[Array, Ar
         ]
         both = concat_columns(found, xp)
         parts.append(both if len(found) == 1 else best_column(*both, xp=xp))
-    return concat_columns(parts, xp)  # type: ignore[return-value]
+    return concat_columns(parts, xp)
 
 
 @functools.lru_cache(maxsize=64)
