@@ -16,6 +16,7 @@ from negcache_core.errors import DTypeError, KindError
 __all__ = [
     "Array",
     "accumulation_dtype",
+    "arange_like",
     "cast",
     "dtype_kind",
     "dtype_name",
@@ -31,6 +32,7 @@ __all__ = [
     "positions",
     "put_rows",
     "take",
+    "take_columns",
 ]
 
 Array = Any  # any array-API array, or a tensor whose namespace is passed as `xp`
@@ -130,9 +132,21 @@ def take(array: Array, indices: Array, xp: Any) -> Array:
     return xp.take(array, indices, axis=0)
 
 
+def take_columns(array: Array, columns: Array, xp: Any) -> Array:
+    """Return array[i, columns[i, k]] for array (B, n) and columns (B, S): (B, S)."""
+    flat = positions(array, xp)[:, None] * array.shape[1] + columns
+    chosen = take(xp.reshape(array, (-1,)), xp.reshape(flat, (-1,)), xp)
+    return xp.reshape(chosen, (-1, columns.shape[1]))
+
+
+def arange_like(count: Any, like: Array, xp: Any) -> Array:
+    """Return 0, 1, …, count - 1 on the device of `like`."""
+    return xp.arange(count, dtype=index_dtype(xp), device=_device(like))
+
+
 def positions(array: Array, xp: Any) -> Array:
     """Return 0, 1, …, n - 1 for `array` (n, …), on its device."""
-    return xp.arange(length(array, xp), dtype=index_dtype(xp), device=_device(array))
+    return arange_like(length(array, xp), array, xp)
 
 
 def fill(shape: tuple[int, ...], value: Any, like: Array, xp: Any) -> Array:

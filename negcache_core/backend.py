@@ -1,6 +1,7 @@
 """What an array library supplies beyond the array API: a few verbs, NumPy's as the default."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -43,13 +44,34 @@ class Backend:
         """
         return np.errstate(over="ignore", invalid="ignore")
 
-    def write_rows(self, table: Array, slots: Array, rows: Array) -> None:
-        """Put `rows` (n, …) at `slots` (n,) of `table` (C, …), in place."""
-        table[slots] = rows
+    def slice_rows(self, array: Array, start: Any, size: int) -> Array:
+        """Return rows start … start + size - 1 of `array`; `start` may be a traced integer."""
+        return array[start : start + size, ...]
 
-    def overwrite(self, table: Array, values: Array) -> None:
-        """Replace all of a table's values, in place."""
+    def fold_tiles(
+        self, function: Callable[[Any], tuple[Array, ...]], count: int
+    ) -> tuple[Array, ...]:
+        """Return function(0), …, function(count - 1), each of arrays (B, n), joined along axis 1.
+
+        At most one tile is in memory at a time. A library that traces must not unroll the loop.
+        """
+        parts = [function(tile) for tile in range(count)]
+        if count == 1:
+            return parts[0]
+        return tuple(self.xp.concat(list(each), axis=1) for each in zip(*parts, strict=True))
+
+    def write_rows(self, table: Array, slots: Array, rows: Array) -> Array:
+        """Put `rows` (n, …) at `slots` (n,) of `table` (C, …), and return the table.
+
+        In place, but for libraries whose arrays never change: there the result is the new table.
+        """
+        table[slots] = rows
+        return table
+
+    def overwrite(self, table: Array, values: Array) -> Array:
+        """Replace all of a table's values, in place if possible, and return it."""
         table[...] = values
+        return table
 
     def make_generator(self, seed: Any) -> Any:
         """Return a noise generator from None, an int, or a generator of the library."""

@@ -8,7 +8,7 @@ from negcache_core._array import Array, cast, dtype_kind, dtype_name
 from negcache_core.backend import NUMPY, Backend
 from negcache_core.checks import check_castable, check_shape
 from negcache_core.errors import DTypeError, KeysError, KindError
-from negcache_core.state import NegativeCache, check_cache, written_slots
+from negcache_core.state import NegativeCache, check_cache, is_written
 
 
 class CacheFilterFn(ABC):
@@ -50,7 +50,7 @@ class IsInCacheFilterFn(CacheFilterFn):
         """Return bool (n,). Raises KeysError, ShapeError, or DTypeError for a floating field."""
         xp = self.backend.xp
         cache = check_cache(cache, self.backend)
-        equal = written_slots(cache)[None, :]
+        equal = is_written(cache.age)[None, :]
         for key in self.keys:
             for what, fields in (("the cache", cache.data), ("new_items", new_items)):
                 if key not in fields:

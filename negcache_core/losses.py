@@ -15,9 +15,10 @@ from negcache_core.errors import KindError, OptionError
 from negcache_core.estimators import ESTIMATORS, check_estimator
 from negcache_core.metrics import finite_rows, mean, staleness, step_metrics
 from negcache_core.results import CacheLoss, CacheLossReturn
-from negcache_core.retrieval import SINGLE, Retrieval, draw, gather, named_caches, score_caches
+from negcache_core.retrieval import SINGLE, Retrieval, draw, filled, gather, named_caches, scores_of
 from negcache_core.scoring import Scorer, sigmoid, soft_plus
 from negcache_core.state import NegativeCache
+from negcache_core.streaming import TILE_BYTES
 from negcache_core.topk import check_top_k
 
 
@@ -39,6 +40,8 @@ class CacheClassificationLoss(CacheLoss):
     estimator:       "paper"
     num_samples:     S, draws per query, with replacement
     generator:       None, an int seed, or a random generator of the framework
+    tile_bytes:      memory for scores in flight; the cache is scored in tiles that fit it. This
+                     changes the speed, never the law.
 
     Raises OptionError, KindError or CapacityError on an argument that cannot work.
     Source: the paper, sections 3.1 and 3.2; published as `losses.CacheClassificationLoss`.
@@ -70,6 +73,7 @@ class CacheClassificationLoss(CacheLoss):
         estimator: str = "paper",
         num_samples: int = 1,
         generator: Any = None,
+        tile_bytes: int = TILE_BYTES,
     ) -> None:
         super().__init__()
         self.embedding_key, self.data_keys = check_field_names(embedding_key, data_keys)
@@ -80,8 +84,9 @@ class CacheClassificationLoss(CacheLoss):
         ):
             if function is not None and not callable(function):
                 raise KindError(f"{name} is {function!r}: expected a function, or None.")
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-            raise OptionError(f"num_samples is {num_samples!r}: expected a positive int.")
+        for name, number in (("num_samples", num_samples), ("tile_bytes", tile_bytes)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise OptionError(f"{name} is {number!r}: expected a positive int.")
         self.score_transform = score_transform
         self.top_k = check_top_k(top_k)
         self.reducer = reducer
@@ -89,6 +94,7 @@ class CacheClassificationLoss(CacheLoss):
         self.scale = scale
         self.estimator = check_estimator(estimator)
         self.num_samples = num_samples
+        self.tile_bytes = tile_bytes
         self.generator = self.backend.make_generator(generator)
 
     def retrieve(
@@ -116,8 +122,9 @@ class CacheClassificationLoss(CacheLoss):
         )
         with backend.no_gradient():
             queries = backend.stop_gradient(query_embeddings)
-            scores, fill = score_caches(
-                queries, caches, self.embedding_key, self._scorer(queries, first)
+            scorer = self._scorer(queries, first)
+            scores = scores_of(
+                queries, caches, self.embedding_key, scorer, backend, self.tile_bytes
             )
             if noise is None and self.retrieval_fn is None:
                 shape = (length(queries, xp), self.num_samples, 2)
@@ -136,7 +143,7 @@ class CacheClassificationLoss(CacheLoss):
             drawn=draws.drawn,
             log_partition=backend.stop_gradient(draws.log_partition),
             entropy=backend.stop_gradient(draws.entropy),
-            fill=fill,
+            fill=filled(caches, scorer.dtype, xp),
             **rows,
         )
 

@@ -159,14 +159,14 @@ class CacheManager:
                 data[key] = put_rows(data[key], write.slots, final, xp)
         return NegativeCache(data, plan.age)
 
-    def write_in_place(self, cache: NegativeCache, plan: UpdatePlan) -> None:
-        """Carry out a plan in the cache's own arrays, without a copy of any table."""
-        backend = self.backend
+    def carry_out(self, cache: NegativeCache, plan: UpdatePlan) -> NegativeCache:
+        """Write a plan and return the cache; in place, the same arrays, where the library can."""
+        backend, data = self.backend, dict(cache.data)
         for write, rows_by_key in plan.writes():
             for key, rows in rows_by_key.items():
-                final = rows_to_write(write, cache.data[key], rows, xp=backend.xp)
-                backend.write_rows(cache.data[key], write.slots, final)
-        backend.overwrite(cache.age, plan.age)
+                final = rows_to_write(write, data[key], rows, xp=backend.xp)
+                data[key] = backend.write_rows(data[key], write.slots, final)
+        return NegativeCache(data, backend.overwrite(cache.age, plan.age))
 
     def _own(self, cache: NegativeCache) -> NegativeCache:
         """Return `cache` checked, with ages of int32."""

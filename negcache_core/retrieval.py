@@ -4,17 +4,34 @@ Everything here is integers and constants; nothing is differentiated. Several na
 treated as one, in sorted order of their names.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from negcache_core._array import Array, cast, length, mask_rows, positions, take
+from negcache_core._array import (
+    Array,
+    cast,
+    dtype_name,
+    length,
+    mask_rows,
+    positions,
+    take,
+    take_columns,
+)
 from negcache_core.backend import Backend
 from negcache_core.checks import shape_of
 from negcache_core.errors import KeysError, ShapeError
 from negcache_core.sampling import check_choice, draw_from_softmax
 from negcache_core.scoring import Scorer, log_sum_exp
-from negcache_core.state import NegativeCache, check_cache, written_slots
-from negcache_core.topk import approximate_top_k_with_indices
+from negcache_core.state import NegativeCache, check_cache, is_written
+from negcache_core.streaming import (
+    CacheScores,
+    best_of_all_groups,
+    draw_from_caches,
+    tile_slots,
+)
+from negcache_core.topk import check_groups
 
 SINGLE = "cache"  # the name a cache goes by where the caller gave it none
 
@@ -26,7 +43,7 @@ class Retrieval(NamedTuple):
     drawn:            bool (B, S); False where no slot was usable and a stand-in is in the row
     log_partition:    (B,) log-sum-exp of the stale scores over usable slots, -inf for none
     entropy:          (B,) of the softmax, in nats: log_partition minus the drawn scores' mean, an
-                      unbiased estimate (exact where a retrieval_fn was given the score matrix)
+                      unbiased estimate (exact with a retrieval_fn or top_k)
     stale_embeddings: (n, D) as the cache holds them
     ages:             int32 (n,)
     fill:             scalar, the share of slots that hold a row
@@ -73,17 +90,30 @@ def named_caches(cache: Any, fields: tuple[str, ...], backend: Backend) -> dict[
     return caches
 
 
-def score_caches(
-    queries: Array, caches: Mapping[str, NegativeCache], embedding_key: str, scorer: Scorer
-) -> tuple[Array, Array]:
-    """Return stale scores (B, C) over all caches, -inf at empty slots; and the share written."""
-    xp = scorer.xp
-    written = xp.concat([written_slots(cache) for cache in caches.values()])
-    tables = [cache.data[embedding_key] for cache in caches.values()]
-    scores = xp.concat([scorer.all_pairs(queries, table) for table in tables], axis=1)
-    # Scale first, then mask: an infinite score times a scale has no gradient.
-    fill = xp.mean(cast(written, scorer.dtype, xp))
-    return xp.where(written[None, :], scores, -float("inf")), fill
+def scores_of(
+    queries: Array,
+    caches: Mapping[str, NegativeCache],
+    embedding_key: str,
+    scorer: Scorer,
+    backend: Backend,
+    tile_bytes: int,
+) -> list[CacheScores]:
+    """Return the scores of queries (B, D) against each cache, none of them computed yet."""
+    itemsize = 8 if dtype_name(scorer.dtype) == "float64" else 4
+    tile = tile_slots(queries.shape[0], itemsize, tile_bytes)
+    found, first = [], 0
+    for cache in caches.values():
+        table, age = cache.data[embedding_key], cache.age
+        found.append(CacheScores(queries, table, age, first, tile, scorer, backend))
+        first += found[-1].slots
+    return found
+
+
+def filled(caches: Mapping[str, NegativeCache], dtype: Any, xp: Any) -> Array:
+    """Return the share of all slots that hold a row."""
+    written = [xp.sum(cast(is_written(cache.age), dtype, xp)) for cache in caches.values()]
+    total = sum(cache.age.shape[0] for cache in caches.values())
+    return functools.reduce(operator.add, written) / total
 
 
 class Draw(NamedTuple):
@@ -96,41 +126,43 @@ class Draw(NamedTuple):
 
 
 def draw(
-    scores: Array,
+    caches: Sequence[CacheScores],
     *,
     noise: Array | None,
     retrieval_fn: Callable[[Array], Array] | None,
     top_k: int | None,
     backend: Backend,
 ) -> Draw:
-    """Draw slots from scores (B, C).
+    """Draw slots.
 
-    Without `retrieval_fn` the draw is from the softmax, driven by `noise`; the score matrix is
-    handed out to a user's function alone. A slot outside 0 … C - 1 counts as not drawn.
+    Without `retrieval_fn` the draw is from the softmax, driven by `noise`; the score matrix (with
+    top_k: of the groups' best) is made for a user's function alone. A slot that such a function
+    chooses outside of the matrix counts as not drawn.
     """
     xp = backend.xp
-    columns = None
-    if top_k is not None:
-        scores, columns = approximate_top_k_with_indices(scores, top_k, xp=xp)
-    if retrieval_fn is None:
-        slots, log_partition = draw_from_softmax(scores, noise, xp=xp)
+    if top_k is None and retrieval_fn is None:
+        slots, scores, log_partition = draw_from_caches(caches, noise)
+        drawn, mean_score = scores > -float("inf"), xp.mean(scores, axis=1)
     else:
-        slots = check_choice(retrieval_fn(scores), scores.shape[0], backend)
-        log_partition = log_sum_exp(scores, xp=xp)
-    width = scores.shape[1]
-    inside = (slots >= 0) & (slots < width)
-    slots = xp.where(inside, slots, 0)
-    flat = xp.reshape(positions(scores, xp)[:, None] * width + slots, (-1,))
-    drawn_scores = xp.reshape(take(xp.reshape(scores, (-1,)), flat, xp), (-1, slots.shape[1]))
-    drawn = inside & (drawn_scores > -float("inf"))
-    if columns is not None:
-        slots = xp.reshape(take(xp.reshape(columns, (-1,)), flat, xp), (-1, slots.shape[1]))
-    if retrieval_fn is None:
-        mean_score = xp.mean(xp.where(drawn, drawn_scores, 0.0), axis=1)
-    else:
-        finite = xp.where(scores > -float("inf"), scores, 0.0)
-        law = xp.exp(scores - xp.where(log_partition > -float("inf"), log_partition, 0.0)[:, None])
-        mean_score = xp.sum(law * finite, axis=1)
+        columns = None
+        if top_k is None:
+            matrix = xp.concat([cache.part(0, cache.slots) for cache in caches], axis=1)
+        else:
+            check_groups(top_k, sum(cache.slots for cache in caches))
+            matrix, columns = best_of_all_groups(caches, top_k)
+        if retrieval_fn is None:
+            slots, log_partition = draw_from_softmax(matrix, noise, xp=xp)
+        else:
+            slots = check_choice(retrieval_fn(matrix), matrix.shape[0], backend)
+            log_partition = log_sum_exp(matrix, xp=xp)
+        inside = (slots >= 0) & (slots < matrix.shape[1])
+        slots = xp.where(inside, slots, 0)
+        scores = take_columns(matrix, slots, xp)
+        drawn = inside & (scores > -float("inf"))
+        slots = slots if columns is None else take_columns(columns, slots, xp)
+        # The whole law is at hand here, so the entropy can be exact.
+        law = xp.exp(matrix - xp.where(log_partition > -float("inf"), log_partition, 0.0)[:, None])
+        mean_score = xp.sum(law * xp.where(matrix > -float("inf"), matrix, 0.0), axis=1)
     entropy = xp.where(log_partition > -float("inf"), log_partition - mean_score, 0.0)
     return Draw(slots, drawn, log_partition, entropy)
 

@@ -28,9 +28,9 @@ class NegativeCache(NamedTuple):
     age: Array
 
 
-def written_slots(cache: NegativeCache) -> Array:
-    """Return a bool array (C,): True where a row was written."""
-    return cache.age != EMPTY
+def is_written(age: Array) -> Array:
+    """Return bool of the shape of `age`: True where a slot's row was written."""
+    return age != EMPTY
 
 
 def check_cache(cache: Any, backend: Backend, what: str = "cache") -> NegativeCache:

@@ -49,12 +49,18 @@ class BaseHandler:
         self.use_cross_replica = bool(use_cross_replica)
         self.new_items_filter = new_items_filter
         self._managers = dict(cache_managers)
-        self._hold({name: manager.init_cache() for name, manager in self._managers.items()})
+        self._hold()
         self.metrics: dict[str, Any] = {}
 
-    def _hold(self, caches: dict[str, NegativeCache]) -> None:
-        """Take charge of the initial state."""
-        self._tables = caches
+    def _init_caches(self) -> dict[str, NegativeCache]:
+        return {name: manager.init_cache() for name, manager in self._managers.items()}
+
+    def _hold(self) -> None:
+        """Make the initial state and take charge of it."""
+        self._tables = self._init_caches()
+
+    def _keep(self, caches: dict[str, NegativeCache]) -> None:
+        """Take charge of the state after a step; the default is for tables written in place."""
 
     def _caches(self) -> dict[str, NegativeCache]:
         """Return the state as it is now, by cache name; writes to its arrays change it."""
@@ -174,8 +180,12 @@ class BaseHandler:
             plans = {
                 name: self._plan(name, result, embeddings[name], features[name]) for name in caches
             }
-            for name, cache in caches.items():
-                self._managers[name].write_in_place(cache, plans[name])
+            self._keep(
+                {
+                    name: self._managers[name].carry_out(cache, plans[name])
+                    for name, cache in caches.items()
+                }
+            )
         self._report(result)
 
 

@@ -17,6 +17,15 @@ def check_top_k(k: Any) -> int | None:
     return int(k.__index__())
 
 
+def check_groups(k: int, slots: int) -> None:
+    """Raise CapacityError unless there is at least one slot for each of k groups."""
+    if k > slots:
+        raise CapacityError(
+            f"top_k is {k} and there are {slots} slots: at most one group for each slot. Lower "
+            "top_k, or raise cache_size."
+        )
+
+
 def approximate_top_k_with_indices(scores: Array, k: int, *, xp: Any = None) -> tuple[Array, Array]:
     """Return the highest score of each of k contiguous groups of columns, and its column.
 
@@ -34,11 +43,7 @@ def approximate_top_k_with_indices(scores: Array, k: int, *, xp: Any = None) -> 
     if len(scores.shape) != 2:
         raise ShapeError(f"scores has shape {tuple(scores.shape)}: expected (B, C).")
     columns = scores.shape[1]
-    if k > columns:
-        raise CapacityError(
-            f"top_k is {k} and there are {columns} slots: at most one group for each slot. "
-            "Lower top_k, or raise cache_size."
-        )
+    check_groups(k, columns)
     width, longer = divmod(columns, k)
     cut = longer * (width + 1)
     best, places = [], []

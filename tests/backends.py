@@ -3,6 +3,8 @@
 import functools
 
 import array_api_strict
+import jax
+import negcache_jax
 import negcache_tensorflow
 import negcache_torch
 import numpy as np
@@ -21,12 +23,18 @@ class StrictBackend(Backend):
 
     def write_rows(self, table, slots, rows):
         table[...] = put_rows(table, slots, rows, self.xp)  # the standard has no indexed write
+        return table
 
 
 def _torch_gradients(function, arrays):
     leaves = [array.clone().requires_grad_() for array in arrays]
     function(*leaves).backward()
     return [leaf.grad.numpy() for leaf in leaves]
+
+
+def _jax_gradients(function, arrays, *, wrap=lambda function: function):
+    gradients = wrap(jax.grad(function, argnums=tuple(range(len(arrays)))))(*arrays)
+    return [np.asarray(gradient) for gradient in gradients]
 
 
 def _tensorflow_run(function, state, batch, *, jit_compile):
@@ -91,8 +99,35 @@ TENSORFLOW_XLA = _tensorflow(
     ),
 )
 
+JAX = Adapter(
+    "jax",
+    negcache_jax,
+    jax.numpy.asarray,
+    np.asarray,
+    bind=lambda handler, cache: handler.bind(
+        negcache_jax.HandlerState({"cache": cache}, jax.random.key(0))
+    ),
+    gradients=_jax_gradients,
+)
+JAX_JIT = JAX._replace(
+    name="jax.jit",
+    run=lambda function, state, batch: jax.jit(function)(state, batch),
+    gradients=functools.partial(_jax_gradients, wrap=jax.jit),
+)
+
 BACKENDS = {
     backend.name: backend
-    for backend in (NUMPY, STRICT, TORCH, TENSORFLOW, TENSORFLOW_GRAPH, TENSORFLOW_XLA)
+    for backend in (
+        NUMPY,
+        STRICT,
+        TORCH,
+        TENSORFLOW,
+        TENSORFLOW_GRAPH,
+        TENSORFLOW_XLA,
+        JAX,
+        JAX_JIT,
+    )
 }
+# JAX compiles every operation anew for each shape, so that properties over random shapes take
+# minutes there: the conformance kit, and a few examples of the central properties, run on it.
 EAGER = {name: BACKENDS[name] for name in ("numpy", "array-api-strict", "torch", "tensorflow")}

@@ -2,7 +2,10 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported
 
+import jax
 from hypothesis import HealthCheck, settings
+
+jax.config.update("jax_enable_x64", True)  # the properties are checked in float64  # noqa: FBT003
 
 # Timings say nothing here: the first example of a backend pays for its tracing.
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}

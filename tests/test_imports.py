@@ -9,7 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "jaxlib", "flax"}
-ADAPTERS = {"negcache_torch": "torch", "negcache_tensorflow": "tensorflow"}
+ADAPTERS = {
+    "negcache_torch": "torch",
+    "negcache_tensorflow": "tensorflow",
+    "negcache_jax": "jax",
+}
 ARRAY_LIBRARIES = {"array_api_compat", "array_api_extra"}
 THE_DOOR = "_array.py"
 # Arrows in one direction only: each file may import those before it.
@@ -25,6 +29,7 @@ ORDER = (
     "scoring",
     "topk",
     "sampling",
+    "streaming",
     "retrieval",
     "estimators",
     "filters",
@@ -115,6 +120,7 @@ def test_the_cores_own_arrows_point_one_way():
         ("negcache_core", FRAMEWORKS),
         ("negcache_core.testing", FRAMEWORKS),
         ("negcache_torch", {"tensorflow", "jax"}),
+        ("negcache_jax", {"torch", "tensorflow"}),
         ("negcache_tensorflow", {"torch"}),  # TensorFlow itself imports jax
     ],
 )

@@ -3,14 +3,15 @@
 import importlib
 import inspect
 
+import negcache_jax
 import negcache_tensorflow
 import negcache_torch
 import pytest
 
 import negcache_core
 
-PACKAGES = (negcache_core, negcache_torch, negcache_tensorflow)
-ADAPTERS = (negcache_torch, negcache_tensorflow)
+ADAPTERS = (negcache_torch, negcache_tensorflow, negcache_jax)
+PACKAGES = (negcache_core, *ADAPTERS)
 NAMES = {
     "EMPTY",
     "FieldSpec",
@@ -63,7 +64,10 @@ def package_name(package):
 def test_names(package):
     assert set(package.__all__) >= NAMES
     assert all(hasattr(package, name) for name in package.__all__)
-    shared = {name for name in package.__all__ if name not in MODULES} - {"__version__"}
+    shared = {name for name in package.__all__ if name not in MODULES} - {
+        "__version__",
+        "HandlerState",
+    }
     assert shared == set(negcache_core.__all__)
 
 

@@ -12,11 +12,19 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_both_quickstarts_are_there():
-    assert [block.split()[1] for block in BLOCKS] == ["negcache_torch", "negcache_tensorflow"]
+def name_of(block):
+    return re.search(r"import (negcache_\w+)", block)[1]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split()[1])
+def test_every_quickstart_are_there():
+    assert [name_of(block) for block in BLOCKS] == [
+        "negcache_torch",
+        "negcache_tensorflow",
+        "negcache_jax",
+    ]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=name_of)
 def test_quickstart_runs_as_printed(block):
     out = subprocess.run(
         [sys.executable, "-c", block], capture_output=True, text=True, timeout=300, check=False

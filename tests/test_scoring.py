@@ -58,14 +58,21 @@ def test_cross_entropy_is_finite_far_out(name, dtype, sign):
     backend = BACKENDS[name]
     rows = native(backend, [[100.0], [-100.0], [99.0]], dtype)
     age = backend.to_native(np.asarray([0, 3, EMPTY], np.int32))
-    loss = backend.module.CacheClassificationLoss("e", ("e",), generator=0)
+    loss = backend.module.CacheClassificationLoss("e", ("e",))
 
     def script(cache, batch):
-        return loss(lambda features: features["e"], batch["query"], batch["positive"], cache)
+        return loss(
+            lambda features: features["e"],
+            batch["query"],
+            batch["positive"],
+            cache,
+            noise=batch["noise"],
+        )
 
     batch = {
         "query": native(backend, [[100.0], [100.0]], dtype),
         "positive": native(backend, [[sign * 100.0], [-sign * 100.0]], dtype),
+        "noise": backend.to_native(np.full((2, 1, 2), 0.5)),
     }
     cache = backend.module.NegativeCache({"e": rows}, age)
     result = backend.numpy(backend.run(script, cache, batch))
@@ -91,7 +98,7 @@ def test_half_types_are_scored_in_float32(name, dtype):
     )
 
     def run(dtype):
-        loss = backend.module.CacheClassificationLoss("e", ("e",), generator=0)
+        loss = backend.module.CacheClassificationLoss("e", ("e",))
         cache = backend.module.NegativeCache(
             {"e": native(backend, rows, dtype)}, backend.to_native(np.zeros(50, np.int32))
         )
@@ -104,7 +111,7 @@ def test_half_types_are_scored_in_float32(name, dtype):
 
 def loss_per_query(backend, problem, data, age, **options):
     loss = backend.module.CacheClassificationLoss(
-        "embedding", ("x",), reducer=None, scale=float(problem.scale), generator=0, **options
+        "embedding", ("x",), reducer=None, scale=float(problem.scale), **options
     )
     result = loss(
         lambda features: features["x"] @ backend.to_native(problem.W),
@@ -112,6 +119,7 @@ def loss_per_query(backend, problem, data, age, **options):
         backend.to_native(problem.x_positive @ problem.W),
         backend.native(NegativeCache(data, age)),
         pos_features={"x": backend.to_native(problem.x_positive)},
+        noise=backend.to_native(np.full((len(problem.y), 1, 2), 0.5)),
     )
     return np.asarray(backend.to_numpy(result.interpretable_loss))
 

@@ -1,5 +1,6 @@
 """The verbs that TensorFlow supplies to the core."""
 
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -29,15 +30,51 @@ class TensorFlowBackend(Backend):
     def stop_gradient(self, array: tf.Tensor) -> tf.Tensor:
         return tf.stop_gradient(array)
 
-    def write_rows(self, table: tf.Variable, slots: tf.Tensor, rows: tf.Tensor) -> None:
+    def slice_rows(self, array: tf.Tensor, start: Any, size: int) -> tf.Tensor:
+        # Gathered: a slice of a variable that is written to would first read a copy of all of it.
+        rows = tf.cast(start, tf.int64) + tf.range(size, dtype=tf.int64)
+        return tf.gather(array, rows)
+
+    def fold_tiles(
+        self, function: Callable[[Any], tuple[tf.Tensor, ...]], count: int
+    ) -> tuple[tf.Tensor, ...]:
+        if tf.executing_eagerly() or count == 1:
+            return super().fold_tiles(function, count)
+        first = function(tf.constant(0, tf.int64))
+        arrays = tuple(
+            tf.TensorArray(part.dtype, count, element_shape=part.shape).write(0, part)
+            for part in first
+        )
+
+        def body(tile: tf.Tensor, arrays: Any) -> Any:
+            parts = function(tile)
+            return tile + 1, tuple(
+                array.write(tf.cast(tile, tf.int32), part)
+                for array, part in zip(arrays, parts, strict=True)
+            )
+
+        _, arrays = tf.while_loop(
+            lambda tile, _: tile < count,
+            body,
+            (tf.constant(1, tf.int64), arrays),
+            parallel_iterations=1,
+        )
+        stacks = (tf.transpose(array.stack(), (1, 0, 2)) for array in arrays)
+        return tuple(
+            tf.reshape(stack, (tf.shape(stack)[0], count * stack.shape[2])) for stack in stacks
+        )
+
+    def write_rows(self, table: tf.Variable, slots: tf.Tensor, rows: tf.Tensor) -> tf.Variable:
         if isinstance(table, tf.distribute.DistributedValues):
             # Variables of a strategy can only be assigned as a whole: one copy of the table.
             table.assign(_namespace.put_rows(table, slots, rows))
         else:
             table.scatter_nd_update(slots[:, None], rows)
+        return table
 
-    def overwrite(self, table: tf.Variable, values: tf.Tensor) -> None:
+    def overwrite(self, table: tf.Variable, values: tf.Tensor) -> tf.Variable:
         table.assign(values)
+        return table
 
     def make_generator(self, seed: Any) -> tf.random.Generator:
         if isinstance(seed, tf.random.Generator):

@@ -19,7 +19,8 @@ class _VariableHandler(BaseHandler, tf.Module):
 
     backend = TENSORFLOW
 
-    def _hold(self, caches: dict[str, NegativeCache]) -> None:
+    def _hold(self) -> None:
+        caches = self._init_caches()
         self.tables = {
             name: {
                 "age": _variable(cache.age, f"{name}/age"),

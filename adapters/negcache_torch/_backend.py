@@ -32,12 +32,13 @@ class TorchBackend(Backend):
     def no_gradient(self) -> torch.no_grad:
         return torch.no_grad()
 
-    def write_rows(self, table: Tensor, slots: Tensor, rows: Tensor) -> None:
+    def write_rows(self, table: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
         signed = _SIGNED.get(table.dtype, table.dtype)
         table.view(signed).index_copy_(0, slots, rows.view(signed))
+        return table
 
-    def overwrite(self, table: Tensor, values: Tensor) -> None:
-        table.copy_(values)
+    def overwrite(self, table: Tensor, values: Tensor) -> Tensor:
+        return table.copy_(values)
 
     def make_generator(self, seed: Any) -> BufferGenerator:
         return BufferGenerator(seed)

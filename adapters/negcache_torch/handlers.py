@@ -18,7 +18,8 @@ class _ModuleHandler(BaseHandler, nn.Module):
 
     backend = TORCH
 
-    def _hold(self, caches: dict[str, NegativeCache]) -> None:
+    def _hold(self) -> None:
+        caches = self._init_caches()
         self.tables = nn.ModuleDict(
             {"cache_" + module_name(name): CacheTable(cache) for name, cache in caches.items()}
         )

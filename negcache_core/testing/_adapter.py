@@ -33,6 +33,7 @@ class Adapter(NamedTuple):
     to_numpy:  the reverse
     run:       (function, state, batch) -> function(state, batch), perhaps traced or compiled;
                sizes of `state` are fixed, the first sizes of `batch` may be made unknown
+    bind:      (handler, cache) -> the handler holding that cache, where state is explicit; or None
     gradients: (function, arrays) -> gradients of the scalar function(*arrays), if any
     dtypes:    names of the dtypes that fields can have
     """
@@ -42,6 +43,7 @@ class Adapter(NamedTuple):
     to_native: Callable[[Any], Any]
     to_numpy: Callable[[Any], Any]
     run: Callable[..., Tree] = _call
+    bind: Callable[[Any, Any], Any] | None = None
     gradients: Callable[..., list[Any]] | None = None
     dtypes: tuple[str, ...] = DTYPES
 

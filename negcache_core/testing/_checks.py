@@ -160,7 +160,7 @@ def check_loss(adapter: Adapter) -> None:
 
         losses = {
             side.name: side.module.CacheClassificationLoss(
-                "embedding", ("tokens",), top_k=top_k, scale=3.0, num_samples=draws, generator=0
+                "embedding", ("tokens",), top_k=top_k, scale=3.0, num_samples=draws
             )
             for side in (adapter, NUMPY_ADAPTER)
         }
@@ -184,23 +184,24 @@ def check_steps(adapter: Adapter) -> None:
         module, rng = side.module, np.random.default_rng(4)
         handler = module.CacheLossHandler(
             _manager(module, 6),
-            module.CacheClassificationLoss("embedding", ("tokens",), generator=0),
+            module.CacheClassificationLoss("embedding", ("tokens",)),
             embedding_key="embedding",
             data_keys=("tokens",),
             new_items_filter=module.IsInCacheFilterFn(("tokens",)),
         )
 
-        def script(state: Any, batch: Any, *, handler: Any = handler, side: Adapter = side) -> Any:
-            del state
+        def script(cache: Any, batch: Any, *, whole: Any = handler, side: Adapter = side) -> Any:
+            handler = whole if side.bind is None else side.bind(whole, cache)
             features = {key: batch[key] for key in ("tokens", "id")}
             retrieval = handler.retrieve(batch["query"], features, noise=batch["noise"])
             negatives = _embed(side, retrieval.features)
             positives = batch["embedding"]
             result = handler.compute_loss(batch["query"], positives, negatives, retrieval)
             handler.commit(result, positives, features)
-            return result
+            return result if side.bind is None else (result, handler.cache)
 
-        history = []
+        history: list[Any] = []
+        cache: Any = {} if side.bind is None else side.numpy(_manager(module, 6).init_cache())
         for step in range(6):
             rows = (3, 2, 0, 3, 1, 3)[step]
             batch = {
@@ -210,8 +211,12 @@ def check_steps(adapter: Adapter) -> None:
             }
             if step == 1:
                 batch["embedding"][0] = np.nan  # never enters the cache
-            result = side.replay(script, {}, batch)
-            history.append((result, side.numpy(handler.cache)))
+            result = side.replay(script, cache, batch)
+            if side.bind is None:
+                result = (result, side.numpy(handler.cache))
+            else:
+                cache = result[1]
+            history.append(result)
         sides.append(tuple(history))
     _assert_equal(adapter.name, "", *sides)
 
@@ -230,9 +235,7 @@ def check_gradients(adapter: Adapter) -> None:
     fresh = np.asarray(adapter.to_numpy(_embed(adapter, native.data)))
 
     now: dict[str, Any] = {}
-    loss = module.CacheClassificationLoss(
-        "embedding", ("tokens",), scale=lambda: now["scale"], generator=0
-    )
+    loss = module.CacheClassificationLoss("embedding", ("tokens",), scale=lambda: now["scale"])
 
     def retrieve(query: Any, scale: Any) -> Any:
         now["scale"] = scale

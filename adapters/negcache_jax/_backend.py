@@ -1,0 +1,67 @@
+"""The verbs that JAX supplies to the core."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from negcache_core import KindError, OptionError
+from negcache_core.backend import Backend
+
+from . import _namespace
+
+
+class KeyStream:
+    """Keys for the draws of one call: each is used once."""
+
+    def __init__(self, key: Array) -> None:
+        self.key = key
+
+    def next(self) -> Array:
+        """Return a fresh key."""
+        self.key, fresh = jax.random.split(self.key)
+        return fresh
+
+
+class JaxBackend(Backend):
+    """JAX, eager or under jit; nothing is ever written in place except by donation."""
+
+    name = "jax"
+
+    def to_array(self, value: Any) -> Array:
+        return jnp.asarray(value)
+
+    def stop_gradient(self, array: Array) -> Array:
+        return jax.lax.stop_gradient(array)
+
+    def slice_rows(self, array: Array, start: Any, size: int) -> Array:
+        return jax.lax.dynamic_slice_in_dim(array, start, size)
+
+    def fold_tiles(
+        self, function: Callable[[Any], tuple[Array, ...]], count: int
+    ) -> tuple[Array, ...]:
+        stacks = jax.lax.map(function, jnp.arange(count))
+        return tuple(jnp.moveaxis(part, 0, 1).reshape(part.shape[1], -1) for part in stacks)
+
+    def write_rows(self, table: Array, slots: Array, rows: Array) -> Array:
+        return _namespace.put_rows(table, slots, rows)
+
+    def overwrite(self, table: Array, values: Array) -> Array:
+        return values
+
+    def make_generator(self, seed: Any) -> None:
+        if seed is not None:
+            raise KindError(
+                f"generator is {seed!r}: JAX keeps no hidden random state. Leave it out, and pass "
+                "key= to the call (a handler takes its key from the state)."
+            )
+
+    def uniform(self, generator: KeyStream | None, shape: tuple[int, ...], like: Array) -> Array:
+        if generator is None:
+            raise OptionError("a draw needs randomness: pass key=jax.random.key(…), or noise=.")
+        return jax.random.uniform(generator.next(), shape, dtype=jnp.result_type(float))
+
+
+JAX = JaxBackend(_namespace)

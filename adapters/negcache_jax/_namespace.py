@@ -1,0 +1,40 @@
+"""jax.numpy, with the few functions of the core that JAX has in other places."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.numpy import *  # noqa: F403 - this module is jax.numpy and a little more
+
+
+def arange(stop: Any, *, dtype: Any = None, device: Any = None) -> Array:
+    """Return 0 … stop - 1; under jit an array's device is not known, and JAX places it itself."""
+    del device
+    return jnp.arange(stop, dtype=dtype)
+
+
+def full(shape: Any, value: Any, *, dtype: Any, device: Any = None) -> Array:
+    """Return an array of one value; see `arange` about the device."""
+    del device
+    return jnp.full(shape, value, dtype=dtype)
+
+
+def largest(values: Array, count: int) -> Array:
+    """Return the positions of the `count` largest; equal elements keep their order in top_k."""
+    return jax.lax.top_k(values, count)[1]
+
+
+def put_rows(table: Array, slots: Array, rows: Array) -> Array:
+    """Return the table with `rows` at `slots`; in place under jit where the table is donated."""
+    return table.at[slots].set(rows)
+
+
+def take_rows(array: Array, indices: Array) -> Array:
+    """Return rows by index; all indices of the core are in range."""
+    return array.at[indices].get(mode="promise_in_bounds")
+
+
+def matmul_transposed(left: Array, right: Array) -> Array:
+    """Return left @ right.T at full precision, whatever the default for matrix units."""
+    return jnp.matmul(left, right.T, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,27 @@
+"""Functions that choose negatives from the score matrix, under the published module name."""
+
+from negcache_core.sampling import AbstractRetrievalFn
+from negcache_core.sampling import GumbelMaxRetrievalFn as _GumbelMaxRetrievalFn
+from negcache_core.sampling import MaxScoreRetrievalFn as _MaxScoreRetrievalFn
+from negcache_core.topk import approximate_top_k_with_indices
+
+from ._backend import JAX
+
+__all__ = [
+    "AbstractRetrievalFn",
+    "GumbelMaxRetrievalFn",
+    "MaxScoreRetrievalFn",
+    "approximate_top_k_with_indices",
+]
+
+
+class MaxScoreRetrievalFn(_MaxScoreRetrievalFn):
+    """The hardest negative; see `negcache_core.MaxScoreRetrievalFn`."""
+
+    backend = JAX
+
+
+class GumbelMaxRetrievalFn(_GumbelMaxRetrievalFn):
+    """Gumbel-max sampling; see `negcache_core.GumbelMaxRetrievalFn`."""
+
+    backend = JAX

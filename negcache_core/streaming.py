@@ -1,0 +1,240 @@
+"""Streaming retrieval: the cache is scored a tile at a time, and B x C scores never exist.
+
+Of each block of slots only the log-sum-exp of its scores is kept. A draw picks a block by its
+weight, scores that block again, and picks a slot inside: exactly softmax sampling, for
+B x C / BLOCK numbers of memory. Of each top-k group only the best score and its slot are kept.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from negcache_core._array import Array, arange_like, cast, fill, length, take, take_columns
+from negcache_core.backend import Backend
+from negcache_core.sampling import BLOCK, inverse_cdf
+from negcache_core.scoring import Scorer, log_sum_exp
+from negcache_core.state import is_written
+
+TILE_BYTES = 32 * 2**20
+"""Memory for the scores of a tile and their exponentials, unless the caller says otherwise."""
+
+UNKNOWN_ROWS = 256
+"""Queries assumed where tracing leaves their number open: it sizes tiles, and never the law."""
+
+
+def tile_slots(rows: int | None, itemsize: int, tile_bytes: int) -> int:
+    """Return how many slots a tile has: whole blocks, as many as fit the budget, at least one.
+
+    >>> tile_slots(64, 4, 2**20)
+    2048
+    """
+    per_slot = 2 * itemsize * max(1, UNKNOWN_ROWS if rows is None else rows)
+    return max(BLOCK, tile_bytes // per_slot // BLOCK * BLOCK)
+
+
+class CacheScores(NamedTuple):
+    """The scores of queries (B, D) against one cache, any part of them on demand; -inf where empty.
+
+    first: the number that slot 0 of this cache has among all caches' slots
+    tile:  slots to score at a time
+    """
+
+    queries: Array
+    table: Array
+    age: Array
+    first: int
+    tile: int
+    scorer: Scorer
+    backend: Backend
+
+    @property
+    def slots(self) -> int:
+        """The capacity."""
+        return int(self.age.shape[0])
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks, the last of which may be short."""
+        return -(-self.slots // BLOCK)
+
+    def part(self, start: Any, size: int) -> Array:
+        """Score slots start … start + size - 1: (B, size). `start` may be a traced integer."""
+        rows, age = (
+            self.backend.slice_rows(array, start, size) for array in (self.table, self.age)
+        )
+        # Scale first, then mask: an infinite score times a scale has no gradient.
+        scores = self.scorer.all_pairs(self.queries, rows)
+        return self.scorer.xp.where(is_written(age)[None, :], scores, -float("inf"))
+
+    def block_weights(self) -> Array:
+        """Return the log-sum-exp of every block: (B, blocks)."""
+        xp = self.scorer.xp
+
+        def weigh(start: Any, size: int) -> tuple[Array]:
+            scores, short = self.part(start, size), -size % BLOCK
+            if short:
+                pad = fill((1, 1), -float("inf"), scores, xp)
+                pad = xp.broadcast_to(pad, (length(scores, xp), short))
+                scores = xp.concat([scores, pad], axis=1)
+            tiled = xp.reshape(scores, (-1, (size + short) // BLOCK, BLOCK))
+            return (log_sum_exp(tiled, xp=xp),)
+
+        (weights,) = self._over_tiles(weigh, self.slots, self.tile)
+        return weights
+
+    def of_blocks(self, block: Array) -> Array:
+        """Score blocks (B, S) by number again: (B, S, BLOCK); -inf outside of the cache."""
+        xp, draws = self.scorer.xp, block.shape[1]
+        every = block[:, :, None] * BLOCK + arange_like(BLOCK, block, xp)[None, None, :]
+        there = (every >= 0) & (every < self.slots)
+        flat = xp.reshape(xp.where(there, every, 0), (-1,))
+        rows = xp.reshape(take(self.table, flat, xp), (-1, draws * BLOCK, self.table.shape[1]))
+        scores = xp.reshape(self.scorer.pairs(self.queries, rows), (-1, draws, BLOCK))
+        written = is_written(xp.reshape(take(self.age, flat, xp), (-1, draws, BLOCK)))
+        return xp.where(there & written, scores, -float("inf"))
+
+    def best_of_groups(self, start: int, groups: int, width: int) -> tuple[Array, Array]:
+        """Return the best score of each of `groups` groups of `width` slots, and its slot.
+
+        start: the first group's first slot in this cache. Both results are (B, groups); slots are
+        numbered over all caches, and ties go to the lowest.
+        """
+        xp = self.scorer.xp
+
+        def best(begin: Any, count: int, width: int) -> tuple[Array, Array]:
+            scores = xp.reshape(self.part(begin, count * width), (-1, count, width))
+            place = xp.argmax(scores, axis=-1)
+            first = arange_like(count, place, xp) * width + begin + self.first
+            return xp.max(scores, axis=-1), place + first[None, :]
+
+        def best_of_one(group: Any) -> tuple[Array, Array]:
+            begin = start + group * width
+            parts = self._over_tiles(lambda at, size: best(begin + at, 1, size), width, self.tile)
+            return best_column(*parts, xp=xp)
+
+        if width > self.tile:
+            return self.backend.fold_tiles(best_of_one, groups)
+        tile = self.tile // width * width
+        parts = self._over_tiles(
+            lambda at, size: best(start + at, size // width, width), groups * width, tile
+        )
+        return parts[0], parts[1]
+
+    def _over_tiles(
+        self, function: Callable[[Any, int], tuple[Array, ...]], slots: int, tile: int
+    ) -> tuple[Array, ...]:
+        """Concatenate function(start, size) over the tiles of a stretch and what is left of it."""
+        count, rest = divmod(slots, tile)
+        parts = []
+        if count:
+            parts.append(self.backend.fold_tiles(lambda at: function(at * tile, tile), count))
+        if rest:
+            parts.append(function(count * tile, rest))
+        return concat_columns(parts, self.scorer.xp)
+
+
+def concat_columns(parts: Sequence[tuple[Array, ...]], xp: Any) -> tuple[Array, ...]:
+    """Concatenate the first members of all parts along axis 1, then the second ones, …."""
+    if len(parts) == 1:
+        return parts[0]
+    return tuple(xp.concat(list(each), axis=1) for each in zip(*parts, strict=True))
+
+
+def best_column(scores: Array, places: Array, *, xp: Any) -> tuple[Array, Array]:
+    """Return the highest of scores (B, n) and its place: (B, 1) each."""
+    best = xp.argmax(scores, axis=1)[:, None]
+    return take_columns(scores, best, xp), take_columns(places, best, xp)
+
+
+class SoftmaxDraw(NamedTuple):
+    """slots (B, S) over all caches; their scores (B, S); log_partition (B,), -inf for no slot."""
+
+    slots: Array
+    scores: Array
+    log_partition: Array
+
+
+def draw_from_caches(caches: Sequence[CacheScores], noise: Array) -> SoftmaxDraw:
+    """Draw from the softmax over the written slots of all caches.
+
+    noise: (B, S, 2) uniforms in [0, 1): the first picks a block of slots, the second a slot in it.
+    Differs from the 2021 code, which scores everything at once and adds noise to every score.
+    """
+    xp = caches[0].scorer.xp
+    weights = xp.concat([cache.block_weights() for cache in caches], axis=1)
+    block = inverse_cdf(weights, cast(noise[:, :, 0], weights.dtype, xp), xp=xp)
+    scores, slots, passed = None, 0, 0
+    for cache in caches:
+        own = block - passed
+        part = cache.of_blocks(own)
+        # Each block is in one cache, and scores -inf in the others.
+        scores = part if scores is None else xp.maximum(scores, part)
+        mine = (own >= 0) & (own < cache.blocks)
+        slots = slots + xp.where(mine, cache.first + own * BLOCK, 0)
+        passed += cache.blocks
+    flat = xp.reshape(scores, (-1, BLOCK))
+    second = xp.reshape(cast(noise[:, :, 1], flat.dtype, xp), (-1, 1))
+    inside = inverse_cdf(flat, second, xp=xp)
+    draws = block.shape[1]
+    return SoftmaxDraw(
+        slots + xp.reshape(inside, (-1, draws)),
+        xp.reshape(take_columns(flat, inside, xp), (-1, draws)),
+        log_sum_exp(weights, xp=xp),
+    )
+
+
+def best_of_all_groups(caches: Sequence[CacheScores], k: int) -> tuple[Array, Array]:
+    """Return the best score in each of k contiguous groups of all slots, and its slot: (B, k)."""
+    xp = caches[0].scorer.xp
+    parts = []
+    for stretches, groups, width in group_runs(tuple(cache.slots for cache in caches), k):
+        found = [
+            caches[number].best_of_groups(start, groups, width or size)
+            for number, start, size in stretches
+        ]
+        both = concat_columns(found, xp)
+        parts.append(both if len(found) == 1 else best_column(*both, xp=xp))
+    return concat_columns(parts, xp)
+
+
+@functools.lru_cache(maxsize=64)
+def group_runs(capacities: tuple[int, ...], k: int) -> tuple[Any, ...]:
+    """Cut the slots of several caches into k groups, and gather equal neighbours into runs.
+
+    Returns, in order, (stretches, groups, width). A run inside one cache has one stretch (cache,
+    start, size) and a width. A group that lies in several caches is a run of its own, with a
+    stretch in each and width 0.
+
+    >>> group_runs((4, 3), 3)  # groups of 3, 2 and 2 slots; the second lies in both caches
+    ((((0, 0, 3),), 1, 3), (((0, 3, 1), (1, 0, 1)), 1, 0), (((1, 1, 2),), 1, 2))
+    """
+    starts = [sum(capacities[:number]) for number in range(len(capacities) + 1)]
+    width, longer = divmod(starts[-1], k)
+    runs: list[Any] = []
+
+    def add_shared(begin: int, end: int) -> None:
+        stretches = [
+            (number, max(begin, first) - first, min(end, last) - max(begin, first))
+            for number, (first, last) in enumerate(itertools.pairwise(starts))
+            if max(begin, first) < min(end, last)
+        ]
+        runs.append((tuple(stretches), 1, 0))
+
+    for begin, groups, size in ((0, longer, width + 1), (longer * (width + 1), k - longer, width)):
+        done = 0
+        for number, (first, last) in enumerate(itertools.pairwise(starts)):
+            lowest = max(done, -((begin - first) // size))  # the first group inside this cache
+            highest = min(groups, (last - begin) // size)
+            if lowest >= groups or last <= begin:
+                continue
+            for group in range(done, lowest):
+                add_shared(begin + group * size, begin + (group + 1) * size)
+            done = max(lowest, done)
+            if highest > done:
+                start = begin + done * size - first
+                runs.append((((number, start, (highest - done) * size),), highest - done, size))
+                done = highest
+        for group in range(done, groups):
+            add_shared(begin + group * size, begin + (group + 1) * size)
+    return tuple(runs)
