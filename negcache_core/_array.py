@@ -194,7 +194,10 @@ def put_rows(table: Array, slots: Array, rows: Array, xp: Any) -> Array:
         return xp.put_rows(table, slots, rows)
     if array_api_compat.is_jax_namespace(xp):
         return table.at[slots].set(rows)
-    if array_api_compat.is_numpy_namespace(xp) or array_api_compat.is_cupy_namespace(xp):
+    # PyTorch has no indexed writes for its wider unsigned integers.
+    in_torch = array_api_compat.is_torch_namespace(xp) and "uint" not in dtype_name(table.dtype)
+    in_numpy = array_api_compat.is_numpy_namespace(xp) or array_api_compat.is_cupy_namespace(xp)
+    if in_torch or in_numpy:
         copy = xp.asarray(table, copy=True)
         copy[slots] = rows
         return copy

@@ -8,6 +8,7 @@ import numpy as np
 
 from negcache_core._array import Array, numpy_namespace
 from negcache_core.errors import OptionError
+from negcache_core.scoring import log_sum_exp
 
 
 class Backend:
@@ -51,14 +52,25 @@ class Backend:
     def fold_tiles(
         self, function: Callable[[Any], tuple[Array, ...]], count: int
     ) -> tuple[Array, ...]:
-        """Return function(0), …, function(count - 1), each of arrays (B, n), joined along axis 1.
+        """Return function(0), …, function(count - 1), each of arrays (n, B), joined along axis 0.
 
         At most one tile is in memory at a time. A library that traces must not unroll the loop.
         """
         parts = [function(tile) for tile in range(count)]
         if count == 1:
             return parts[0]
-        return tuple(self.xp.concat(list(each), axis=1) for each in zip(*parts, strict=True))
+        return tuple(self.xp.concat(list(each), axis=0) for each in zip(*parts, strict=True))
+
+    def block_log_sum_exp(self, scores: Array, written: Array, block: int) -> Array:
+        """Return the log-sum-exp of every `block` rows of scores (n, B): (n / block, B).
+
+        written: bool (n,); other rows do not count
+
+        May overwrite `scores`: a library that can saves the time to allocate what it needs once.
+        """
+        xp = self.xp
+        scores = xp.where(written[:, None], scores, -float("inf"))
+        return log_sum_exp(xp.reshape(scores, (scores.shape[0] // block, block, -1)), 1, xp=xp)
 
     def write_rows(self, table: Array, slots: Array, rows: Array) -> Array:
         """Put `rows` (n, …) at `slots` (n,) of `table` (C, …), and return the table.

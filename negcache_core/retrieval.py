@@ -101,10 +101,12 @@ def scores_of(
     """Return the scores of queries (B, D) against each cache, none of them computed yet."""
     itemsize = 8 if dtype_name(scorer.dtype) == "float64" else 4
     tile = tile_slots(queries.shape[0], itemsize, tile_bytes)
+    # The scale goes into the queries: B x D products instead of one for each score.
+    scaled, plain = scorer.scaled(queries), scorer._replace(scale=None)
     found, first = [], 0
     for cache in caches.values():
         table, age = cache.data[embedding_key], cache.age
-        found.append(CacheScores(queries, table, age, first, tile, scorer, backend))
+        found.append(CacheScores(scaled, table, age, first, tile, plain, backend))
         first += found[-1].slots
     return found
 
@@ -146,7 +148,7 @@ def draw(
     else:
         columns = None
         if top_k is None:
-            matrix = xp.concat([cache.part(0, cache.slots) for cache in caches], axis=1)
+            matrix = xp.concat([cache.matrix() for cache in caches], axis=1)
         else:
             check_groups(top_k, sum(cache.slots for cache in caches))
             matrix, columns = best_of_all_groups(caches, top_k)

@@ -25,16 +25,24 @@ class Scorer(NamedTuple):
         queries = cast(queries, self.dtype, self.xp)
         if len(items.shape) == 3:
             queries = queries[:, None, :]
-        return self._finish(self.xp.sum(queries * cast(items, self.dtype, self.xp), axis=-1))
+        products = self.xp.sum(queries * cast(items, self.dtype, self.xp), axis=-1)
+        return self._transformed(products if self.scale is None else products * self._scale())
 
-    def all_pairs(self, queries: Array, items: Array) -> Array:
-        """Score every query (B, D) with every item (C, D): (B, C)."""
-        queries, items = (cast(array, self.dtype, self.xp) for array in (queries, items))
-        return self._finish(matmul_transposed(queries, items, self.xp))
+    def by_item(self, scaled_queries: Array, items: Array) -> Array:
+        """Score items (C, D) with queries (B, D) that have the scale in them: (C, B)."""
+        items = cast(items, self.dtype, self.xp)
+        scores = matmul_transposed(items, scaled_queries, self.xp)
+        if self.transform is None:
+            return scores
+        # The user's function sees (B, C), whichever way it is computed.
+        return self.xp.matrix_transpose(self._transformed(self.xp.matrix_transpose(scores)))
 
-    def _finish(self, scores: Array) -> Array:
-        if self.scale is not None:
-            scores = scores * self._scale()
+    def scaled(self, queries: Array) -> Array:
+        """Return queries (B, D) times the scale."""
+        queries = cast(queries, self.dtype, self.xp)
+        return queries if self.scale is None else queries * self._scale()
+
+    def _transformed(self, scores: Array) -> Array:
         if self.transform is None:
             return scores
         transformed = self.transform(scores)

@@ -26,15 +26,15 @@ tiles = st.sampled_from([BLOCK, 2 * BLOCK, 3 * BLOCK, 100 * BLOCK])
 def caches_of(seed, capacities, tile, *, rows=2, width=3, backend=NUMPY, native=np.asarray):
     """Return streamed caches, and the matrix of all their scores."""
     rng = np.random.default_rng(seed)
-    queries = rng.standard_normal((rows, width))
-    scorer = Scorer(1.5, None, backend.xp.float64, backend.xp)
+    queries = 1.5 * rng.standard_normal((rows, width))
+    scorer = Scorer(None, None, backend.xp.float64, backend.xp)
     caches, matrix, first = [], [], 0
     for capacity in capacities:
         table = rng.standard_normal((capacity, width))
         age = np.where(rng.random(capacity) < 0.3, EMPTY, 1).astype(np.int32)
         arrays = (native(array) for array in (queries, table, age))
         caches.append(CacheScores(*arrays, first, tile, scorer, backend))
-        matrix.append(np.where(age == EMPTY, -np.inf, 1.5 * queries @ table.T))
+        matrix.append(np.where(age == EMPTY, -np.inf, queries @ table.T))
         first += capacity
     return caches, np.concatenate(matrix, axis=1)
 

@@ -43,7 +43,7 @@ class JaxBackend(Backend):
         self, function: Callable[[Any], tuple[Array, ...]], count: int
     ) -> tuple[Array, ...]:
         stacks = jax.lax.map(function, jnp.arange(count))
-        return tuple(jnp.moveaxis(part, 0, 1).reshape(part.shape[1], -1) for part in stacks)
+        return tuple(part.reshape(-1, part.shape[2]) for part in stacks)
 
     def write_rows(self, table: Array, slots: Array, rows: Array) -> Array:
         return _namespace.put_rows(table, slots, rows)

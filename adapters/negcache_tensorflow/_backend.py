@@ -59,10 +59,7 @@ class TensorFlowBackend(Backend):
             (tf.constant(1, tf.int64), arrays),
             parallel_iterations=1,
         )
-        stacks = (tf.transpose(array.stack(), (1, 0, 2)) for array in arrays)
-        return tuple(
-            tf.reshape(stack, (tf.shape(stack)[0], count * stack.shape[2])) for stack in stacks
-        )
+        return tuple(array.concat() for array in arrays)
 
     def write_rows(self, table: tf.Variable, slots: tf.Tensor, rows: tf.Tensor) -> tf.Variable:
         if isinstance(table, tf.distribute.DistributedValues):

@@ -32,6 +32,14 @@ class TorchBackend(Backend):
     def no_gradient(self) -> torch.no_grad:
         return torch.no_grad()
 
+    def block_log_sum_exp(self, scores: Tensor, written: Tensor, block: int) -> Tensor:
+        # A score_transform may have returned a view of something; a product is ours to overwrite.
+        scores = scores.contiguous().masked_fill_(~written[:, None], -torch.inf)
+        blocks = scores.view(scores.shape[0] // block, block, scores.shape[1])
+        top = blocks.amax(1, keepdim=True)
+        top = torch.where(top.abs() < torch.inf, top, 0.0)
+        return blocks.sub_(top).exp_().sum(1).log_().add_(top[:, 0])
+
     def write_rows(self, table: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
         signed = _SIGNED.get(table.dtype, table.dtype)
         table.view(signed).index_copy_(0, slots, rows.view(signed))
