@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # TensorFlow is silent about what it cannot find unless something fails.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo test test-deep lint format typecheck clean
+.PHONY: help demo bench test test-deep lint format typecheck clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -18,6 +18,11 @@ $(VENV)/.%: pyproject.toml constraints.txt
 
 demo: $(VENV)/.demo ## train a search model twice, with and without a cache, and answer queries
 	$(BIN)/python examples/docstring_search.py train
+
+bench: $(VENV)/.test ## measure what a step costs, beside one bare matrix product, in each framework
+	for framework in numpy torch tensorflow jax; do \
+		$(BIN)/python benchmarks/a_step_costs_about_one_matrix_product.py $$framework || exit 1; \
+	done
 
 test: $(VENV)/.test ## run every test, on all backends
 	$(BIN)/python -m pytest -n auto

@@ -1,5 +1,6 @@
 """The candidates in TensorFlow, each one tf.function."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,7 @@ def candidates(slots: int, width: int, rows: int, vocabulary: int) -> dict[str, 
                 )
             return loss, tape.gradient(loss, [query])
 
-        return lambda: step()[0].numpy()
+        return functools.partial(_value, step)
 
     @tf.function
     def product() -> tf.Tensor:
@@ -66,8 +67,13 @@ def candidates(slots: int, width: int, rows: int, vocabulary: int) -> dict[str, 
         return loss, tape.gradient(loss, [query])
 
     return {
-        "product": lambda: product()[0, 0].numpy(),
+        "product": functools.partial(_value, product),
         "step": step_of(tf.float32),
         "bfloat16 step": step_of(tf.bfloat16),
-        "published": lambda: published()[0].numpy(),
+        "published": functools.partial(_value, published),
     }
+
+
+def _value(function: Callable[[], Any]) -> Any:
+    """Wait until the function's results are there."""
+    return [tensor.numpy()[:1] for tensor in tf.nest.flatten(function()) if tensor.shape.rank]

@@ -1,9 +1,9 @@
 """Claim: a whole training step costs about one bare product of queries and cache.
 
 A step is retrieval, loss, backward (where there is one) and the update of the cache, with a tower
-that only looks rows up. Beside it: the bare float32 product q @ cache.T of the same framework, which
-any method that scores the whole cache must pay; and the published algorithm, stated anew, with its
-score matrix, noise for each score, and a copy of the tables on every update.
+that only looks rows up. Beside it: the bare float32 product q @ cache.T of the same framework,
+which any method that scores the whole cache must pay; and the published algorithm, stated anew,
+with its score matrix, noise for each score, and a copy of the tables on every update.
 
     python benchmarks/a_step_costs_about_one_matrix_product.py torch --slots 131072 --rows 8 64
 """

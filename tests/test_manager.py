@@ -137,7 +137,7 @@ def leaves(cache):
 @pytest.mark.parametrize("name", [*EAGER, "jax"])
 def test_manager_is_a_dict_of_rows(name):
     machine = type("Machine", (ManagerMachine,), {"backend": BACKENDS[name]})
-    examples = 3 if name == "jax" else 30
+    examples = 3 if name == "jax" else settings.default.max_examples
     machine.TestCase.settings = settings(max_examples=examples, stateful_step_count=12)
     machine.TestCase().runTest()
 
