@@ -59,7 +59,11 @@ class TensorFlowBackend(Backend):
             (tf.constant(1, tf.int64), arrays),
             parallel_iterations=1,
         )
-        return tuple(array.concat() for array in arrays)
+        # Rows and queries keep their static sizes, where they have any.
+        return tuple(
+            tf.reshape(array.stack(), (count * part.shape[0], part.shape[1] or -1))
+            for array, part in zip(arrays, first, strict=True)
+        )
 
     def write_rows(self, table: tf.Variable, slots: tf.Tensor, rows: tf.Tensor) -> tf.Variable:
         if isinstance(table, tf.distribute.DistributedValues):

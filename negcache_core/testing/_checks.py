@@ -148,7 +148,12 @@ def check_filter(adapter: Adapter) -> None:
 def check_loss(adapter: Adapter) -> None:
     """The same noise draws the same rows and gives the same losses, refresh and metrics."""
     rng = np.random.default_rng(3)
-    for capacities, top_k, draws in (((300,), None, 1), ((5, 7), None, 2), ((5, 7), 5, 3)):
+    for capacities, top_k, draws in (
+        ((300,), None, 1),
+        ((5, 7), None, 2),
+        ((5, 7), 5, 3),
+        ((300,), 2, 1),
+    ):
         caches = {f"c{i}": _cache(rng, capacity) for i, capacity in enumerate(capacities)}
         rows = 4
         batch = {
@@ -160,7 +165,12 @@ def check_loss(adapter: Adapter) -> None:
 
         losses = {
             side.name: side.module.CacheClassificationLoss(
-                "embedding", ("tokens",), top_k=top_k, scale=3.0, num_samples=draws
+                "embedding",
+                ("tokens",),
+                top_k=top_k,
+                scale=3.0,
+                num_samples=draws,
+                tile_bytes=1,  # the smallest tiles: of 300 slots, two and a rest
             )
             for side in (adapter, NUMPY_ADAPTER)
         }
