@@ -10,7 +10,15 @@ from typing import Any, ClassVar
 
 from negcache_core._array import Array, accumulation_dtype, cast, length
 from negcache_core.backend import NUMPY, Backend
-from negcache_core.checks import check_field_names, check_floating, check_shape, shape_of
+from negcache_core.checks import (
+    check_field_names,
+    check_floating,
+    check_keys,
+    check_mapping,
+    check_rows,
+    check_shape,
+    shape_of,
+)
 from negcache_core.errors import KindError, OptionError
 from negcache_core.estimators import ESTIMATORS, check_estimator
 from negcache_core.metrics import finite_rows, mean, staleness, step_metrics
@@ -120,6 +128,9 @@ class CacheClassificationLoss(CacheLoss):
             check_shape(query_embeddings, ("B", first.shape[1]), "query_embeddings"),
             "query_embeddings",
         )
+        if noise is not None:
+            check_shape(noise, (query_embeddings.shape[0], "S", 2), "noise", "Uniforms in [0, 1).")
+        stand_in = self._stand_in(pos_features, next(iter(caches.values())))
         with backend.no_gradient():
             queries = backend.stop_gradient(query_embeddings)
             scorer = self._scorer(queries, first)
@@ -136,7 +147,7 @@ class CacheClassificationLoss(CacheLoss):
                 top_k=self.top_k,
                 backend=backend,
             )
-            rows = gather(caches, draws, self.embedding_key, self.data_keys, pos_features, backend)
+            rows = gather(caches, draws, self.embedding_key, self.data_keys, stand_in, backend)
         if not isinstance(cache, Mapping):
             rows.update(slots=rows["slots"][SINGLE], owned=rows["owned"][SINGLE])
         return Retrieval(
@@ -229,6 +240,21 @@ class CacheClassificationLoss(CacheLoss):
         retrieval = self.retrieve(query_embeddings, cache, pos_features=pos_features, noise=noise)
         negatives = doc_network(retrieval.features)
         return self.loss_from_negatives(query_embeddings, pos_doc_embeddings, negatives, retrieval)
+
+    def _stand_in(
+        self, features: Mapping[str, Array] | None, cache: NegativeCache
+    ) -> dict[str, Array] | None:
+        """Check features that may stand in for drawn rows, and return them in the cache's dtypes."""
+        if features is None:
+            return None
+        check_keys(
+            self.data_keys, check_mapping(features, "pos_features"), "data_keys", exact=False
+        )
+        wanted = {key: features[key] for key in self.data_keys}
+        rows, _ = check_rows(wanted, cache, "pos_features", self.backend)
+        return {
+            key: cast(value, cache.data[key].dtype, self.backend.xp) for key, value in rows.items()
+        }
 
     def _scorer(self, *arrays: Array) -> Scorer:
         xp = self.backend.xp

@@ -251,6 +251,20 @@ CASES = [
         core.KeysError,
         "cache is an empty dict: expected at least one NegativeCache.",
     ),
+    (
+        lambda: loss().retrieve(
+            np.zeros((1, 2), np.float32), manager().init_cache(), noise=np.zeros((2, 1, 2))
+        ),
+        core.ShapeError,
+        "noise has shape (2, 1, 2): expected (1, S, 2). Uniforms in [0, 1).",
+    ),
+    (
+        lambda: loss().retrieve(
+            np.zeros((1, 2), np.float32), manager().init_cache(), pos_features={"ids": 1}
+        ),
+        core.KeysError,
+        "data_keys has keys ['id']: expected some of ['ids']; unknown: ['id'].",
+    ),
     # filters and handlers
     (
         lambda: core.IsInCacheFilterFn(("x",))(manager().init_cache(), rows(1)),

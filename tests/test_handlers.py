@@ -210,6 +210,32 @@ def test_a_step_that_fails_leaves_the_cache_as_it_was(backend, change, error):
 
 
 @HANDLED
+def test_features_narrower_than_their_field_may_stand_in(backend):
+    """int32 ids for an int64 field: the encoder sees the field's dtype from the first step on."""
+    module = backend.module
+    specs = {"id": module.FieldSpec((), "int64"), "embedding": module.FieldSpec((1,), "float64")}
+    handler = module.CacheLossHandler(
+        module.CacheManager(specs, 4),
+        module.CacheClassificationLoss("embedding", ("id",), generator=0),
+        embedding_key="embedding",
+        data_keys=("id",),
+    )
+    xp = module.CacheManager.backend.xp
+    ids = backend.to_native(np.asarray([3, 4], np.int32))
+    seen = []
+
+    def network(features):
+        seen.append(features["id"].dtype)
+        return xp.astype(features["id"], xp.float64)[:, None]
+
+    for _ in range(2):
+        query = backend.to_native(np.ones((2, 1)))
+        positive = xp.astype(ids, xp.float64)[:, None]
+        handler.update_cache_and_compute_loss(network, query, positive, {"id": ids})
+    assert seen == [xp.int64, xp.int64]
+
+
+@HANDLED
 def test_an_empty_batch_is_fine(backend):
     handler = handler_of(backend)
     for rows in (2, 0, 1):
