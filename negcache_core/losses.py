@@ -13,13 +13,12 @@ from negcache_core.backend import NUMPY, Backend
 from negcache_core.checks import (
     check_field_names,
     check_floating,
-    check_keys,
     check_mapping,
     check_rows,
     check_shape,
     shape_of,
 )
-from negcache_core.errors import KindError, OptionError
+from negcache_core.errors import KeysError, KindError, OptionError
 from negcache_core.estimators import ESTIMATORS, check_estimator
 from negcache_core.metrics import finite_rows, mean, staleness, step_metrics
 from negcache_core.results import CacheLoss, CacheLossReturn
@@ -244,12 +243,16 @@ class CacheClassificationLoss(CacheLoss):
     def _stand_in(
         self, features: Mapping[str, Array] | None, cache: NegativeCache
     ) -> dict[str, Array] | None:
-        """Check features that may stand in for drawn rows, and return them in the cache's dtypes."""
+        """Check features that may stand in for drawn rows; return them in the cache's dtypes."""
         if features is None:
             return None
-        check_keys(
-            self.data_keys, check_mapping(features, "pos_features"), "data_keys", exact=False
-        )
+        check_mapping(features, "pos_features")
+        missing = [key for key in self.data_keys if key not in features]
+        if missing:
+            raise KeysError(
+                f"pos_features lack {missing}: expected all that the item network takes, "
+                f"{list(self.data_keys)}."
+            )
         wanted = {key: features[key] for key in self.data_keys}
         rows, _ = check_rows(wanted, cache, "pos_features", self.backend)
         return {

@@ -263,7 +263,7 @@ CASES = [
             np.zeros((1, 2), np.float32), manager().init_cache(), pos_features={"ids": 1}
         ),
         core.KeysError,
-        "data_keys has keys ['id']: expected some of ['ids']; unknown: ['id'].",
+        "pos_features lack ['id']: expected all that the item network takes, ['id'].",
     ),
     # filters and handlers
     (
