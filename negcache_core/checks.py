@@ -7,7 +7,7 @@ unknown while tracing (None) fits any other.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from negcache_core._array import Array, dtype_kind, dtype_name, length
+from negcache_core._array import Array, cast, dtype_kind, dtype_name, length
 from negcache_core.backend import Backend
 from negcache_core.errors import DeviceError, DTypeError, KeysError, KindError, ShapeError
 from negcache_core.state import NegativeCache
@@ -177,6 +177,22 @@ def check_refresh(
             f"updated_item_indices has dtype {dtype_name(slots.dtype)}: expected integers."
         )
     return arrays, slots, check_mask(mask, slots.shape[0], "updated_item_mask", backend)
+
+
+def check_stand_in(
+    features: Any, data_keys: tuple[str, ...], caches: Mapping[str, NegativeCache], backend: Backend
+) -> dict[str, Array]:
+    """Check features that may stand in for drawn rows; return them in the caches' dtypes."""
+    check_mapping(features, "pos_features")
+    missing = [key for key in data_keys if key not in features]
+    if missing:
+        raise KeysError(
+            f"pos_features lack {missing}: expected all that the item network takes, "
+            f"{list(data_keys)}."
+        )
+    cache = next(iter(caches.values()))
+    rows, _ = check_rows({key: features[key] for key in data_keys}, cache, "pos_features", backend)
+    return {key: cast(value, cache.data[key].dtype, backend.xp) for key, value in rows.items()}
 
 
 def check_mask(mask: Any, count: Any, what: str, backend: Backend) -> Array | None:

@@ -13,12 +13,11 @@ from negcache_core.backend import NUMPY, Backend
 from negcache_core.checks import (
     check_field_names,
     check_floating,
-    check_mapping,
-    check_rows,
     check_shape,
+    check_stand_in,
     shape_of,
 )
-from negcache_core.errors import KeysError, KindError, OptionError
+from negcache_core.errors import KindError, OptionError
 from negcache_core.estimators import ESTIMATORS, check_estimator
 from negcache_core.metrics import finite_rows, mean, staleness, step_metrics
 from negcache_core.results import CacheLoss, CacheLossReturn
@@ -129,7 +128,9 @@ class CacheClassificationLoss(CacheLoss):
         )
         if noise is not None:
             check_shape(noise, (query_embeddings.shape[0], "S", 2), "noise", "Uniforms in [0, 1).")
-        stand_in = self._stand_in(pos_features, next(iter(caches.values())))
+        stand_in = None
+        if pos_features is not None:
+            stand_in = check_stand_in(pos_features, self.data_keys, caches, backend)
         with backend.no_gradient():
             queries = backend.stop_gradient(query_embeddings)
             scorer = self._scorer(queries, first)
@@ -239,25 +240,6 @@ class CacheClassificationLoss(CacheLoss):
         retrieval = self.retrieve(query_embeddings, cache, pos_features=pos_features, noise=noise)
         negatives = doc_network(retrieval.features)
         return self.loss_from_negatives(query_embeddings, pos_doc_embeddings, negatives, retrieval)
-
-    def _stand_in(
-        self, features: Mapping[str, Array] | None, cache: NegativeCache
-    ) -> dict[str, Array] | None:
-        """Check features that may stand in for drawn rows; return them in the cache's dtypes."""
-        if features is None:
-            return None
-        check_mapping(features, "pos_features")
-        missing = [key for key in self.data_keys if key not in features]
-        if missing:
-            raise KeysError(
-                f"pos_features lack {missing}: expected all that the item network takes, "
-                f"{list(self.data_keys)}."
-            )
-        wanted = {key: features[key] for key in self.data_keys}
-        rows, _ = check_rows(wanted, cache, "pos_features", self.backend)
-        return {
-            key: cast(value, cache.data[key].dtype, self.backend.xp) for key, value in rows.items()
-        }
 
     def _scorer(self, *arrays: Array) -> Scorer:
         xp = self.backend.xp
