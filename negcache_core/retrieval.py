@@ -101,8 +101,9 @@ def scores_of(
     """Return the scores of queries (B, D) against each cache, none of them computed yet."""
     itemsize = 8 if dtype_name(scorer.dtype) == "float64" else 4
     tile = tile_slots(queries.shape[0], itemsize, tile_bytes)
-    # The scale goes into the queries: B x D products instead of one for each score.
-    scaled, plain = scorer.scaled(queries), scorer._replace(scale=None)
+    # The scale goes into the queries: B x D products instead of one for each score. Stopped, as a
+    # tape that watches the scale would otherwise keep every tile.
+    scaled, plain = backend.stop_gradient(scorer.scaled(queries)), scorer._replace(scale=None)
     found, first = [], 0
     for cache in caches.values():
         table, age = cache.data[embedding_key], cache.age

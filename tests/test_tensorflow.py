@@ -209,6 +209,34 @@ def test_python_control_flow_of_the_users_network_is_still_converted():
         assert np.isfinite(step(*batch(seed)))
 
 
+TAPED = """
+import resource
+import tensorflow as tf
+import negcache_tensorflow as negcache
+
+rows, slots = 64, 2**18
+scale = tf.Variable(1.0)
+loss = negcache.CacheClassificationLoss("e", ("e",), scale=scale, generator=0)
+cache = negcache.NegativeCache({"e": tf.random.normal((slots, 8))}, tf.zeros(slots, tf.int32))
+queries = tf.random.normal((rows, 8))
+loss.retrieve(queries, cache)  # the first call's own needs
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with tf.GradientTape() as tape:
+    loss.retrieve(queries, cache)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+matrix = rows * slots * 4 // 1024
+assert grown < matrix / 4, (grown, matrix)
+"""
+
+
+def test_a_tape_that_watches_the_scale_keeps_no_tiles():
+    """In kilobytes of resident memory, in a process of its own."""
+    out = subprocess.run(
+        [sys.executable, "-c", TAPED], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert out.returncode == 0, out.stderr[-3000:]
+
+
 MIRRORED = """
 import numpy as np, tensorflow as tf
 import negcache_tensorflow as negcache
