@@ -23,6 +23,7 @@ bench: $(VENV)/.test ## measure what a step costs, beside one bare matrix produc
 	for framework in numpy torch tensorflow jax; do \
 		$(BIN)/python benchmarks/a_step_costs_about_one_matrix_product.py $$framework || exit 1; \
 	done
+	$(BIN)/python benchmarks/half_storage_costs_little_accuracy.py
 
 test: $(VENV)/.test ## run every test, on all backends
 	$(BIN)/python -m pytest -n auto
