@@ -26,10 +26,10 @@ bench: $(VENV)/.test ## measure what a step costs, beside one bare matrix produc
 	$(BIN)/python benchmarks/half_storage_costs_little_accuracy.py
 
 test: $(VENV)/.test ## run every test, on all backends
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --maxprocesses=8
 
 test-deep: $(VENV)/.test ## the same with many more random examples
-	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n auto
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n auto --maxprocesses=8
 
 lint: $(VENV)/.lint ## check style and formatting
 	$(BIN)/ruff check .
