@@ -39,6 +39,20 @@ def interleaved(
     return rows
 
 
+def handler_of(negcache: Any, slots: int, width: int, id_dtype: Any, dtype: Any) -> Any:
+    """Return an empty handler of any adapter, for items that are known by an id."""
+    specs = {
+        "id": negcache.FieldSpec((), id_dtype),
+        "embedding": negcache.FieldSpec((width,), dtype),
+    }
+    return negcache.CacheLossHandler(
+        negcache.CacheManager(specs, slots),
+        negcache.CacheClassificationLoss("embedding", ("id",)),
+        embedding_key="embedding",
+        data_keys=("id",),
+    )
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Return rows of equal keys as an aligned table."""
     heads = list(rows[0])

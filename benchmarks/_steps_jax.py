@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import negcache_jax as negcache
+from _harness import handler_of
 
 
 def candidates(slots: int, width: int, rows: int, vocabulary: int) -> dict[str, Callable[[], Any]]:
@@ -16,24 +17,15 @@ def candidates(slots: int, width: int, rows: int, vocabulary: int) -> dict[str, 
     query = jax.random.normal(keys[1], (rows, width))
     ids = jax.random.randint(keys[2], (rows,), 0, vocabulary)
 
-    def handler_of(dtype: Any) -> tuple[Any, Any]:
-        specs = {
-            "id": negcache.FieldSpec((), jnp.int32),
-            "embedding": negcache.FieldSpec((width,), dtype),
-        }
-        handler = negcache.CacheLossHandler(
-            negcache.CacheManager(specs, slots),
-            negcache.CacheClassificationLoss("embedding", ("id",)),
-            embedding_key="embedding",
-            data_keys=("id",),
-        )
+    def full_handler(dtype: Any) -> tuple[Any, Any]:
+        handler = handler_of(negcache, slots, width, jnp.int32, dtype)
         all_ids = jnp.arange(slots) % vocabulary
         data = {"id": all_ids, "embedding": embedding[all_ids].astype(dtype)}
         cache = negcache.NegativeCache(data, jnp.arange(slots, dtype=jnp.int32))
         return handler, negcache.HandlerState({"cache": cache}, jax.random.key(1))
 
     def step_of(dtype: Any) -> Callable[[], Any]:
-        handler, state = handler_of(dtype)
+        handler, state = full_handler(dtype)
         held = [state]
 
         def loss(parameters: Any, state: Any) -> Any:
@@ -50,7 +42,7 @@ def candidates(slots: int, width: int, rows: int, vocabulary: int) -> dict[str, 
 
         return step
 
-    table = handler_of(jnp.float32)[1].caches["cache"].data
+    table = full_handler(jnp.float32)[1].caches["cache"].data
     multiply = jax.jit(lambda query, table: query @ table.T)
     held = [table, jax.random.key(2)]
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from _harness import handler_of
 
 import negcache_core as negcache
 
@@ -14,16 +15,7 @@ def candidates(slots: int, width: int, rows: int, vocabulary: int) -> dict[str, 
     embedding = rng.standard_normal((vocabulary, width), np.float32) / width**0.5
     query = rng.standard_normal((rows, width), np.float32)
     ids = rng.integers(0, vocabulary, rows)
-    specs = {
-        "id": negcache.FieldSpec((), "int64"),
-        "embedding": negcache.FieldSpec((width,), "float32"),
-    }
-    handler = negcache.CacheLossHandler(
-        negcache.CacheManager(specs, slots),
-        negcache.CacheClassificationLoss("embedding", ("id",), generator=0),
-        embedding_key="embedding",
-        data_keys=("id",),
-    )
+    handler = handler_of(negcache, slots, width, "int64", "float32")
     handler.cache.data["id"][:] = np.arange(slots) % vocabulary
     handler.cache.data["embedding"][:] = embedding[handler.cache.data["id"]]
     handler.cache.age[:] = np.arange(slots)

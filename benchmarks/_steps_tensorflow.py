@@ -6,6 +6,7 @@ from typing import Any
 
 import negcache_tensorflow as negcache
 import tensorflow as tf
+from _harness import handler_of
 
 
 def candidates(slots: int, width: int, rows: int, vocabulary: int) -> dict[str, Callable[[], Any]]:
@@ -19,16 +20,7 @@ def candidates(slots: int, width: int, rows: int, vocabulary: int) -> dict[str, 
     features = tf.Variable(all_ids, trainable=False)
 
     def step_of(dtype: tf.DType) -> Callable[[], Any]:
-        specs = {
-            "id": negcache.FieldSpec((), tf.int64),
-            "embedding": negcache.FieldSpec((width,), dtype),
-        }
-        handler = negcache.CacheLossHandler(
-            negcache.CacheManager(specs, slots),
-            negcache.CacheClassificationLoss("embedding", ("id",)),
-            embedding_key="embedding",
-            data_keys=("id",),
-        )
+        handler = handler_of(negcache, slots, width, tf.int64, dtype)
         handler.cache.data["id"].assign(all_ids)
         handler.cache.data["embedding"].assign(tf.cast(table, dtype))
         handler.cache.age.assign(tf.range(slots))

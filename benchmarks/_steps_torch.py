@@ -5,6 +5,7 @@ from typing import Any
 
 import negcache_torch as negcache
 import torch
+from _harness import handler_of
 
 
 def candidates(slots: int, width: int, rows: int, vocabulary: int) -> dict[str, Callable[[], Any]]:
@@ -56,16 +57,7 @@ def candidates(slots: int, width: int, rows: int, vocabulary: int) -> dict[str, 
 def _full_handler(
     slots: int, width: int, vocabulary: int, dtype: torch.dtype, embedding: torch.nn.Embedding
 ) -> negcache.CacheLossHandler:
-    specs = {
-        "id": negcache.FieldSpec((), torch.int64),
-        "embedding": negcache.FieldSpec((width,), dtype),
-    }
-    handler = negcache.CacheLossHandler(
-        negcache.CacheManager(specs, slots),
-        negcache.CacheClassificationLoss("embedding", ("id",)),
-        embedding_key="embedding",
-        data_keys=("id",),
-    )
+    handler = handler_of(negcache, slots, width, torch.int64, dtype)
     with torch.no_grad():
         ids = torch.arange(slots) % vocabulary
         handler.cache.data["id"].copy_(ids)

@@ -6,6 +6,7 @@ namespace may bring its own version under the same name, as the TensorFlow adapt
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import array_api_compat
@@ -18,6 +19,7 @@ __all__ = [
     "accumulation_dtype",
     "arange_like",
     "cast",
+    "concat_rows",
     "dtype_kind",
     "dtype_name",
     "fill",
@@ -155,6 +157,13 @@ def fill(shape: tuple[int, ...], value: Any, like: Array, xp: Any) -> Array:
 
 
 _device = array_api_compat.device
+
+
+def concat_rows(parts: Sequence[tuple[Array, ...]], xp: Any) -> tuple[Array, ...]:
+    """Concatenate the first members of all parts, then the second ones, …."""
+    if len(parts) == 1:
+        return parts[0]
+    return tuple(xp.concat(list(each), axis=0) for each in zip(*parts, strict=True))
 
 
 def mask_rows(mask: Array, array: Array) -> Array:

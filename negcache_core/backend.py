@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from negcache_core._array import Array, numpy_namespace
+from negcache_core._array import Array, concat_rows, numpy_namespace
 from negcache_core.errors import OptionError
 from negcache_core.scoring import log_sum_exp
 
@@ -56,10 +56,7 @@ class Backend:
 
         At most one tile is in memory at a time. A library that traces must not unroll the loop.
         """
-        parts = [function(tile) for tile in range(count)]
-        if count == 1:
-            return parts[0]
-        return tuple(self.xp.concat(list(each), axis=0) for each in zip(*parts, strict=True))
+        return concat_rows([function(tile) for tile in range(count)], self.xp)
 
     def block_log_sum_exp(self, scores: Array, written: Array, block: int) -> Array:
         """Return the log-sum-exp of every `block` rows of scores (n, B): (n / block, B).

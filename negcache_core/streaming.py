@@ -10,10 +10,18 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from negcache_core._array import Array, arange_like, cast, fill, length, take, take_columns
+from negcache_core._array import (
+    Array,
+    arange_like,
+    concat_rows,
+    fill,
+    length,
+    take,
+    take_columns,
+)
 from negcache_core.backend import Backend
-from negcache_core.sampling import BLOCK, inverse_cdf
-from negcache_core.scoring import Scorer, log_sum_exp
+from negcache_core.sampling import BLOCK, draw_in_blocks
+from negcache_core.scoring import Scorer
 from negcache_core.state import is_written
 
 TILE_BYTES = 8 * 2**20
@@ -150,13 +158,6 @@ class CacheScores(NamedTuple):
         return concat_rows(parts, self.scorer.xp)
 
 
-def concat_rows(parts: Sequence[tuple[Array, ...]], xp: Any) -> tuple[Array, ...]:
-    """Concatenate the first members of all parts, then the second ones, …."""
-    if len(parts) == 1:
-        return parts[0]
-    return tuple(xp.concat(list(each), axis=0) for each in zip(*parts, strict=True))
-
-
 def best_row(scores: Array, places: Array, *, xp: Any) -> tuple[Array, Array]:
     """Return the highest of each column of scores (n, B) and its place: (1, B) each."""
     by_query = (xp.matrix_transpose(scores), xp.matrix_transpose(places))
@@ -181,25 +182,22 @@ def draw_from_caches(caches: Sequence[CacheScores], noise: Array) -> SoftmaxDraw
     """
     xp = caches[0].scorer.xp
     weights = xp.concat([cache.block_weights() for cache in caches], axis=1)
-    block = inverse_cdf(weights, cast(noise[:, :, 0], weights.dtype, xp), xp=xp)
-    scores, slots, passed = None, 0, 0
-    for cache in caches:
-        own = block - passed
-        part = cache.of_blocks(own)
+    passed = list(itertools.accumulate((cache.blocks for cache in caches), initial=0))
+
+    def scores_of(block: Array) -> Array:
         # Each block is in one cache, and scores -inf in the others.
-        scores = part if scores is None else xp.maximum(scores, part)
+        parts = [
+            cache.of_blocks(block - first) for cache, first in zip(caches, passed, strict=False)
+        ]
+        return functools.reduce(xp.maximum, parts)
+
+    block, inside, scores, log_partition = draw_in_blocks(weights, noise, scores_of, xp=xp)
+    slots = inside
+    for cache, first in zip(caches, passed, strict=False):
+        own = block - first
         mine = (own >= 0) & (own < cache.blocks)
         slots = slots + xp.where(mine, cache.first + own * BLOCK, 0)
-        passed += cache.blocks
-    flat = xp.reshape(scores, (-1, BLOCK))
-    second = xp.reshape(cast(noise[:, :, 1], flat.dtype, xp), (-1, 1))
-    inside = inverse_cdf(flat, second, xp=xp)
-    draws = block.shape[1]
-    return SoftmaxDraw(
-        slots + xp.reshape(inside, (-1, draws)),
-        xp.reshape(take_columns(flat, inside, xp), (-1, draws)),
-        log_sum_exp(weights, xp=xp),
-    )
+    return SoftmaxDraw(slots, scores, log_partition)
 
 
 def best_of_all_groups(caches: Sequence[CacheScores], k: int) -> tuple[Array, Array]:

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from negcache_core import EMPTY, CapacityError
+from negcache_core import EMPTY, CacheManager, CapacityError, FieldSpec
 from negcache_core.plans import grow_older, plan_insert
 from negcache_core.state import OLDEST, NegativeCache
 
@@ -181,9 +181,7 @@ def test_rows_are_cast_as_the_field_says(name):
 
 def test_capacity_is_that_of_the_cache_given():
     """One manager serves shards of other sizes; its own cache_size is what init_cache makes."""
-    import negcache_core as core  # noqa: PLC0415 - NumPy alone here
-
-    manager = core.CacheManager({"i": core.FieldSpec((), "int64")}, 2)
+    manager = CacheManager({"i": FieldSpec((), "int64")}, 2)
     cache = NegativeCache({"i": np.asarray([1, 2, 3])}, np.asarray([1, 5, 2], np.int32))
     cache = manager.update_cache(cache, new_items={"i": [9]})
     np.testing.assert_array_equal(cache.data["i"], [1, 9, 3])

@@ -3,6 +3,7 @@
 import itertools
 import tracemalloc
 
+import negcache_torch
 import numpy as np
 import pytest
 import torch
@@ -179,13 +180,9 @@ def test_memory_does_not_grow_with_the_cache_but_for_a_number_per_block():
 
 
 def test_no_score_matrix_is_allocated_in_torch():
-    import negcache_torch as negcache  # noqa: PLC0415 - PyTorch's profiler is the instrument
-
     rows, capacity = 32, 2**17
-    cache = negcache.NegativeCache(
-        {"e": torch.randn(capacity, 8)}, torch.zeros(capacity, dtype=torch.int32)
-    )
-    loss = negcache.CacheClassificationLoss("e", ("e",), generator=0, tile_bytes=2**20)
+    cache = NegativeCache({"e": torch.randn(capacity, 8)}, torch.zeros(capacity, dtype=torch.int32))
+    loss = negcache_torch.CacheClassificationLoss("e", ("e",), generator=0, tile_bytes=2**20)
     with torch.profiler.profile(profile_memory=True) as profile:
         loss.retrieve(torch.randn(rows, 8), cache)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
