@@ -104,7 +104,7 @@ def accumulation_dtype(*arrays: Array, xp: Any) -> Any:
 
 def index_dtype(xp: Any) -> Any:
     """Return the namespace's default dtype for positions (int32 in JAX without x64)."""
-    return xp.arange(1).dtype
+    return xp.index_dtype if hasattr(xp, "index_dtype") else xp.arange(1).dtype
 
 
 def length(array: Array, xp: Any, axis: int = 0) -> Any:
@@ -143,7 +143,7 @@ def take_columns(array: Array, columns: Array, xp: Any) -> Array:
 
 def arange_like(count: Any, like: Array, xp: Any) -> Array:
     """Return 0, 1, …, count - 1 on the device of `like`."""
-    return xp.arange(count, dtype=index_dtype(xp), device=_device(like))
+    return xp.arange(count, dtype=index_dtype(xp), device=_device(like, xp))
 
 
 def positions(array: Array, xp: Any) -> Array:
@@ -153,10 +153,11 @@ def positions(array: Array, xp: Any) -> Array:
 
 def fill(shape: tuple[int, ...], value: Any, like: Array, xp: Any) -> Array:
     """Return an array of `value` with the dtype and the device of `like`."""
-    return xp.full(shape, value, dtype=like.dtype, device=_device(like))
+    return xp.full(shape, value, dtype=like.dtype, device=_device(like, xp))
 
 
-_device = array_api_compat.device
+def _device(array: Array, xp: Any) -> Any:
+    return xp.device_of(array) if hasattr(xp, "device_of") else array_api_compat.device(array)
 
 
 def concat_rows(parts: Sequence[tuple[Array, ...]], xp: Any) -> tuple[Array, ...]:
@@ -174,8 +175,27 @@ def mask_rows(mask: Array, array: Array) -> Array:
 def largest(values: Array, count: Any, xp: Any) -> Array:
     """Return the positions of the `count` largest integers, in order; ties to the lowest position.
 
-    One pass where the library has a partial sort, and a full stable sort elsewhere.
+    One pass finds the best of each group of values; only the groups with the `count` highest bests
+    can hold one of the largest, and only they are looked at again.
     """
+    groups, rest = divmod(values.shape[0], GROUP)
+    known = isinstance(count, int)
+    if known and 2 * count >= groups:
+        return _sorted_largest(values, count, xp)
+    whole = xp.reshape(values[: groups * GROUP], (groups, GROUP))
+    few = count if known else xp.minimum(count, groups)
+    # In ascending order, so that ties still go to the lowest position.
+    held = xp.sort(_sorted_largest(xp.max(whole, axis=1), few, xp))
+    places = held[:, None] * GROUP + arange_like(GROUP, held, xp)[None, :]
+    places = xp.concat([xp.reshape(places, (-1,)), groups * GROUP + arange_like(rest, held, xp)])
+    return take(places, _sorted_largest(take(values, places, xp), count, xp), xp)
+
+
+GROUP = 128
+
+
+def _sorted_largest(values: Array, count: Any, xp: Any) -> Array:
+    """Do what `largest` does, with a partial sort where the library has one."""
     if hasattr(xp, "largest"):
         return xp.largest(values, count)
     if not (hasattr(xp, "topk") or hasattr(xp, "argpartition")) or not _has_int64(xp):

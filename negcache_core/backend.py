@@ -10,6 +10,12 @@ from negcache_core._array import Array, concat_rows, numpy_namespace
 from negcache_core.errors import OptionError
 from negcache_core.scoring import log_sum_exp
 
+CPU_TILE = 4 * 2**20
+"""Bytes of a tile on a CPU: the passes over a tile find it in a core's own cache (measured)."""
+
+ACCELERATOR_TILE = 64 * 2**20
+"""Bytes of a tile on a GPU or TPU: large, so that launching kernels costs little."""
+
 
 class Backend:
     """The verbs of one array library. An adapter overrides what differs, and nothing else.
@@ -33,6 +39,15 @@ class Backend:
     def device(self, array: Array) -> Any:
         """Return where an array is, to compare; None where the library moves arrays itself."""
         return None
+
+    def tile_rows(self, queries: Array) -> int | None:
+        """Return the number of queries to size tiles for; None where a trace leaves it open."""
+        rows: int | None = queries.shape[0]
+        return rows
+
+    def tile_bytes(self, array: Array) -> int:
+        """Return the memory for a tile on the device of `array`, where the user names none."""
+        return CPU_TILE
 
     def stop_gradient(self, array: Array) -> Array:
         """Return the same values as a constant for differentiation."""

@@ -107,7 +107,7 @@ def check_rows(
             )
         arrays[key] = array
     counts = {key: array.shape[0] for key, array in arrays.items() if array.shape[0] is not None}
-    if len(set(counts.values())) > 1:
+    if any(count != next(iter(counts.values())) for count in counts.values()):
         raise ShapeError(
             f"{what} has row counts {counts}: expected one number of rows in all fields."
         )

@@ -24,7 +24,6 @@ from negcache_core.results import CacheLoss, CacheLossReturn
 from negcache_core.retrieval import SINGLE, Retrieval, draw, filled, gather, named_caches, scores_of
 from negcache_core.scoring import Scorer, sigmoid, soft_plus
 from negcache_core.state import NegativeCache
-from negcache_core.streaming import TILE_BYTES
 from negcache_core.topk import check_top_k
 
 
@@ -46,8 +45,8 @@ class CacheClassificationLoss(CacheLoss):
     estimator:       "paper"
     num_samples:     S, draws per query, with replacement
     generator:       None, an int seed, or a random generator of the framework
-    tile_bytes:      memory for scores in flight; the cache is scored in tiles that fit it. This
-                     changes the speed, never the law.
+    tile_bytes:      memory for scores in flight; the cache is scored in tiles that fit it. By
+                     default 2 MB on a CPU and 64 MB elsewhere. Changes the speed, never the law.
 
     Raises OptionError, KindError or CapacityError on an argument that cannot work.
     Source: the paper, sections 3.1 and 3.2; published as `losses.CacheClassificationLoss`.
@@ -79,7 +78,7 @@ class CacheClassificationLoss(CacheLoss):
         estimator: str = "paper",
         num_samples: int = 1,
         generator: Any = None,
-        tile_bytes: int = TILE_BYTES,
+        tile_bytes: int | None = None,
     ) -> None:
         super().__init__()
         self.embedding_key, self.data_keys = check_field_names(embedding_key, data_keys)
@@ -90,7 +89,7 @@ class CacheClassificationLoss(CacheLoss):
         ):
             if function is not None and not callable(function):
                 raise KindError(f"{name} is {function!r}: expected a function, or None.")
-        for name, number in (("num_samples", num_samples), ("tile_bytes", tile_bytes)):
+        for name, number in (("num_samples", num_samples), ("tile_bytes", tile_bytes or 1)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise OptionError(f"{name} is {number!r}: expected a positive int.")
         self.score_transform = score_transform

@@ -129,7 +129,7 @@ def grow_older(age: Array, *, xp: Any = None) -> Array:
     array([         0,          8, 2147483647], dtype=int32)
     """
     xp = namespace(age, xp=xp)
-    return xp.where(age >= OLDEST, age, xp.minimum(age, OLDEST - 1) + 1)
+    return age + cast(age < OLDEST, age.dtype, xp)
 
 
 def rows_to_write(plan: WritePlan, table: Array, rows: Array, *, xp: Any = None) -> Array:

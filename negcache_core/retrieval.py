@@ -96,17 +96,19 @@ def scores_of(
     embedding_key: str,
     scorer: Scorer,
     backend: Backend,
-    tile_bytes: int,
+    tile_bytes: int | None,
 ) -> list[CacheScores]:
     """Return the scores of queries (B, D) against each cache, none of them computed yet."""
     itemsize = 8 if dtype_name(scorer.dtype) == "float64" else 4
-    tile = tile_slots(queries.shape[0], itemsize, tile_bytes)
+    budget = backend.tile_bytes(queries) if tile_bytes is None else tile_bytes
     # The scale goes into the queries: B x D products instead of one for each score. Stopped, as a
     # tape that watches the scale would otherwise keep every tile.
     scaled, plain = backend.stop_gradient(scorer.scaled(queries)), scorer._replace(scale=None)
     found, first = [], 0
     for cache in caches.values():
         table, age = cache.data[embedding_key], cache.age
+        raised = 0 if table.dtype == scorer.dtype else table.shape[1]
+        tile = tile_slots(backend.tile_rows(queries), raised, itemsize, budget)
         found.append(CacheScores(scaled, table, age, first, tile, plain, backend))
         first += found[-1].slots
     return found

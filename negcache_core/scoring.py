@@ -28,6 +28,11 @@ class Scorer(NamedTuple):
         products = self.xp.sum(queries * cast(items, self.dtype, self.xp), axis=-1)
         return self._transformed(products if self.scale is None else products * self._scale())
 
+    def by_row(self, scaled_queries: Array, items: Array) -> Array:
+        """Score each query (B, D), with the scale in it, with its own items (B, n, D): (B, n)."""
+        items = cast(items, self.dtype, self.xp)
+        return self._transformed(self.xp.matmul(items, scaled_queries[:, :, None])[:, :, 0])
+
     def by_item(self, scaled_queries: Array, items: Array) -> Array:
         """Score items (C, D) with queries (B, D) that have the scale in them: (C, B)."""
         items = cast(items, self.dtype, self.xp)
@@ -55,7 +60,7 @@ class Scorer(NamedTuple):
 
     def _scale(self) -> Any:
         scale = self.scale() if callable(self.scale) else self.scale
-        if not hasattr(scale, "dtype"):
+        if isinstance(scale, (int, float)):
             return scale
         return cast(self.xp.reshape(scale, ()), self.dtype, self.xp)
 

@@ -24,24 +24,20 @@ from negcache_core.sampling import BLOCK, draw_in_blocks
 from negcache_core.scoring import Scorer
 from negcache_core.state import is_written
 
-TILE_BYTES = 8 * 2**20
-"""Memory for the scores of a tile and their exponentials, unless the caller says otherwise.
-
-Measured on two cores: 2 to 8 MB are fastest, since several passes over a tile find it in the CPU's
-caches; 32 MB cost a third more.
-"""
-
 UNKNOWN_ROWS = 256
 """Queries assumed where tracing leaves their number open: it sizes tiles, and never the law."""
 
 
-def tile_slots(rows: int | None, itemsize: int, tile_bytes: int) -> int:
+def tile_slots(rows: int | None, raised: int, itemsize: int, tile_bytes: int) -> int:
     """Return how many slots a tile has: whole blocks, as many as fit the budget, at least one.
 
-    >>> tile_slots(64, 4, 2**20)
+    A slot takes two numbers for each of `rows` queries, its score and that one's exponential, and
+    `raised` numbers for its embedding, if that is copied to another dtype.
+
+    >>> tile_slots(64, 0, 4, 2**20)
     2048
     """
-    per_slot = 2 * itemsize * max(1, UNKNOWN_ROWS if rows is None else rows)
+    per_slot = itemsize * (2 * max(1, UNKNOWN_ROWS if rows is None else rows) + raised)
     return max(BLOCK, tile_bytes // per_slot // BLOCK * BLOCK)
 
 
@@ -98,7 +94,7 @@ class CacheScores(NamedTuple):
         there = (every >= 0) & (every < self.slots)
         flat = xp.reshape(xp.where(there, every, 0), (-1,))
         rows = xp.reshape(take(self.table, flat, xp), (-1, draws * BLOCK, self.table.shape[1]))
-        scores = xp.reshape(self.scorer.pairs(self.queries, rows), (-1, draws, BLOCK))
+        scores = xp.reshape(self.scorer.by_row(self.queries, rows), (-1, draws, BLOCK))
         written = is_written(xp.reshape(take(self.age, flat, xp), (-1, draws, BLOCK)))
         return xp.where(there & written, scores, -float("inf"))
 
@@ -117,13 +113,23 @@ class CacheScores(NamedTuple):
             first = arange_like(count, place, xp) * width + begin + self.first
             return xp.max(scores, axis=1), place + first[:, None]
 
-        def best_of_one(group: Any) -> tuple[Array, ...]:
-            begin = start + group * width
-            parts = self._over_tiles(lambda at, size: best(begin + at, 1, size), width, self.tile)
-            return best_row(*parts, xp=xp)
-
         if width > self.tile:
-            return self.backend.fold_tiles(best_of_one, groups)
+            # A fold over the whole tiles of all groups, and one over what is left of each.
+            tiles, rest = divmod(width, self.tile)
+            parts = self.backend.fold_tiles(
+                lambda at: best(start + at // tiles * width + at % tiles * self.tile, 1, self.tile),
+                groups * tiles,
+            )
+            shaped = [tuple(xp.reshape(part, (groups, tiles, -1)) for part in parts)]
+            if rest:
+                first = start + tiles * self.tile
+                parts = self.backend.fold_tiles(
+                    lambda group: best(first + group * width, 1, rest), groups
+                )
+                shaped.append(tuple(part[:, None, :] for part in parts))
+            return best_of_parts(
+                *(xp.concat(list(each), axis=1) for each in zip(*shaped, strict=True)), xp=xp
+            )
         return self._over_tiles(
             lambda at, size: best(start + at, size // width, width),
             groups * width,
@@ -158,12 +164,15 @@ class CacheScores(NamedTuple):
         return concat_rows(parts, self.scorer.xp)
 
 
-def best_row(scores: Array, places: Array, *, xp: Any) -> tuple[Array, Array]:
-    """Return the highest of each column of scores (n, B) and its place: (1, B) each."""
-    by_query = (xp.matrix_transpose(scores), xp.matrix_transpose(places))
-    best = xp.argmax(by_query[0], axis=1)[:, None]
-    scores, places = (take_columns(each, best, xp) for each in by_query)
-    return xp.matrix_transpose(scores), xp.matrix_transpose(places)
+def best_of_parts(scores: Array, places: Array, *, xp: Any) -> tuple[Array, Array]:
+    """Return the highest of scores (groups, n, B) in each group, and its place: (groups, B)."""
+    groups, parts = scores.shape[:2]
+    scores, places = (
+        xp.reshape(xp.matrix_transpose(each), (-1, parts)) for each in (scores, places)
+    )
+    best = xp.argmax(scores, axis=1)[:, None]
+    scores, places = (take_columns(each, best, xp) for each in (scores, places))
+    return xp.reshape(scores, (groups, -1)), xp.reshape(places, (groups, -1))
 
 
 class SoftmaxDraw(NamedTuple):
@@ -210,12 +219,13 @@ def best_of_all_groups(caches: Sequence[CacheScores], k: int) -> tuple[Array, Ar
             for number, start, size in stretches
         ]
         both = concat_rows(found, xp)
-        parts.append(both if len(found) == 1 else best_row(*both, xp=xp))
+        if len(found) > 1:
+            both = best_of_parts(*(part[None, :, :] for part in both), xp=xp)
+        parts.append(both)
     best, places = concat_rows(parts, xp)
     return xp.matrix_transpose(best), xp.matrix_transpose(places)
 
 
-@functools.lru_cache(maxsize=64)
 def group_runs(capacities: tuple[int, ...], k: int) -> tuple[Any, ...]:
     """Cut the slots of several caches into k groups, and gather equal neighbours into runs.
 

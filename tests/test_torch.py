@@ -262,3 +262,16 @@ def test_modules_of_several_caches_and_awkward_names():
     )
     assert set(handler.cache) == set(names)
     assert len(handler.state_dict()) == 3 * 3 + 1
+
+
+def test_scores_stay_wide_inside_autocast():
+    """Half-precision scores would shift the log-partition in the third digit."""
+    tower, losses = tower_of(), []
+    for enabled in (False, True):
+        handler = handler_of(capacity=500, scale=5.0)
+        for seed in range(3):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = step(handler, tower, seed)
+        assert loss.dtype == torch.float32
+        losses.append(loss)
+    assert torch.equal(*losses)

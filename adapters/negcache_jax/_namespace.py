@@ -35,6 +35,11 @@ def take_rows(array: Array, indices: Array) -> Array:
     return array.at[indices].get(mode="promise_in_bounds")
 
 
+def matmul(left: Array, right: Array) -> Array:
+    """Multiply at full precision, whatever the default for matrix units."""
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+
+
 def matmul_transposed(left: Array, right: Array) -> Array:
-    """Return left @ right.T at full precision, whatever the default for matrix units."""
-    return jnp.matmul(left, right.T, precision=jax.lax.Precision.HIGHEST)
+    """Return left @ right.T."""
+    return matmul(left, right.T)

@@ -11,6 +11,7 @@ bool = tf.bool
 float16, bfloat16, float32, float64 = tf.float16, tf.bfloat16, tf.float32, tf.float64
 int8, int16, int32, int64 = tf.int8, tf.int16, tf.int32, tf.int64
 uint8, uint16, uint32, uint64 = tf.uint8, tf.uint16, tf.uint32, tf.uint64
+index_dtype = tf.int64
 
 abs, exp, log, log1p, isfinite = tf.abs, tf.exp, tf.math.log, tf.math.log1p, tf.math.is_finite
 maximum, minimum, reshape = tf.maximum, tf.minimum, tf.reshape
@@ -87,12 +88,20 @@ def argsort(array: tf.Tensor, *, stable: Any) -> tf.Tensor:
     return tf.cast(tf.argsort(array, stable=stable), tf.int64)
 
 
+def sort(array: tf.Tensor) -> tf.Tensor:
+    return tf.sort(array)
+
+
 def cumulative_sum(array: tf.Tensor, *, axis: int) -> tf.Tensor:
     return tf.cumsum(array, axis)
 
 
 def matrix_transpose(array: tf.Tensor) -> tf.Tensor:
     return tf.linalg.matrix_transpose(array)
+
+
+def matmul(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+    return tf.matmul(left, right)
 
 
 def matmul_transposed(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:

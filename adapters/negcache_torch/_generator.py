@@ -40,13 +40,10 @@ class BufferGenerator(nn.Module):
 
     def bits(self, count: int, device: torch.device) -> Tensor:
         """Return the next `count` 64-bit outputs as int64, and advance."""
-        state = self.state.to(device)
-        steps = torch.arange(1, count + 1, dtype=torch.int64, device=device)
-        mixed = state + steps * _GAMMA
-        mixed = (mixed ^ _shift_right(mixed, 30)) * _MIX_1
-        mixed = (mixed ^ _shift_right(mixed, 27)) * _MIX_2
-        self.state.add_(torch.full_like(self.state, _GAMMA) * count)
-        return mixed ^ _shift_right(mixed, 31)
+        draw = _split_mix_whole if torch.compiler.is_compiling() else _split_mix
+        bits, state = draw(self.state.to(device), count)
+        self.state.copy_(state)
+        return bits
 
     def uniform(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Return uniforms in [0, 1) of 53 bits each."""
@@ -56,6 +53,24 @@ class BufferGenerator(nn.Module):
         # Apple's GPUs have no float64; the draw copes with a float32 uniform that rounds to 1.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         return (_shift_right(self.bits(count, device), 11).to(dtype) * 2.0**-53).reshape(shape)
+
+
+def _split_mix(state: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    steps = torch.arange(1, count + 1, dtype=torch.int64, device=state.device)
+    mixed = state + steps * _GAMMA
+    mixed = (mixed ^ _shift_right(mixed, 30)) * _MIX_1
+    mixed = (mixed ^ _shift_right(mixed, 27)) * _MIX_2
+    return mixed ^ _shift_right(mixed, 31), state + torch.full_like(state, _GAMMA) * count
+
+
+# Whole to compilers: PyTorch 2.13 would fold the constants into more than 64 bits, and fuse the
+# advance of the state into a loop that still reads it.
+_split_mix_whole = torch.library.custom_op("negcache::split_mix", _split_mix, mutates_args=())
+
+
+@_split_mix_whole.register_fake
+def _(state: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    return state.new_empty((count,)), torch.empty_like(state)
 
 
 def _shift_right(values: Tensor, by: int) -> Tensor:

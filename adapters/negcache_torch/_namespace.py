@@ -1,0 +1,80 @@
+"""The few array functions that the core calls, in PyTorch.
+
+array-api-compat has them too, but works out each result's dtype in Python: torch.compile cannot
+trace that, and it costs more than a small operation does.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+bool = torch.bool
+float16, bfloat16, float32, float64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+int8, int16, int32, int64 = torch.int8, torch.int16, torch.int32, torch.int64
+uint8, uint16, uint32, uint64 = torch.uint8, torch.uint16, torch.uint32, torch.uint64
+
+abs, exp, log, log1p, isfinite = torch.abs, torch.exp, torch.log, torch.log1p, torch.isfinite
+arange, zeros, full, full_like = torch.arange, torch.zeros, torch.full, torch.full_like
+ones_like, where, reshape = torch.ones_like, torch.where, torch.reshape
+broadcast_to, concat, cumulative_sum = torch.broadcast_to, torch.cat, torch.cumsum
+all, any, mean, max, argmax = torch.all, torch.any, torch.mean, torch.amax, torch.argmax
+argsort, topk = torch.argsort, torch.topk
+
+index_dtype = int64
+
+# PyTorch has no indexed writes for these: the same bits are written through a signed view.
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
+def device_of(array: Tensor) -> torch.device:
+    return array.device
+
+
+def astype(array: Tensor, dtype: torch.dtype) -> Tensor:
+    return array.to(dtype)
+
+
+def asarray(value: Any, *, copy: Any = None) -> Tensor:
+    return torch.asarray(value, copy=copy)
+
+
+def maximum(left: Tensor, right: Any) -> Tensor:
+    return torch.maximum(left, right) if isinstance(right, Tensor) else left.clamp(min=right)
+
+
+def minimum(left: Tensor, right: Any) -> Tensor:
+    return torch.minimum(left, right) if isinstance(right, Tensor) else left.clamp(max=right)
+
+
+def sum(array: Tensor, *, axis: Any = None) -> Tensor:
+    return torch.sum(array) if axis is None else torch.sum(array, axis)
+
+
+def sort(array: Tensor) -> Tensor:
+    return torch.sort(array).values
+
+
+def matrix_transpose(array: Tensor) -> Tensor:
+    return array.mT
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    if not torch.amp.is_autocast_available(left.device.type):
+        return torch.matmul(left, right)
+    # Scores stay as wide as the core asks for, also inside of the user's autocast.
+    with torch.autocast(left.device.type, enabled=False):
+        return torch.matmul(left, right)
+
+
+def take_rows(array: Tensor, indices: Tensor) -> Tensor:
+    return array[indices]
+
+
+def signed(array: Tensor) -> Tensor:
+    """Return a view of the same bits, in a dtype that indexed writes know."""
+    return array.view(_SIGNED.get(array.dtype, array.dtype))
+
+
+def put_rows(table: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
+    return signed(table).index_copy(0, slots, signed(rows)).view(table.dtype)

@@ -1,0 +1,84 @@
+"""PyTorch under torch.compile: one graph without a break, and the same numbers as eager code."""
+
+import copy
+
+import negcache_torch as negcache
+import pytest
+import torch
+
+# Inductor imports what PyTorch itself has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+VOCABULARY, WIDTH, CAPACITY = 50, 4, 270
+
+
+def model(seed, **options):
+    """Return a handler with tiles of one block, and the tower it trains."""
+    torch.manual_seed(seed)
+    handler = negcache.CacheLossHandler(
+        negcache.CacheManager(
+            {
+                "id": negcache.FieldSpec((), torch.int64),
+                "embedding": negcache.FieldSpec((WIDTH,), torch.float32),
+            },
+            CAPACITY,
+        ),
+        negcache.CacheClassificationLoss(
+            "embedding", ("id",), generator=seed, tile_bytes=1, **options
+        ),
+        embedding_key="embedding",
+        data_keys=("id",),
+    )
+    return handler, torch.nn.Embedding(VOCABULARY, WIDTH)
+
+
+def step(handler, tower, queries, ids):
+    return handler.update_cache_and_compute_loss(
+        lambda features: tower(features["id"]), queries, tower(ids), {"id": ids}
+    )
+
+
+class LearnedTemperature(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.log_temperature = torch.nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, scores):
+        return scores * torch.exp(self.log_temperature)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [
+        ("inductor", {"scale": 1.5}),
+        ("aot_eager", {"score_transform": LearnedTemperature(), "num_samples": 3}),
+        ("aot_eager", {"top_k": 7}),
+        ("aot_eager", {"top_k": 2}),  # groups wider than a tile: a fold in a fold
+    ],
+    ids=["inductor", "transform", "top_k", "wide groups"],
+)
+def test_one_graph_serves_every_batch_size_and_agrees_with_eager(backend, options):
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    eager, tower = model(0, **options)
+    compiled, other_tower = copy.deepcopy((eager, tower))
+    run = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    for rows in (6, 40, 40, 40, 17, 40, 40, 40, 23):
+        queries = torch.randn(rows, WIDTH, generator=generator)
+        ids = torch.randint(VOCABULARY, (rows,), generator=generator)
+        losses, gradients = [], []
+        for function, handler, table in ((step, eager, tower), (run, compiled, other_tower)):
+            leaf = queries.clone().requires_grad_()
+            loss = function(handler, table, leaf, ids)
+            parameters = [leaf, *table.parameters(), *handler.parameters()]
+            gradients.append(torch.autograd.grad(loss, parameters))
+            losses.append(loss.detach())
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    for ours, theirs in zip(eager.buffers(), compiled.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert bool((eager.cache.age < CAPACITY).all())  # filled: every tile had its part
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
