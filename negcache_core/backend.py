@@ -8,7 +8,7 @@ import numpy as np
 
 from negcache_core._array import Array, concat_rows, numpy_namespace
 from negcache_core.errors import OptionError
-from negcache_core.scoring import log_sum_exp
+from negcache_core.scoring import block_log_sum_exp_in_place, log_sum_exp
 
 CPU_TILE = 4 * 2**20
 """Bytes of a tile on a CPU: the passes over a tile find it in a core's own cache (measured)."""
@@ -25,6 +25,7 @@ class Backend:
     """
 
     name = "numpy"
+    slices_copy = False  # whether `slice_rows` copies, so that a tile of rows takes memory too
 
     def __init__(self, xp: Any = numpy_namespace) -> None:
         self.xp = xp
@@ -113,4 +114,15 @@ class Backend:
         )
 
 
-NUMPY = Backend()
+class NumpyBackend(Backend):
+    """NumPy, the reference: the defaults, and scores that are overwritten in place."""
+
+    def block_log_sum_exp(self, scores: Array, written: Array, block: int) -> Array:
+        """Do it in place; rows to leave out are found and filled."""
+        scores = np.require(scores, requirements=("C", "W"))  # a score_transform may return views
+        scores[~written] = -np.inf
+        with np.errstate(divide="ignore"):  # the logarithm of an empty block's sum
+            return block_log_sum_exp_in_place(scores, block, xp=self.xp)
+
+
+NUMPY = NumpyBackend()

@@ -46,7 +46,7 @@ class CacheClassificationLoss(CacheLoss):
     num_samples:     S, draws per query, with replacement
     generator:       None, an int seed, or a random generator of the framework
     tile_bytes:      memory for scores in flight; the cache is scored in tiles that fit it. By
-                     default 2 MB on a CPU and 64 MB elsewhere. Changes the speed, never the law.
+                     default 4 MB on a CPU and 64 MB elsewhere. Changes the speed, never the law.
 
     Raises OptionError, KindError or CapacityError on an argument that cannot work.
     Source: the paper, sections 3.1 and 3.2; published as `losses.CacheClassificationLoss`.

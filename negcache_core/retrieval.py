@@ -107,8 +107,9 @@ def scores_of(
     found, first = [], 0
     for cache in caches.values():
         table, age = cache.data[embedding_key], cache.age
-        raised = 0 if table.dtype == scorer.dtype else table.shape[1]
-        tile = tile_slots(backend.tile_rows(queries), raised, itemsize, budget)
+        copied = backend.slices_copy or table.dtype != scorer.dtype
+        width = table.shape[1] if copied else 0
+        tile = tile_slots(backend.tile_rows(queries), width, itemsize, budget)
         found.append(CacheScores(scaled, table, age, first, tile, plain, backend))
         first += found[-1].slots
     return found

@@ -83,6 +83,26 @@ def log_sum_exp(scores: Array, axis: int = -1, *, xp: Any = None) -> Array:
     return xp.where(total == 0, -float("inf"), xp.log(xp.where(total == 0, 1.0, total)) + top)
 
 
+def block_log_sum_exp_in_place(scores: Array, block: int, *, xp: Any) -> Array:
+    """Return the log-sum-exp of every `block` rows of scores (n, B): (n / block, B).
+
+    For libraries that write into their arrays (`out=`): overwrites `scores`, and allocates little.
+    Each FOLD rows are treated as one, so that few queries still make rows as wide as registers.
+    """
+    blocks, rows = scores.shape[0] // block, scores.shape[1]
+    narrow, finite = (blocks, FOLD, rows), xp.finfo(scores.dtype)
+    wide = xp.reshape(scores, (blocks, block // FOLD, FOLD * rows))
+    top = xp.max(xp.reshape(xp.max(wide, axis=1), narrow), axis=1)
+    top = xp.clip(top, finite.min, finite.max)[:, None, :]
+    shift = xp.reshape(xp.broadcast_to(top, narrow), (blocks, 1, FOLD * rows))
+    xp.exp(xp.subtract(wide, shift, out=wide), out=wide)
+    total = xp.sum(xp.reshape(xp.sum(wide, axis=1), narrow), axis=1)
+    return xp.log(total) + top[:, 0]
+
+
+FOLD = 8
+
+
 def soft_plus(values: Array, *, xp: Any = None) -> Array:
     """Return log(1 + exp(values)) without overflow: finite for all finite values, 0 for -inf."""
     xp = namespace(values, xp=xp)

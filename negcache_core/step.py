@@ -60,7 +60,8 @@ class BaseHandler:
         self._tables = self._init_caches()
 
     def _keep(self, caches: dict[str, NegativeCache]) -> None:
-        """Take charge of the state after a step; the default is for tables written in place."""
+        """Take charge of the state after a step; tables written in place need nothing."""
+        del caches  # not an empty body, of which TensorFlow's AutoGraph would warn
 
     def _caches(self) -> dict[str, NegativeCache]:
         """Return the state as it is now, by cache name; writes to its arrays change it."""

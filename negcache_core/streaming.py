@@ -28,16 +28,16 @@ UNKNOWN_ROWS = 256
 """Queries assumed where tracing leaves their number open: it sizes tiles, and never the law."""
 
 
-def tile_slots(rows: int | None, raised: int, itemsize: int, tile_bytes: int) -> int:
+def tile_slots(rows: int | None, width: int, itemsize: int, tile_bytes: int) -> int:
     """Return how many slots a tile has: whole blocks, as many as fit the budget, at least one.
 
     A slot takes two numbers for each of `rows` queries, its score and that one's exponential, and
-    `raised` numbers for its embedding, if that is copied to another dtype.
+    `width` numbers for its embedding, if that is copied to be sliced or raised to another dtype.
 
     >>> tile_slots(64, 0, 4, 2**20)
     2048
     """
-    per_slot = itemsize * (2 * max(1, UNKNOWN_ROWS if rows is None else rows) + raised)
+    per_slot = itemsize * (2 * max(1, UNKNOWN_ROWS if rows is None else rows) + width)
     return max(BLOCK, tile_bytes // per_slot // BLOCK * BLOCK)
 
 

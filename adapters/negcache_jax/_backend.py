@@ -29,6 +29,7 @@ class JaxBackend(Backend):
     """JAX, eager or under jit; nothing is ever written in place except by donation."""
 
     name = "jax"
+    slices_copy = True
 
     def to_array(self, value: Any) -> Array:
         return jnp.asarray(value)

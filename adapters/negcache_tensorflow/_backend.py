@@ -23,6 +23,7 @@ class TensorFlowBackend(Backend):
     """TensorFlow, eager or traced, with or without XLA; state is in variables."""
 
     name = "tensorflow"
+    slices_copy = True
 
     def to_array(self, value: Any) -> tf.Tensor:
         return value if tf.is_tensor(value) else tf.convert_to_tensor(value)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from negcache_core.backend import ACCELERATOR_TILE, CPU_TILE, Backend
+from negcache_core.scoring import block_log_sum_exp_in_place
 
 from . import _namespace
 from ._generator import BufferGenerator
@@ -67,7 +68,10 @@ class TorchBackend(Backend):
 
     def block_log_sum_exp(self, scores: Tensor, written: Tensor, block: int) -> Tensor:
         if scores.device.type == "cpu" and not torch.compiler.is_compiling():
-            return _log_sum_exp_on_cpu(scores, written, block)
+            # Reading values costs nothing here: the few rows to leave out are found and filled.
+            scores = scores.contiguous()  # a score_transform may have returned a view of something
+            scores.index_fill_(0, torch.nonzero(~written)[:, 0], -torch.inf)
+            return block_log_sum_exp_in_place(scores, block, xp=self.xp)
         scores = torch.where(written[:, None], scores, -torch.inf)
         return torch.logsumexp(scores.view(scores.shape[0] // block, block, -1), 1)
 
@@ -86,23 +90,6 @@ class TorchBackend(Backend):
 
     def all_gather(self, array: Tensor) -> Tensor:
         return all_gather_rows(array)
-
-
-def _log_sum_exp_on_cpu(scores: Tensor, written: Tensor, block: int) -> Tensor:
-    """Do it in place, and with rows as wide as vector registers also where there are few queries.
-
-    Reading values costs nothing on a CPU, so the few rows to leave out are found and filled.
-    """
-    scores = scores.contiguous()  # a score_transform may have returned a view of something
-    scores.index_fill_(0, torch.nonzero(~written)[:, 0], -torch.inf)
-    blocks, rows = scores.shape[0] // block, scores.shape[1]
-    fold = 8 if rows < 64 else 1
-    wide, narrow = (blocks, block // fold, fold * rows), (blocks, fold, rows)
-    scores, finite = scores.view(wide), torch.finfo(scores.dtype)
-    top = scores.amax(1).view(narrow).amax(1, keepdim=True).clamp_(finite.min, finite.max)
-    shifts = top.expand(narrow).reshape(blocks, 1, fold * rows)
-    total = scores.sub_(shifts).exp_().sum(1).view(narrow).sum(1)
-    return total.log_().add_(top[:, 0])
 
 
 TORCH = TorchBackend(_namespace)

@@ -19,7 +19,8 @@ arange, zeros, full, full_like = torch.arange, torch.zeros, torch.full, torch.fu
 ones_like, where, reshape = torch.ones_like, torch.where, torch.reshape
 broadcast_to, concat, cumulative_sum = torch.broadcast_to, torch.cat, torch.cumsum
 all, any, mean, max, argmax = torch.all, torch.any, torch.mean, torch.amax, torch.argmax
-argsort, topk = torch.argsort, torch.topk
+argsort, topk, clip, subtract = torch.argsort, torch.topk, torch.clip, torch.subtract
+finfo = torch.finfo
 
 index_dtype = int64
 
