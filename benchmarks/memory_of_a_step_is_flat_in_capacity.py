@@ -4,7 +4,7 @@ The design allows some tiles of fixed size (`tile_bytes`), one float per query a
 slots (B x C/128), and passes over the integer ages; never the B x C matrix of scores. The promise:
 at most 64 MB (2**20 bytes each, here and below) at 1,048,576 slots and 64 queries.
 
-    python benchmarks/memory_of_a_step_is_flat_in_capacity.py --framework torch --slots 16384 1048576
+    python benchmarks/memory_of_a_step_is_flat_in_capacity.py --framework torch --slots 16384
 
 "counted" is the library's own account of one step after the warm-up, beyond what was held before:
 NumPy's allocations by tracemalloc; PyTorch's by its profiler, as the highest running sum of
