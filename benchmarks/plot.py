@@ -130,17 +130,14 @@ def memory() -> Figure | None:
         *zip(*matrix, strict=True), color=INK, linestyle="--", label=f"score matrix, B {TIMES} C"
     )
     for framework, (color, marker) in LINES.items():
-        for measure in ("counted MB", "resident MB"):
-            points = sorted(
-                (row["slots"], row[measure])
-                for row in rows
-                if row["framework"] == framework and row[measure] is not None
-            )
-            if points:
-                label = f"{TITLES[framework]}, {measure.removesuffix(' MB')}"
-                style = {"color": color, "marker": marker, "markersize": 5}
-                axes.plot(*zip(*points, strict=True), **style, label=label)
-                break
+        points = sorted(
+            (row["slots"], row["larger MB"])
+            for row in rows
+            if row["framework"] == framework and row["larger MB"] is not None
+        )
+        if points:
+            style = {"color": color, "marker": marker, "markersize": 5}
+            axes.plot(*zip(*points, strict=True), **style, label=TITLES[framework])
     axes.axhline(64, color=INK, linewidth=1, linestyle=":", label="64 MB, the promise")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
