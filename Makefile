@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # TensorFlow is silent about what it cannot find unless something fails.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo bench test test-deep lint format typecheck clean
+.PHONY: help demo bench bench-full run-benchmarks plots test test-deep lint format typecheck clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -19,11 +19,23 @@ $(VENV)/.%: pyproject.toml constraints.txt
 demo: $(VENV)/.demo ## train a search model twice, with and without a cache, and answer queries
 	$(BIN)/python examples/docstring_search.py train
 
-bench: $(VENV)/.test ## measure what a step costs, beside one bare matrix product, in each framework
-	for framework in numpy torch tensorflow jax; do \
-		$(BIN)/python benchmarks/a_step_costs_about_one_matrix_product.py $$framework || exit 1; \
-	done
+# Each framework runs in a process of its own: their threads would meet.
+TIMED := a_step_costs_about_one_matrix_product write_cost_is_flat_in_capacity reduced_precision_halves_the_time
+
+bench: SIZES := --quick
+bench: run-benchmarks ## measure time, memory and accuracy in each framework, at small sizes (minutes)
+
+bench-full: run-benchmarks ## the same over the whole grid of sizes (hours, 16 GB)
+
+run-benchmarks: $(VENV)/.test
+	for claim in $(TIMED); do for framework in numpy torch tensorflow jax; do \
+		$(BIN)/python benchmarks/$$claim.py $$framework $(SIZES) || exit 1; \
+	done; done
+	$(BIN)/python benchmarks/memory_of_a_step_is_flat_in_capacity.py $(SIZES)
 	$(BIN)/python benchmarks/half_storage_costs_little_accuracy.py
+
+plots: $(VENV)/.test ## draw the documentation's pictures from what was measured last
+	$(BIN)/python benchmarks/plot.py
 
 test: $(VENV)/.test ## run every test, on all backends
 	$(BIN)/python -m pytest -n auto --maxprocesses=8

@@ -1,42 +1,55 @@
 """Timing side by side: every candidate in turn, round after round, so that drift hits all alike."""
 
 import json
+import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+LEAST_ROUNDS = 3
 
 
 def interleaved(
-    candidates: dict[str, Callable[[], Any]], *, rounds: int, baseline: str
-) -> dict[str, dict[str, float]]:
-    """Time each candidate once a round, after one round of warm-up.
+    candidates: dict[str, Callable[[], Any]], *, rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Time each candidate once a round, after one round of warm-up; return the seconds by name.
 
-    Returns by name: median seconds, and the median, least and largest ratio to the baseline of the
-    same round. A candidate must not return before its work is done.
+    rounds:  at most so many, and at least three
+    seconds: no further round begins after so long
+
+    A candidate must not return before its work is done.
     """
     for run in candidates.values():
         run()
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    begin = time.perf_counter()
+    for done in range(max(rounds, LEAST_ROUNDS)):
+        if done >= LEAST_ROUNDS and time.perf_counter() - begin > seconds:
+            break
         for name, run in candidates.items():
             start = time.perf_counter()
             run()
-            seconds[name].append(time.perf_counter() - start)
-    rows = {}
-    for name, times in seconds.items():
-        ratios = [mine / base for mine, base in zip(times, seconds[baseline], strict=True)]
-        rows[name] = {
-            "seconds": statistics.median(times),
-            "ratio": statistics.median(ratios),
-            "least": min(ratios),
-            "largest": max(ratios),
-        }
-    return rows
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def milliseconds(times: dict[str, list[float]], name: str) -> float:
+    """Return a candidate's median time."""
+    return 1e3 * statistics.median(times[name])
+
+
+def ratios(times: dict[str, list[float]], name: str, baseline: str) -> list[float]:
+    """Return a candidate's times over the baseline's, each with that of the same round."""
+    return [mine / base for mine, base in zip(times[name], times[baseline], strict=True)]
+
+
+def ratio(times: dict[str, list[float]], name: str, baseline: str) -> float:
+    """Return the median of `ratios`."""
+    return statistics.median(ratios(times, name, baseline))
 
 
 def handler_of(negcache: Any, slots: int, width: int, id_dtype: Any, dtype: Any) -> Any:
@@ -53,6 +66,28 @@ def handler_of(negcache: Any, slots: int, width: int, id_dtype: Any, dtype: Any)
     )
 
 
+def result_of(handler: Any, network: Any, query: Any, positive: Any, features: Any) -> Any:
+    """Return what the loss of one step asks `handler` to commit."""
+    retrieval = handler.retrieve(query, features)
+    negative = network(retrieval.features)
+    return handler.compute_loss(query, positive, negative, retrieval)
+
+
+def copied_update(handler: Any, result: Any, positive: Any, features: Any) -> Any:
+    """Update a copy of a handler's cache, as the published code does: pure, every table copied."""
+    (refresh,) = (
+        {
+            "updated_item_data": result.updated_item_data[name],
+            "updated_item_indices": slots,
+            "updated_item_mask": result.updated_item_mask[name],
+        }
+        for name, slots in result.updated_item_indices.items()
+    )
+    return handler.cache_manager.update_cache(
+        handler.cache, new_items={"embedding": positive, **features}, **refresh
+    )
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Return rows of equal keys as an aligned table."""
     heads = list(rows[0])
@@ -65,15 +100,34 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, float):
-        return f"{value:.3g}"
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def save(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Write rows as JSON, with the machine they were measured on."""
+def save(name: str, rows: list[dict[str, Any]], same: Sequence[str] = ()) -> Path:
+    """Write rows as JSON, with the machine they were measured on.
+
+    same: keys that name a row. Earlier rows of this machine stay, unless a new one has the same
+          values there; those of another machine never mix with these.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    machine = {"platform": platform.platform(), "processor": platform.processor()}
-    path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    machine = {
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+    }
+    kept = []
+    if same and path.exists():
+        earlier = json.loads(path.read_text())
+        names = [[row[key] for key in same] for row in rows]
+        if earlier["machine"] == machine:
+            kept = [row for row in earlier["rows"] if [row.get(key) for key in same] not in names]
+    every = kept + rows
+    if same:
+        every.sort(key=lambda row: [row[key] for key in same])
+    path.write_text(json.dumps({"machine": machine, "rows": every}, indent=1) + "\n")
     return path
