@@ -8,7 +8,12 @@ import numpy as np
 
 from negcache_core._array import Array, concat_rows, numpy_namespace
 from negcache_core.errors import OptionError
-from negcache_core.scoring import block_log_sum_exp_in_place, log_sum_exp
+from negcache_core.scoring import (
+    block_log_sum_exp_in_place,
+    exclude_in_place,
+    is_among,
+    log_sum_exp,
+)
 
 CPU_TILE = 4 * 2**20
 """Bytes of a tile on a CPU: the passes over a tile find it in a core's own cache (measured)."""
@@ -70,9 +75,25 @@ class Backend:
     ) -> tuple[Array, ...]:
         """Return function(0), …, function(count - 1), each of arrays (n, B), joined along axis 0.
 
-        At most one tile is in memory at a time. A library that traces must not unroll the loop.
+        At most one tile is in memory at a time.
         """
-        return concat_rows([function(tile) for tile in range(count)], self.xp)
+        return self.scan_tiles(lambda carry, tile: (carry, function(tile)), (), count)[1]
+
+    def scan_tiles(
+        self,
+        function: Callable[[Any, Any], tuple[tuple[Array, ...], tuple[Array, ...]]],
+        carry: tuple[Array, ...],
+        count: int,
+    ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """Do what `fold_tiles` does with function(carry, tile) -> (carry, parts), tile after tile.
+
+        Returns the last carry and the joined parts. A library that traces must not unroll the loop.
+        """
+        found = []
+        for tile in range(count):
+            carry, parts = function(carry, tile)
+            found.append(parts)
+        return carry, concat_rows(found, self.xp)
 
     def block_log_sum_exp(self, scores: Array, written: Array, block: int) -> Array:
         """Return the log-sum-exp of every `block` rows of scores (n, B): (n / block, B).
@@ -84,6 +105,13 @@ class Backend:
         xp = self.xp
         scores = xp.where(written[:, None], scores, -float("inf"))
         return log_sum_exp(xp.reshape(scores, (scores.shape[0] // block, block, -1)), 1, xp=xp)
+
+    def exclude(self, scores: Array, ids: Array, positive_ids: Array) -> Array:
+        """Return scores (n, B), -inf where the item, ids (n,), is one of positive_ids (B, P).
+
+        May overwrite `scores`.
+        """
+        return self.xp.where(is_among(ids, positive_ids), -float("inf"), scores)
 
     def write_rows(self, table: Array, slots: Array, rows: Array) -> Array:
         """Put `rows` (n, …) at `slots` (n,) of `table` (C, …), and return the table.
@@ -123,6 +151,10 @@ class NumpyBackend(Backend):
         scores[~written] = -np.inf
         with np.errstate(divide="ignore"):  # the logarithm of an empty block's sum
             return block_log_sum_exp_in_place(scores, block, xp=self.xp)
+
+    def exclude(self, scores: Array, ids: Array, positive_ids: Array) -> Array:
+        """Do it in place; the few rows that hold anyone's positive are found first."""
+        return exclude_in_place(scores, ids, positive_ids, xp=self.xp)
 
 
 NUMPY = NumpyBackend()

@@ -4,46 +4,124 @@ An estimator turns what retrieval knows into constants; the loss multiplies them
 differentiable scores. Each new estimator is one function here and one entry in ESTIMATORS.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from negcache_core._array import Array, cast
 from negcache_core.errors import OptionError
-from negcache_core.scoring import sigmoid
+from negcache_core.scoring import log_sum_exp, sigmoid, soft_plus
+
+
+class Law(NamedTuple):
+    """What is known of the softmax of B queries when n = B * S rows were drawn.
+
+    positive_scores: (B,) fresh
+    log_partition:   (B,) log-sum-exp of the stale scores over usable slots, -inf for none
+    log_exact:       (B,) log-sum-exp of the negatives that are there in full, such as in-batch
+                     ones; None where there are none
+    drawn:           bool (B, S), False where nothing could be drawn
+    cross_scores:    (B, n) stale score of each query with each drawn row, -inf where it is none of
+                     the query's negatives; None unless the estimator shares negatives
+    """
+
+    positive_scores: Array
+    log_partition: Array
+    drawn: Array
+    log_exact: Array | None = None
+    cross_scores: Array | None = None
+
+    def log_odds(self, *, xp: Any) -> Array:
+        """Return (B,): log((1 - p+) / p+), the negatives' log-partition minus the positive."""
+        rest = self.log_partition
+        if self.log_exact is not None:
+            both = xp.concat([rest[:, None], self.log_exact[:, None]], axis=1)
+            rest = log_sum_exp(both, xp=xp)
+        return rest - self.positive_scores
+
+    def log_total(self, *, xp: Any) -> Array:
+        """Return (B,): log Z, the log-partition of everything."""
+        return soft_plus(self.log_odds(xp=xp), xp=xp) + self.positive_scores
+
+    def cache_share(self, *, xp: Any) -> Array:
+        """Return (B,): the probability of all slots together."""
+        if self.log_exact is None:  # the same number, with all digits where p+ nears 1
+            return sigmoid(self.log_odds(xp=xp), xp=xp)
+        return xp.exp(self.log_partition - self.log_total(xp=xp))
 
 
 class Weights(NamedTuple):
-    """The surrogate is  sum_k negative[i, k] * score(i, k) - positive[i] * score(i, +).
+    """The cache's part of the surrogate: sum_k weight[i, k] * score(i, k). Constants.
 
-    positive: (B,); negative: (B, S), for the query's own S draws. Constants.
+    own:   (B, S) weights of a query's own S draws, or None
+    every: (B, n) weights of all rows that the batch drew, or None
     """
 
-    positive: Array
-    negative: Array
+    own: Array | None = None
+    every: Array | None = None
 
 
-def paper(positive_scores: Array, log_partition: Array, drawn: Array, *, xp: Any) -> Weights:
-    """Weigh each of a query's S draws by (1 - p+) / S, and its positive by their sum.
+def paper(law: Law, *, xp: Any) -> Weights:
+    """Weigh each of a query's S draws by the probability of all slots together, over S.
 
-    p+ = exp(s+) / (exp(s+) + sum_j exp(t_j)), so 1 - p+ = sigmoid(log_partition - s+), which keeps
-    its relative accuracy as p+ nears 1. Unbiased on a fresh cache:
+    Without other negatives that is (1 - p+) / S. Unbiased on a fresh cache:
     E[(1 - p+) (grad s_j - grad s+)] with j ~ softmax(t) is the gradient of the cross-entropy.
     Source: the paper, section 3.1, and the published `CacheClassificationLoss` (S = 1).
 
     >>> import numpy as np
-    >>> paper(np.zeros(1), np.log([3.0]), np.asarray([[True]]), xp=np).negative
+    >>> paper(Law(np.zeros(1), np.log([3.0]), np.asarray([[True]])), xp=np).own
     array([[0.75]])
     """
-    miss = sigmoid(log_partition - positive_scores, xp=xp)
-    negative = cast(drawn, miss.dtype, xp) * miss[:, None] / drawn.shape[1]
-    return Weights(xp.sum(negative, axis=1), negative)
+    share = law.cache_share(xp=xp)
+    return Weights(own=cast(law.drawn, share.dtype, xp) * share[:, None] / law.drawn.shape[1])
 
 
-ESTIMATORS: dict[str, Callable[..., Weights]] = {"paper": paper}
+def shared(law: Law, *, xp: Any) -> Weights:
+    """Weigh every drawn row for every query: w_ik = p_i(j_k) / sum_l S q_l(j_k).
+
+    p_i is the softmax over everything, q_l the law that query l drew from. This is the balance
+    heuristic of multiple importance sampling (Veach and Guibas, SIGGRAPH 1995): unbiased, no
+    further encoder work, and w_ik <= (1 - p+_i) / S. Goes beyond the paper.
+
+    >>> import numpy as np
+    >>> one = Law(np.zeros(1), np.log([3.0]), np.asarray([[True]]), None, np.zeros((1, 1)))
+    >>> shared(one, xp=np).every  # one query: what the paper's estimator gives
+    array([[0.75]])
+    """
+    draws = law.drawn.shape[1]
+    finite = xp.where(law.log_partition > -float("inf"), law.log_partition, 0.0)
+    # Queries that drew nothing have scores of -inf here, and so do not count.
+    log_proposal = log_sum_exp(law.cross_scores - finite[:, None], 0, xp=xp) + math.log(draws)
+    drawn = xp.reshape(law.drawn, (1, -1))
+    log_weight = law.cross_scores - law.log_total(xp=xp)[:, None]
+    log_weight = log_weight - xp.where(drawn, log_proposal[None, :], 0.0)
+    return Weights(every=xp.where(drawn, xp.exp(log_weight), 0.0))
 
 
-def check_estimator(name: Any) -> str:
-    """Return `name` if it names an estimator, or raise OptionError."""
+ESTIMATORS: dict[str, Callable[..., Weights]] = {
+    "paper": paper,
+    "shared": shared,
+    "exact_query": shared,
+}
+
+
+def check_estimator(name: Any, *, transform: bool, top_k: bool, retrieval_fn: bool) -> str:
+    """Return `name` if it names an estimator that works with the other options, or raise."""
     if name not in ESTIMATORS:
         raise OptionError(f"estimator is {name!r}: expected one of {sorted(ESTIMATORS)}.")
+    if retrieval_fn and name != "paper":
+        raise OptionError(
+            f"estimator {name!r} needs the probabilities of the draws, which a retrieval_fn does "
+            "not tell: leave retrieval_fn out, or use estimator='paper'."
+        )
+    if name == "exact_query" and transform:
+        raise OptionError(
+            "estimator 'exact_query' needs scores that are linear in the query, which a "
+            "score_transform is not: use scale= for a temperature, or estimator='shared'."
+        )
+    if name == "exact_query" and top_k:
+        raise OptionError(
+            "estimator 'exact_query' reads out the whole cache, and top_k has a query compete with "
+            "k slots only: leave top_k out, or use estimator='shared'."
+        )
     return str(name)

@@ -100,6 +100,7 @@ def _chain(
 
 def surrogate_gradients(
     weights: Weights,
+    positive_weight: Array,
     slots: Array,
     query: Array,
     positive: Array,
@@ -110,14 +111,18 @@ def surrogate_gradients(
 ) -> Gradients:
     """Return the gradients of the training loss for one outcome of the draw, by hand.
 
-    slots: (B, S), what was drawn; items: (C, D) fresh embeddings. For libraries without automatic
-    differentiation, and as a second opinion on those that have it.
+    positive_weight: (B,) 1 - p+; slots: (B, S), what was drawn; items: (C, D) fresh embeddings
+
+    For libraries without automatic differentiation, and as a second opinion on those that have it.
     """
     xp = namespace(query, positive, items, xp=xp)
     every = xp.arange(items.shape[0])
     named = xp.astype(slots[:, :, None] == every[None, None, :], items.dtype)
-    by_items = xp.sum(weights.negative[:, :, None] * named, axis=1)
-    return _chain(_Slopes(-weights.positive, by_items), query, positive, items, scale, xp)
+    if weights.own is not None:
+        by_items = xp.sum(weights.own[:, :, None] * named, axis=1)
+    else:
+        by_items = xp.matmul(weights.every, xp.reshape(named, (-1, items.shape[0])))
+    return _chain(_Slopes(-positive_weight, by_items), query, positive, items, scale, xp)
 
 
 def enumerate_draws(

@@ -75,6 +75,7 @@ class CacheLossHandler(BaseHandler):
         query_embeddings: Array,
         pos_item_embeddings: Array,
         features: Mapping[str, Array],
+        **options: Any,
     ) -> Array:
         """Run one step: return the loss to differentiate and to log, and update the cache.
 
@@ -82,6 +83,8 @@ class CacheLossHandler(BaseHandler):
         query_embeddings:    (B, D)
         pos_item_embeddings: (B, D), the positives' embeddings by the same network
         features:            field -> (B, …), the positives' features, which enter the cache
+        options:             positive_ids, hard_negative_embeddings, sample_weight, noise: see
+                             CacheClassificationLoss
         """
         return self._step(
             item_network,
@@ -89,20 +92,22 @@ class CacheLossHandler(BaseHandler):
             pos_item_embeddings,
             {SINGLE: pos_item_embeddings},
             {SINGLE: features},
+            options,
         )
 
     def retrieve(
-        self, query_embeddings: Array, features: Mapping[str, Array], *, noise: Array | None = None
+        self, query_embeddings: Array, features: Mapping[str, Array], **options: Any
     ) -> Retrieval:
         """Phase one: draw negatives. Embed the result's `.features`, perhaps with the positives.
 
-        features: the positives', as in `update_cache_and_compute_loss`; noise: see the loss
+        features: the positives', as in `update_cache_and_compute_loss`
+        options:  positive_ids, noise: see the loss
         """
         return _two_phase(self.cache_loss).retrieve(
             query_embeddings,
             self._caches(),
             pos_features=self._stand_in({SINGLE: features}),
-            noise=noise,
+            **options,
         )
 
     def compute_loss(
@@ -111,10 +116,14 @@ class CacheLossHandler(BaseHandler):
         pos_item_embeddings: Array,
         neg_item_embeddings: Array,
         retrieval: Retrieval,
+        **options: Any,
     ) -> CacheLossReturn:
-        """Phase two: the loss from embeddings (B * S, D) of the retrieved features."""
+        """Phase two: the loss from embeddings (B * S, D) of the retrieved features.
+
+        options: hard_negative_embeddings, sample_weight: see the loss
+        """
         return _two_phase(self.cache_loss).loss_from_negatives(
-            query_embeddings, pos_item_embeddings, neg_item_embeddings, retrieval
+            query_embeddings, pos_item_embeddings, neg_item_embeddings, retrieval, **options
         )
 
     def commit(
@@ -143,6 +152,7 @@ class MultiCacheLossHandler(BaseHandler):
         pos_item_embeddings: Array,
         new_item_embeddings: Mapping[str, Array],
         new_item_features: Mapping[str, Mapping[str, Array]],
+        **options: Any,
     ) -> Array:
         """Run one step, as CacheLossHandler does; what enters each cache is given by its name.
 
@@ -154,21 +164,21 @@ class MultiCacheLossHandler(BaseHandler):
             pos_item_embeddings,
             new_item_embeddings,
             new_item_features,
+            options,
         )
 
     def retrieve(
         self,
         query_embeddings: Array,
         new_item_features: Mapping[str, Mapping[str, Array]],
-        *,
-        noise: Array | None = None,
+        **options: Any,
     ) -> Retrieval:
         """Phase one: draw negatives from all caches together."""
         return _two_phase(self.cache_loss).retrieve(
             query_embeddings,
             self._caches(),
             pos_features=self._stand_in(new_item_features),
-            noise=noise,
+            **options,
         )
 
     compute_loss = CacheLossHandler.compute_loss

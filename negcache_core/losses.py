@@ -18,12 +18,29 @@ from negcache_core.checks import (
     shape_of,
 )
 from negcache_core.errors import KindError, OptionError
-from negcache_core.estimators import ESTIMATORS, check_estimator
-from negcache_core.metrics import finite_rows, mean, staleness, step_metrics
+from negcache_core.estimators import ESTIMATORS, Law, Weights, check_estimator
+from negcache_core.metrics import finite_rows, mean, staleness, step_metrics, weight_metrics
+from negcache_core.positives import positives_of
 from negcache_core.results import CacheLoss, CacheLossReturn
-from negcache_core.retrieval import SINGLE, Retrieval, draw, filled, gather, named_caches, scores_of
+from negcache_core.retrieval import (
+    SINGLE,
+    Retrieval,
+    cross_scores,
+    draw,
+    filled,
+    gather,
+    named_caches,
+    scores_of,
+)
 from negcache_core.scoring import Scorer, sigmoid, soft_plus
 from negcache_core.state import NegativeCache
+from negcache_core.surrogates import (
+    Exact,
+    cache_term,
+    exact_terms,
+    log_partition_of,
+    positive_weight,
+)
 from negcache_core.topk import check_top_k
 
 
@@ -42,8 +59,14 @@ class CacheClassificationLoss(CacheLoss):
     retrieval_fn:    scores (B, C) -> slots (B, 1); replaces softmax sampling, biased in general
     scale:           factor on the dot products, before score_transform: a number, a scalar tensor
                      that may be trained, or a function of no arguments that returns one
-    estimator:       "paper"
+    estimator:       "paper", "shared" or "exact_query", see `negcache_core.estimators`
     num_samples:     S, draws per query, with replacement
+    in_batch_negatives: whether the batch's other positives compete too, exactly, with gradients
+    id_key:          a field of integers that tell items apart. Rows with the id of a positive of
+                     the query are no negatives of it: not drawn, not counted, on no path.
+    log_frequency_key: a floating field (scalar per row), the log of how often an item comes up in
+                     the stream. It is subtracted from the scores of cached rows and in-batch
+                     negatives, which are there in proportion to it, and not from the positive's.
     generator:       None, an int seed, or a random generator of the framework
     tile_bytes:      memory for scores in flight; the cache is scored in tiles that fit it. By
                      default 4 MB on a CPU and 64 MB elsewhere. Changes the speed, never the law.
@@ -77,6 +100,9 @@ class CacheClassificationLoss(CacheLoss):
         scale: Any = None,
         estimator: str = "paper",
         num_samples: int = 1,
+        in_batch_negatives: bool = False,
+        id_key: str | None = None,
+        log_frequency_key: str | None = None,
         generator: Any = None,
         tile_bytes: int | None = None,
     ) -> None:
@@ -97,7 +123,17 @@ class CacheClassificationLoss(CacheLoss):
         self.reducer = reducer
         self.retrieval_fn = retrieval_fn
         self.scale = scale
-        self.estimator = check_estimator(estimator)
+        self.estimator = check_estimator(
+            estimator,
+            transform=score_transform is not None,
+            top_k=top_k is not None,
+            retrieval_fn=retrieval_fn is not None,
+        )
+        self.in_batch_negatives = bool(in_batch_negatives)
+        for name, key in (("id_key", id_key), ("log_frequency_key", log_frequency_key)):
+            if key is not None and not isinstance(key, str):
+                raise KindError(f"{name} is {key!r}: expected a field name, or None.")
+        self.id_key, self.log_frequency_key = id_key, log_frequency_key
         self.num_samples = num_samples
         self.tile_bytes = tile_bytes
         self.generator = self.backend.make_generator(generator)
@@ -108,6 +144,7 @@ class CacheClassificationLoss(CacheLoss):
         cache: NegativeCache | Mapping[str, NegativeCache],
         *,
         pos_features: Mapping[str, Array] | None = None,
+        positive_ids: Array | None = None,
         noise: Array | None = None,
     ) -> Retrieval:
         """Draw negatives: phase one. No gradient flows, and nothing is embedded.
@@ -115,11 +152,17 @@ class CacheClassificationLoss(CacheLoss):
         query_embeddings: (B, D)
         cache:            a NegativeCache, or a dict of named ones that count as one
         pos_features:     field -> (rows, …), features of the positives; they stand in where no slot
-                          is usable, so that the encoder never sees the zeros of an unwritten slot
+                          is usable, so that the encoder never sees the zeros of an unwritten slot;
+                          with id_key or log_frequency_key these fields too, (B,)
+        positive_ids:     (B, P) integers, all items that are positives of a query; by default the
+                          id of its one positive. Fill up rows with an id twice, or one of no item.
         noise:            (B, S, 2) uniforms in [0, 1); drawn from the generator where it is None
         """
         backend, xp = self.backend, self.backend.xp
-        caches = named_caches(cache, (self.embedding_key, *self.data_keys), backend)
+        extra = {"ids": self.id_key, "bias": self.log_frequency_key}
+        more = {name: key for name, key in extra.items() if key is not None}
+        fields = (self.embedding_key, *self.data_keys, *more.values())
+        caches = named_caches(cache, fields, backend)
         first = next(iter(caches.values())).data[self.embedding_key]
         check_floating(
             check_shape(query_embeddings, ("B", first.shape[1]), "query_embeddings"),
@@ -130,11 +173,30 @@ class CacheClassificationLoss(CacheLoss):
         stand_in = None
         if pos_features is not None:
             stand_in = check_stand_in(pos_features, self.data_keys, caches, backend)
+            stand_in = None if 0 in (row.shape[0] for row in stand_in.values()) else stand_in
+        batch = positives_of(
+            query_embeddings,
+            pos_features,
+            positive_ids,
+            self.id_key,
+            self.log_frequency_key,
+            caches,
+            backend,
+            in_batch=self.in_batch_negatives,
+        )
         with backend.no_gradient():
             queries = backend.stop_gradient(query_embeddings)
             scorer = self._scorer(queries, first)
             scores = scores_of(
-                queries, caches, self.embedding_key, scorer, backend, self.tile_bytes
+                queries,
+                caches,
+                self.embedding_key,
+                scorer,
+                backend,
+                self.tile_bytes,
+                id_key=self.id_key,
+                positive_ids=batch.ids,
+                bias_key=self.log_frequency_key,
             )
             if noise is None and self.retrieval_fn is None:
                 shape = (length(queries, xp), self.num_samples, 2)
@@ -144,9 +206,14 @@ class CacheClassificationLoss(CacheLoss):
                 noise=noise,
                 retrieval_fn=self.retrieval_fn,
                 top_k=self.top_k,
+                readout=self.estimator == "exact_query",
                 backend=backend,
             )
-            rows = gather(caches, draws, self.embedding_key, self.data_keys, stand_in, backend)
+            rows = gather(
+                caches, draws, self.embedding_key, self.data_keys, stand_in, backend, more
+            )
+            cross = None if self.estimator == "paper" else cross_scores(scores, draws, rows)
+            rows = {name: value for name, value in rows.items() if name not in more}
         if not isinstance(cache, Mapping):
             rows.update(slots=rows["slots"][SINGLE], owned=rows["owned"][SINGLE])
         return Retrieval(
@@ -154,6 +221,10 @@ class CacheClassificationLoss(CacheLoss):
             log_partition=backend.stop_gradient(draws.log_partition),
             entropy=backend.stop_gradient(draws.entropy),
             fill=filled(caches, scorer.dtype, xp),
+            cross_scores=None if cross is None else backend.stop_gradient(cross),
+            readout=None if draws.readout is None else backend.stop_gradient(draws.readout),
+            others=batch.others,
+            positive_bias=batch.bias,
             **rows,
         )
 
@@ -163,10 +234,16 @@ class CacheClassificationLoss(CacheLoss):
         pos_doc_embeddings: Array,
         neg_doc_embeddings: Array,
         retrieval: Retrieval,
+        *,
+        hard_negative_embeddings: Array | None = None,
+        sample_weight: Array | None = None,
     ) -> CacheLossReturn:
         """Return the loss from embeddings of `retrieval.features`: phase two. Differentiable.
 
         query_embeddings, pos_doc_embeddings: (B, D); neg_doc_embeddings: (B * S, D)
+        hard_negative_embeddings: (B, H, D), negatives of each query that compete exactly, with
+                                  gradients; they do not enter the cache
+        sample_weight:            (B,) factors on the queries' losses, before they are reduced
         """
         backend, xp = self.backend, self.backend.xp
         draws, width = retrieval.drawn.shape[1], retrieval.stale_embeddings.shape[1]
@@ -178,23 +255,58 @@ class CacheClassificationLoss(CacheLoss):
             ("the item network's output", neg_doc_embeddings, total),
         ):
             check_floating(check_shape(array, (count, width), what), what)
+        if hard_negative_embeddings is not None:
+            what = "hard_negative_embeddings"
+            check_floating(check_shape(hard_negative_embeddings, (rows, "H", width), what), what)
+        if sample_weight is not None:
+            sample_weight = backend.to_array(sample_weight)
+            check_shape(sample_weight, (rows,), "sample_weight", "One factor for each query.")
         stale = retrieval.stale_embeddings
         scorer = self._scorer(query_embeddings, pos_doc_embeddings, neg_doc_embeddings, stale)
         positive = scorer.pairs(query_embeddings, pos_doc_embeddings)
-        negative = scorer.pairs(
-            query_embeddings, xp.reshape(neg_doc_embeddings, (-1, draws, width))
+        constant = backend.stop_gradient
+        parts = []
+        if retrieval.others is not None:
+            scores = scorer.cross(query_embeddings, pos_doc_embeddings)
+            parts.append(Exact(scores, retrieval.others, retrieval.positive_bias))
+        if hard_negative_embeddings is not None:
+            parts.append(Exact(scorer.pairs(query_embeddings, hard_negative_embeddings), None))
+        law = Law(
+            constant(positive),
+            cast(retrieval.log_partition, scorer.dtype, xp),
+            retrieval.drawn,
+            log_partition_of(parts, constant, xp),
+            retrieval.cross_scores,
         )
-        constant = backend.stop_gradient(positive)
-        log_partition = cast(retrieval.log_partition, scorer.dtype, xp)
-        weights = ESTIMATORS[self.estimator](constant, log_partition, retrieval.drawn, xp=xp)
-        training = xp.sum(weights.negative * negative, axis=1) - weights.positive * positive
-        log_odds = log_partition - constant
+        weights = ESTIMATORS[self.estimator](law, xp=xp)
+        finite = finite_rows(cast(constant(neg_doc_embeddings), stale.dtype, xp), xp=xp)
+        if weights.every is not None:
+            # A row that is not finite would reach every query: it counts as not drawn.
+            weights = Weights(every=xp.where(finite[None, :], weights.every, 0.0))
+            neg_doc_embeddings = xp.where(finite[:, None], neg_doc_embeddings, 0.0)
+        training = cache_term(
+            weights,
+            scorer,
+            query_embeddings,
+            neg_doc_embeddings,
+            readout=retrieval.readout,
+            stale=stale,
+            law=law,
+            constant=constant,
+        )
+        training = training - positive_weight(law, xp=xp) * positive
+        if parts:
+            training = training + exact_terms(parts, law, constant, xp)
+        log_odds = law.log_odds(xp=xp)
         interpretable = soft_plus(log_odds, xp=xp)
+        if sample_weight is not None:
+            sample_weight = cast(sample_weight, scorer.dtype, xp)
+            training, interpretable = training * sample_weight, interpretable * sample_weight
 
         with backend.no_gradient():
             fresh = cast(backend.stop_gradient(neg_doc_embeddings), stale.dtype, xp)
             kept = cast(backend.stop_gradient(pos_doc_embeddings), stale.dtype, xp)
-            finite, kept = finite_rows(fresh, xp=xp), finite_rows(kept, xp=xp)
+            kept = finite_rows(kept, xp=xp)
             drawn = xp.reshape(retrieval.drawn, (-1,))
             row_staleness = staleness(
                 cast(stale, scorer.dtype, xp), cast(fresh, scorer.dtype, xp), xp=xp
@@ -203,12 +315,13 @@ class CacheClassificationLoss(CacheLoss):
             by_query = xp.mean(xp.reshape(row_staleness, (-1, draws)), axis=1)
             metrics = step_metrics(
                 retrieval,
-                backend.stop_gradient(interpretable),
+                soft_plus(log_odds, xp=xp),
                 sigmoid(log_odds, xp=xp),
                 row_staleness,
                 xp.concat([drawn & ~finite, ~kept]),
                 xp=xp,
             )
+            metrics.update(weight_metrics(weights, cast(fresh, scorer.dtype, xp), xp=xp))
         training, reduced = self._reduce(training), self._reduce(interpretable)
         return CacheLossReturn(
             training_loss=training,
@@ -228,17 +341,34 @@ class CacheClassificationLoss(CacheLoss):
         cache: NegativeCache | Mapping[str, NegativeCache],
         *,
         pos_features: Mapping[str, Array] | None = None,
+        positive_ids: Array | None = None,
+        hard_negative_embeddings: Array | None = None,
+        sample_weight: Array | None = None,
         noise: Array | None = None,
     ) -> CacheLossReturn:
         """Retrieve, embed what was drawn with `doc_network`, and return the loss.
 
-        See `retrieve` for the arguments; the cache is not changed. Raises KeysError, ShapeError,
-        DTypeError or CapacityError before `doc_network` is called, or ShapeError on its output.
+        See the two phases for the arguments; the cache is not changed. Raises KeysError,
+        ShapeError, DTypeError, CapacityError or OptionError before `doc_network` is called, or
+        ShapeError on its output.
         """
         _check_positives(query_embeddings, pos_doc_embeddings)
-        retrieval = self.retrieve(query_embeddings, cache, pos_features=pos_features, noise=noise)
+        retrieval = self.retrieve(
+            query_embeddings,
+            cache,
+            pos_features=pos_features,
+            positive_ids=positive_ids,
+            noise=noise,
+        )
         negatives = doc_network(retrieval.features)
-        return self.loss_from_negatives(query_embeddings, pos_doc_embeddings, negatives, retrieval)
+        return self.loss_from_negatives(
+            query_embeddings,
+            pos_doc_embeddings,
+            negatives,
+            retrieval,
+            hard_negative_embeddings=hard_negative_embeddings,
+            sample_weight=sample_weight,
+        )
 
     def _scorer(self, *arrays: Array) -> Scorer:
         xp = self.backend.xp

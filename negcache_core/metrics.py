@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from negcache_core._array import Array, cast, namespace
+from negcache_core._array import Array, cast, matmul_transposed, namespace
+from negcache_core.estimators import Weights
 from negcache_core.retrieval import Retrieval
 
 
@@ -36,6 +37,45 @@ def mean(values: Array, *, xp: Any = None) -> Array:
 def finite_rows(rows: Array, *, xp: Any) -> Array:
     """Return bool (n,): True where all of a row of (n, D) is finite."""
     return xp.all(xp.isfinite(rows), axis=1)
+
+
+def weight_metrics(weights: Weights, fresh: Array, *, xp: Any) -> dict[str, Array]:
+    """Return what the weights of the drawn rows, fresh (n, D), tell of the estimate.
+
+    mean_weight:     mean probability that the drawn rows stand for
+    effective_draws: (sum of a query's weights)^2 / (sum of their squares): how many rows it is
+                     spread over
+    gradient_noise:  estimated variance of the drawn rows' part of a query's gradient, over its
+                     squared length; left out where each query has one draw, which tells nothing
+    """
+    each: Array = weights.every if weights.own is None else weights.own
+    if weights.own is not None:
+        rows = xp.reshape(fresh, (-1, each.shape[1], fresh.shape[1]))
+        pulled = xp.sum(each[:, :, None] * rows, axis=1)
+        squares = xp.sum(each**2 * xp.sum(rows**2, axis=2), axis=1)
+        along = xp.sum(each**2 * xp.sum(rows * pulled[:, None, :], axis=2), axis=1)
+    else:
+        rows = xp.where(xp.any(each > 0, axis=0)[:, None], fresh, 0.0)
+        pulled = xp.matmul(each, rows)
+        squares = xp.sum(each**2 * xp.sum(rows**2, axis=1)[None, :], axis=1)
+        along = xp.sum(each**2 * matmul_transposed(pulled, rows, xp), axis=1)
+    total, square = xp.sum(each, axis=1), xp.sum(each**2, axis=1)
+    some = total > 0
+    safe = xp.where(some, total, 1.0)
+    length = xp.sum(pulled**2, axis=1)
+    found = {
+        "mean_weight": mean(total, xp=xp),
+        "effective_draws": masked_mean(
+            safe**2 / xp.where(some, square, 1.0), some & (square > 0), xp=xp
+        ),
+    }
+    if weights.own is not None and weights.own.shape[1] == 1:
+        return found
+    # sum_k w_k^2 |f_k - mu|^2 with mu the weighted mean of the rows
+    noise = squares - 2.0 * along / safe + square * length / safe**2
+    top = mean(length, xp=xp)
+    found["gradient_noise"] = mean(noise, xp=xp) / xp.where(top > 0, top, 1.0)
+    return found
 
 
 def step_metrics(

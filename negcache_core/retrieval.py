@@ -31,7 +31,7 @@ from negcache_core.streaming import (
     draw_from_caches,
     tile_slots,
 )
-from negcache_core.topk import check_groups
+from negcache_core.topk import check_groups, group_of
 
 SINGLE = "cache"  # the name a cache goes by where the caller gave it none
 
@@ -49,6 +49,12 @@ class Retrieval(NamedTuple):
     fill:             scalar, the share of slots that hold a row
     slots, owned:     (n,) the slot in its cache, and whether it is that cache's row and was drawn;
                       a dict of these by name where a dict of caches was given
+    cross_scores:     (B, n) stale score of each query with each row, -inf where the row is none of
+                      its negatives; None unless the estimator shares negatives
+    readout:          (B, D) mean embedding under each query's softmax; None unless it is wanted
+    others:           bool (B, B), which of the batch's other positives are negatives of a query;
+                      None unless they are wanted
+    positive_bias:    (B,) taken from the scores of the batch's positives as negatives, or None
     """
 
     features: dict[str, Array]
@@ -60,6 +66,10 @@ class Retrieval(NamedTuple):
     fill: Array
     slots: Any
     owned: Any
+    cross_scores: Array | None = None
+    readout: Array | None = None
+    others: Array | None = None
+    positive_bias: Array | None = None
 
 
 def named_caches(cache: Any, fields: tuple[str, ...], backend: Backend) -> dict[str, NegativeCache]:
@@ -97,8 +107,13 @@ def scores_of(
     scorer: Scorer,
     backend: Backend,
     tile_bytes: int | None,
+    *,
+    id_key: str | None = None,
+    positive_ids: Array | None = None,
+    bias_key: str | None = None,
 ) -> list[CacheScores]:
     """Return the scores of queries (B, D) against each cache, none of them computed yet."""
+    xp = backend.xp
     itemsize = 8 if dtype_name(scorer.dtype) == "float64" else 4
     budget = backend.tile_bytes(queries) if tile_bytes is None else tile_bytes
     # The scale goes into the queries: B x D products instead of one for each score. Stopped, as a
@@ -110,7 +125,10 @@ def scores_of(
         copied = backend.slices_copy or table.dtype != scorer.dtype
         width = table.shape[1] if copied else 0
         tile = tile_slots(backend.tile_rows(queries), width, itemsize, budget)
-        found.append(CacheScores(scaled, table, age, first, tile, plain, backend))
+        ids = None if id_key is None else cache.data[id_key]
+        own = None if ids is None else cast(positive_ids, ids.dtype, xp)
+        bias = None if bias_key is None else cast(cache.data[bias_key], scorer.dtype, xp)
+        found.append(CacheScores(scaled, table, age, first, tile, plain, backend, ids, own, bias))
         first += found[-1].slots
     return found
 
@@ -123,12 +141,17 @@ def filled(caches: Mapping[str, NegativeCache], dtype: Any, xp: Any) -> Array:
 
 
 class Draw(NamedTuple):
-    """Slots (B, S) over all caches; drawn (B, S); log_partition (B,); entropy (B,)."""
+    """Slots (B, S) over all caches; drawn (B, S); log_partition (B,); entropy (B,).
+
+    readout (B, D), where it was wanted; candidates (B, k), the best slot of each top-k group
+    """
 
     slots: Array
     drawn: Array
     log_partition: Array
     entropy: Array
+    readout: Array | None = None
+    candidates: Array | None = None
 
 
 def draw(
@@ -137,6 +160,7 @@ def draw(
     noise: Array | None,
     retrieval_fn: Callable[[Array], Array] | None,
     top_k: int | None,
+    readout: bool,
     backend: Backend,
 ) -> Draw:
     """Draw slots.
@@ -145,12 +169,11 @@ def draw(
     top_k: of the groups' best) is made for a user's function alone. A slot that such a function
     chooses outside of the matrix counts as not drawn.
     """
-    xp = backend.xp
+    xp, columns, mean = backend.xp, None, None
     if top_k is None and retrieval_fn is None:
-        slots, scores, log_partition = draw_from_caches(caches, noise)
+        slots, scores, log_partition, mean = draw_from_caches(caches, noise, readout=readout)
         drawn, mean_score = scores > -float("inf"), xp.mean(scores, axis=1)
     else:
-        columns = None
         if top_k is None:
             matrix = xp.concat([cache.matrix() for cache in caches], axis=1)
         else:
@@ -170,7 +193,28 @@ def draw(
         law = xp.exp(matrix - xp.where(log_partition > -float("inf"), log_partition, 0.0)[:, None])
         mean_score = xp.sum(law * xp.where(matrix > -float("inf"), matrix, 0.0), axis=1)
     entropy = xp.where(log_partition > -float("inf"), log_partition - mean_score, 0.0)
-    return Draw(slots, drawn, log_partition, entropy)
+    return Draw(slots, drawn, log_partition, entropy, mean, columns)
+
+
+def cross_scores(caches: Sequence[CacheScores], draws: Draw, rows: Mapping[str, Array]) -> Array:
+    """Return (B, n): the stale score of each query with each drawn row, -inf if not a negative.
+
+    rows: the drawn rows' "stale_embeddings" (n, D), and "ids" and "bias" (n,) where there are such
+    """
+    scores_of, slots = caches[0], draws.slots
+    xp, backend = scores_of.scorer.xp, scores_of.backend
+    scores = scores_of.scorer.by_item(scores_of.queries, rows["stale_embeddings"])
+    slots = xp.reshape(slots, (-1,))
+    if "bias" in rows:
+        scores = scores - rows["bias"][:, None]
+    if "ids" in rows:
+        scores = backend.exclude(scores, rows["ids"], scores_of.positive_ids)
+    if draws.candidates is not None:
+        group = group_of(slots, sum(cache.slots for cache in caches), draws.candidates.shape[1], xp)
+        best = take(xp.matrix_transpose(draws.candidates), group, xp)
+        scores = xp.where(best == slots[:, None], scores, -float("inf"))
+    drawn = xp.reshape(draws.drawn, (-1, 1))
+    return xp.matrix_transpose(xp.where(drawn, scores, -float("inf")))
 
 
 def gather(
@@ -180,8 +224,12 @@ def gather(
     data_keys: tuple[str, ...],
     stand_in: Mapping[str, Array] | None,
     backend: Backend,
+    more: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Copy the drawn rows out of the caches: the row-wise fields of a Retrieval."""
+    """Copy the drawn rows out of the caches: the row-wise fields of a Retrieval.
+
+    more: name in the result -> field, for further fields
+    """
     xp = backend.xp
     every, drawn = (xp.reshape(array, (-1,)) for array in (draws.slots, draws.drawn))
     start, slots, mine = 0, {}, {}
@@ -213,6 +261,7 @@ def gather(
         "features": features,
         "stale_embeddings": field(embedding_key),
         "ages": rows_of(lambda cache: cache.age),
+        **{name: field(key) for name, key in (more or {}).items()},
         "slots": slots,
         "owned": {name: mask & drawn for name, mask in mine.items()},
     }

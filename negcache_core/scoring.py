@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from negcache_core._array import Array, cast, matmul_transposed, namespace
+from negcache_core._array import Array, cast, matmul_transposed, namespace, positions
 from negcache_core.errors import ShapeError
 
 
@@ -41,6 +41,10 @@ class Scorer(NamedTuple):
             return scores
         # The user's function sees (B, C), whichever way it is computed.
         return self.xp.matrix_transpose(self._transformed(self.xp.matrix_transpose(scores)))
+
+    def cross(self, queries: Array, items: Array) -> Array:
+        """Score every query (B, D) with every item (n, D): (B, n)."""
+        return self.xp.matrix_transpose(self.by_item(self.scaled(queries), items))
 
     def scaled(self, queries: Array) -> Array:
         """Return queries (B, D) times the scale."""
@@ -101,6 +105,28 @@ def block_log_sum_exp_in_place(scores: Array, block: int, *, xp: Any) -> Array:
 
 
 FOLD = 8
+
+
+def is_among(ids: Array, positive_ids: Array) -> Array:
+    """Return bool (n, B): whether each of ids (n,) is one of each query's positive_ids (B, P)."""
+    found = ids[:, None] == positive_ids[None, :, 0]
+    for place in range(1, positive_ids.shape[1]):  # one n x B comparison at a time
+        found = found | (ids[:, None] == positive_ids[None, :, place])
+    return found
+
+
+def exclude_in_place(scores: Array, ids: Array, positive_ids: Array, *, xp: Any) -> Array:
+    """Set scores (n, B) to -inf where `is_among`, for libraries that write into their arrays.
+
+    Few rows hold a positive of any query: they are found by bisection, and only they are compared.
+    """
+    wanted = xp.sort(xp.reshape(positive_ids, (-1,)))
+    if wanted.shape[0]:
+        place = xp.clip(xp.searchsorted(wanted, ids), 0, wanted.shape[0] - 1)
+        rows = positions(ids, xp)[wanted[place] == ids]
+        found = is_among(ids[rows], positive_ids)
+        scores[rows] = xp.where(found, -float("inf"), scores[rows])
+    return scores
 
 
 def soft_plus(values: Array, *, xp: Any = None) -> Array:

@@ -80,13 +80,18 @@ class BaseHandler:
         pos_item_embeddings: Array,
         embeddings: Mapping[str, Array],
         features: Mapping[str, Mapping[str, Array]],
+        options: Mapping[str, Any],
     ) -> Array:
-        """Run one whole step; `embeddings` and `features` are the new rows by cache name."""
+        """Run one whole step; `embeddings` and `features` are the new rows by cache name.
+
+        options: further arguments of the loss
+        """
         arguments = {
             "doc_network": item_network,
             "query_embeddings": query_embeddings,
             "pos_doc_embeddings": pos_item_embeddings,
             "cache": self._caches(),
+            **options,
         }
         self._check(embeddings, features)
         if isinstance(self.cache_loss, CacheClassificationLoss):
@@ -96,12 +101,18 @@ class BaseHandler:
         return result.training_loss if result.loss is None else result.loss
 
     def _stand_in(self, features: Mapping[str, Mapping[str, Array]]) -> dict[str, Array] | None:
-        """Return real rows to embed for queries without a usable slot: the first cache's."""
+        """Return what the loss needs of the new rows: the first cache's, or the first that has any.
+
+        They stand in for queries without a usable slot.
+        """
+        rows = None
         for name in sorted(features):
-            rows = {key: self.backend.to_array(features[name][key]) for key in self.data_keys}
+            own = (getattr(self.cache_loss, key) for key in ("id_key", "log_frequency_key"))
+            keys = (*self.data_keys, *(key for key in own if key is not None))
+            rows = {key: self.backend.to_array(features[name][key]) for key in keys}
             if all(each.shape[0] != 0 for each in rows.values()):
                 return rows
-        return None
+        return rows
 
     def _check(
         self, embeddings: Mapping[str, Array], features: Mapping[str, Mapping[str, Array]]

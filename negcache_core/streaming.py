@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from negcache_core._array import (
     Array,
     arange_like,
+    cast,
     concat_rows,
     fill,
     length,
@@ -21,7 +22,7 @@ from negcache_core._array import (
 )
 from negcache_core.backend import Backend
 from negcache_core.sampling import BLOCK, draw_in_blocks
-from negcache_core.scoring import Scorer
+from negcache_core.scoring import Scorer, log_sum_exp
 from negcache_core.state import is_written
 
 UNKNOWN_ROWS = 256
@@ -42,11 +43,16 @@ def tile_slots(rows: int | None, width: int, itemsize: int, tile_bytes: int) -> 
 
 
 class CacheScores(NamedTuple):
-    """The scores of queries (B, D) against one cache, any part of them on demand; -inf where empty.
+    """The scores of queries (B, D) against one cache, any part of them on demand.
 
-    queries: with the scale in them; `scorer` then has none
-    first: the number that slot 0 of this cache has among all caches' slots
-    tile:  slots to score at a time
+    They are -inf where a slot is empty or holds an item that is a positive of the query.
+
+    queries:      with the scale in them; `scorer` then has none
+    first:        the number that slot 0 of this cache has among all caches' slots
+    tile:         slots to score at a time
+    ids:          (C,) which item each row is, or None
+    positive_ids: (B, P) which items are positives of each query
+    bias:         (C,) taken from each row's scores, or None
     """
 
     queries: Array
@@ -56,6 +62,9 @@ class CacheScores(NamedTuple):
     tile: int
     scorer: Scorer
     backend: Backend
+    ids: Array | None = None
+    positive_ids: Any = None
+    bias: Array | None = None
 
     @property
     def slots(self) -> int:
@@ -69,23 +78,32 @@ class CacheScores(NamedTuple):
 
     def matrix(self) -> Array:
         """Score all slots at once: (B, C), for a user's function of the score matrix."""
-        return self.scorer.xp.matrix_transpose(self._mask(*self._by_slot(0, self.slots)))
+        return self.scorer.xp.matrix_transpose(self._mask(*self._by_slot(0, self.slots)[:2]))
 
-    def block_weights(self) -> Array:
-        """Return the log-sum-exp of every block: (B, blocks)."""
+    def block_weights(self, readout: tuple[Array, ...] = ()) -> tuple[Array, tuple[Array, ...]]:
+        """Return the log-sum-exp of every block, (B, blocks), and `readout` with this cache in it.
+
+        readout: what `add_to_readout` made of the caches so far; () where it is not wanted
+        """
         xp = self.scorer.xp
 
-        def weigh(start: Any, size: int) -> tuple[Array]:
-            scores, written = self._by_slot(start, size)
+        def weigh(
+            readout: tuple[Array, ...], start: Any, size: int
+        ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+            scores, written, rows = self._by_slot(start, size)
+            if readout:
+                # Rows of empty slots may hold anything, and 0 times it need not be 0.
+                rows = xp.where(written[:, None], cast(rows, self.scorer.dtype, xp), 0.0)
+                readout = add_to_readout(readout, self._mask(scores, written), rows, xp=xp)
             short = -size % BLOCK
             if short:
                 pad = xp.broadcast_to(fill((1, 1), 0, scores, xp), (short, length(scores, xp, 1)))
                 scores = xp.concat([scores, pad], axis=0)
                 written = xp.concat([written, fill((short,), value=False, like=written, xp=xp)])
-            return (self.backend.block_log_sum_exp(scores, written, BLOCK),)
+            return readout, (self.backend.block_log_sum_exp(scores, written, BLOCK),)
 
-        (weights,) = self._over_tiles(weigh, self.slots, self.tile)
-        return xp.matrix_transpose(weights)
+        readout, (weights,) = self._scan_tiles(weigh, readout, self.slots, self.tile)
+        return xp.matrix_transpose(weights), readout
 
     def of_blocks(self, block: Array) -> Array:
         """Score blocks (B, S) by number again: (B, S, BLOCK); -inf outside of the cache."""
@@ -95,6 +113,12 @@ class CacheScores(NamedTuple):
         flat = xp.reshape(xp.where(there, every, 0), (-1,))
         rows = xp.reshape(take(self.table, flat, xp), (-1, draws * BLOCK, self.table.shape[1]))
         scores = xp.reshape(self.scorer.by_row(self.queries, rows), (-1, draws, BLOCK))
+        if self.bias is not None:
+            scores = scores - xp.reshape(take(self.bias, flat, xp), (-1, draws, BLOCK))
+        if self.ids is not None:
+            ids = xp.reshape(take(self.ids, flat, xp), (-1, draws, BLOCK))
+            for place in range(self.positive_ids.shape[1]):
+                there = there & (ids != self.positive_ids[:, None, None, place])
         written = is_written(xp.reshape(take(self.age, flat, xp), (-1, draws, BLOCK)))
         return xp.where(there & written, scores, -float("inf"))
 
@@ -107,7 +131,7 @@ class CacheScores(NamedTuple):
         xp = self.scorer.xp
 
         def best(begin: Any, count: int, width: int) -> tuple[Array, Array]:
-            scores = self._mask(*self._by_slot(begin, count * width))
+            scores = self._mask(*self._by_slot(begin, count * width)[:2])
             scores = xp.reshape(scores, (count, width, -1))
             place = xp.argmax(scores, axis=1)
             first = arange_like(count, place, xp) * width + begin + self.first
@@ -136,16 +160,22 @@ class CacheScores(NamedTuple):
             self.tile // width * width,
         )
 
-    def _by_slot(self, start: Any, size: int) -> tuple[Array, Array]:
-        """Score slots start … start + size - 1: (size, B); and which are written, (size,).
+    def _by_slot(self, start: Any, size: int) -> tuple[Array, Array, Array]:
+        """Score slots start … start + size - 1: (size, B); which are written, (size,); their rows.
 
-        One row for each slot: products with a tall result and reductions down its columns are
-        measured to be faster than with a wide one. `start` may be a traced integer.
+        One row of scores for each slot: products with a tall result and reductions down its columns
+        are measured to be faster than with a wide one. `start` may be a traced integer.
         """
         rows, age = (
             self.backend.slice_rows(array, start, size) for array in (self.table, self.age)
         )
-        return self.scorer.by_item(self.queries, rows), is_written(age)
+        scores = self.scorer.by_item(self.queries, rows)
+        if self.bias is not None:
+            scores = scores - self.backend.slice_rows(self.bias, start, size)[:, None]
+        if self.ids is not None:
+            ids = self.backend.slice_rows(self.ids, start, size)
+            scores = self.backend.exclude(scores, ids, self.positive_ids)
+        return scores, is_written(age), rows
 
     def _mask(self, scores: Array, written: Array) -> Array:
         # Scale first, then mask: an infinite score times a scale has no gradient.
@@ -155,13 +185,55 @@ class CacheScores(NamedTuple):
         self, function: Callable[[Any, int], tuple[Array, ...]], slots: int, tile: int
     ) -> tuple[Array, ...]:
         """Concatenate function(start, size) over the tiles of a stretch and what is left of it."""
+        return self._scan_tiles(
+            lambda carry, start, size: (carry, function(start, size)), (), slots, tile
+        )[1]
+
+    def _scan_tiles(
+        self,
+        function: Callable[[Any, Any, int], tuple[tuple[Array, ...], tuple[Array, ...]]],
+        carry: tuple[Array, ...],
+        slots: int,
+        tile: int,
+    ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """Do it with function(carry, start, size) -> (carry, parts)."""
         count, rest = divmod(slots, tile)
-        parts = []
+        found = []
         if count:
-            parts.append(self.backend.fold_tiles(lambda at: function(at * tile, tile), count))
+            carry, parts = self.backend.scan_tiles(
+                lambda carry, at: function(carry, at * tile, tile), carry, count
+            )
+            found.append(parts)
         if rest:
-            parts.append(function(count * tile, rest))
-        return concat_rows(parts, self.scorer.xp)
+            carry, parts = function(carry, count * tile, rest)
+            found.append(parts)
+        return carry, concat_rows(found, self.scorer.xp)
+
+
+def empty_readout(queries: Array, *, xp: Any) -> tuple[Array, Array]:
+    """Return the readout of no slots: log-partition (B,) of -inf, and mean embedding (B, D)."""
+    zero = xp.zeros_like(queries)
+    return xp.sum(zero, axis=1) - float("inf"), zero
+
+
+def add_to_readout(
+    readout: tuple[Array, ...], scores: Array, rows: Array, *, xp: Any
+) -> tuple[Array, Array]:
+    """Add slots with scores (n, B) and embeddings (n, D) to a mean under the softmax of scores.
+
+    This is attention with keys and values alike, kept as its running log-partition and mean.
+    """
+    log_partition, mean = readout
+    top = xp.max(scores, axis=0)
+    top = xp.where(top > -float("inf"), top, 0.0)
+    law = xp.exp(scores - top[None, :])
+    total = xp.sum(law, axis=0)
+    added = xp.where(total > 0, xp.log(xp.where(total > 0, total, 1.0)) + top, -float("inf"))
+    both = log_sum_exp(xp.concat([log_partition[None, :], added[None, :]], axis=0), 0, xp=xp)
+    whole = xp.where(both > -float("inf"), both, 0.0)
+    share = xp.exp(added - whole) / xp.where(total > 0, total, 1.0)
+    held = mean * xp.exp(log_partition - whole)[:, None]
+    return both, held + xp.matmul(xp.matrix_transpose(law), rows) * share[:, None]
 
 
 def best_of_parts(scores: Array, places: Array, *, xp: Any) -> tuple[Array, Array]:
@@ -176,21 +248,32 @@ def best_of_parts(scores: Array, places: Array, *, xp: Any) -> tuple[Array, Arra
 
 
 class SoftmaxDraw(NamedTuple):
-    """slots (B, S) over all caches; their scores (B, S); log_partition (B,), -inf for no slot."""
+    """What was drawn from the softmax over the written slots of all caches.
+
+    slots (B, S), numbered over all caches, and their scores (B, S); log_partition (B,), -inf for no
+    slot; readout (B, D), the mean of all embeddings under the law, where it was asked for
+    """
 
     slots: Array
     scores: Array
     log_partition: Array
+    readout: Array | None
 
 
-def draw_from_caches(caches: Sequence[CacheScores], noise: Array) -> SoftmaxDraw:
+def draw_from_caches(
+    caches: Sequence[CacheScores], noise: Array, *, readout: bool = False
+) -> SoftmaxDraw:
     """Draw from the softmax over the written slots of all caches.
 
     noise: (B, S, 2) uniforms in [0, 1): the first picks a block of slots, the second a slot in it.
     Differs from the 2021 code, which scores everything at once and adds noise to every score.
     """
     xp = caches[0].scorer.xp
-    weights = xp.concat([cache.block_weights() for cache in caches], axis=1)
+    parts, mean = [], empty_readout(caches[0].queries, xp=xp) if readout else ()
+    for cache in caches:
+        part, mean = cache.block_weights(mean)
+        parts.append(part)
+    weights = xp.concat(parts, axis=1)
     passed = list(itertools.accumulate((cache.blocks for cache in caches), initial=0))
 
     def scores_of(block: Array) -> Array:
@@ -206,7 +289,7 @@ def draw_from_caches(caches: Sequence[CacheScores], noise: Array) -> SoftmaxDraw
         own = block - first
         mine = (own >= 0) & (own < cache.blocks)
         slots = slots + xp.where(mine, cache.first + own * BLOCK, 0)
-    return SoftmaxDraw(slots, scores, log_partition)
+    return SoftmaxDraw(slots, scores, log_partition, mean[1] if mean else None)
 
 
 def best_of_all_groups(caches: Sequence[CacheScores], k: int) -> tuple[Array, Array]:

@@ -26,6 +26,18 @@ def check_groups(k: int, slots: int) -> None:
         )
 
 
+def group_of(slots: Array, total: int, k: int, xp: Any) -> Array:
+    """Return which of k contiguous groups of `total` slots each of `slots` is in.
+
+    >>> import numpy as np
+    >>> group_of(np.arange(5), 5, 2, np)
+    array([0, 0, 0, 1, 1])
+    """
+    width, longer = divmod(total, k)
+    cut = longer * (width + 1)
+    return xp.where(slots < cut, slots // (width + 1), longer + (slots - cut) // width)
+
+
 def approximate_top_k_with_indices(scores: Array, k: int, *, xp: Any = None) -> tuple[Array, Array]:
     """Return the highest score of each of k contiguous groups of columns, and its column.
 

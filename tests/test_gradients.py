@@ -10,8 +10,9 @@ from negcache_torch import CacheClassificationLoss
 from strategies import towers
 
 from negcache_core import exact
-from negcache_core.estimators import ESTIMATORS
+from negcache_core.estimators import ESTIMATORS, Law
 from negcache_core.state import NegativeCache
+from negcache_core.surrogates import positive_weight
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -87,9 +88,11 @@ def enumerated_by_hand(backend, problem, outcomes, *, top_k, num_samples):
     def gradients(noise):
         drawn = loss.retrieve(query, cache, noise=backend.to_native(noise), pos_features=features)
         scores = scale * xp.sum(query * positive, axis=1)
-        weights = ESTIMATORS[loss.estimator](scores, drawn.log_partition, drawn.drawn, xp=xp)
+        law = Law(scores, drawn.log_partition, drawn.drawn, cross_scores=drawn.cross_scores)
+        weights = ESTIMATORS[loss.estimator](law, xp=xp)
         slots = xp.reshape(drawn.slots, drawn.drawn.shape)
-        return exact.surrogate_gradients(weights, slots, query, positive, fresh, scale=scale)
+        miss = positive_weight(law, xp=xp)
+        return exact.surrogate_gradients(weights, miss, slots, query, positive, fresh, scale=scale)
 
     total = backend.numpy(exact.expectation(outcomes, gradients))
     by_w = problem.x.T @ total[2] + problem.x_positive.T @ total[1]

@@ -32,6 +32,8 @@ ORDER = (
     "streaming",
     "retrieval",
     "estimators",
+    "surrogates",
+    "positives",
     "filters",
     "metrics",
     "results",

@@ -40,11 +40,11 @@ class JaxBackend(Backend):
     def slice_rows(self, array: Array, start: Any, size: int) -> Array:
         return jax.lax.dynamic_slice_in_dim(array, start, size)
 
-    def fold_tiles(
-        self, function: Callable[[Any], tuple[Array, ...]], count: int
-    ) -> tuple[Array, ...]:
-        stacks = jax.lax.map(function, jnp.arange(count))
-        return tuple(part.reshape(-1, part.shape[2]) for part in stacks)
+    def scan_tiles(
+        self, function: Callable[..., Any], carry: tuple[Array, ...], count: int
+    ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        carry, stacks = jax.lax.scan(function, carry, jnp.arange(count))
+        return carry, tuple(part.reshape(-1, part.shape[2]) for part in stacks)
 
     def write_rows(self, table: Array, slots: Array, rows: Array) -> Array:
         return _namespace.put_rows(table, slots, rows)

@@ -36,32 +36,36 @@ class TensorFlowBackend(Backend):
         rows = tf.cast(start, tf.int64) + tf.range(size, dtype=tf.int64)
         return tf.gather(array, rows)
 
-    def fold_tiles(
-        self, function: Callable[[Any], tuple[tf.Tensor, ...]], count: int
-    ) -> tuple[tf.Tensor, ...]:
+    def scan_tiles(
+        self, function: Callable[..., Any], carry: tuple[tf.Tensor, ...], count: int
+    ) -> tuple[tuple[tf.Tensor, ...], tuple[tf.Tensor, ...]]:
         if tf.executing_eagerly() or count == 1:
-            return super().fold_tiles(function, count)
-        first = function(tf.constant(0, tf.int64))
+            return super().scan_tiles(function, carry, count)
+        carry, first = function(carry, tf.constant(0, tf.int64))
         arrays = tuple(
             tf.TensorArray(part.dtype, count, element_shape=part.shape).write(0, part)
             for part in first
         )
 
-        def body(tile: tf.Tensor, arrays: Any) -> Any:
-            parts = function(tile)
-            return tile + 1, tuple(
-                array.write(tf.cast(tile, tf.int32), part)
-                for array, part in zip(arrays, parts, strict=True)
+        def body(tile: tf.Tensor, carry: Any, arrays: Any) -> Any:
+            carry, parts = function(carry, tile)
+            return (
+                tile + 1,
+                carry,
+                tuple(
+                    array.write(tf.cast(tile, tf.int32), part)
+                    for array, part in zip(arrays, parts, strict=True)
+                ),
             )
 
-        _, arrays = tf.while_loop(
-            lambda tile, _: tile < count,
+        _, carry, arrays = tf.while_loop(
+            lambda tile, *_: tile < count,
             body,
-            (tf.constant(1, tf.int64), arrays),
+            (tf.constant(1, tf.int64), carry, arrays),
             parallel_iterations=1,
         )
         # Rows and queries keep their static sizes, where they have any.
-        return tuple(
+        return carry, tuple(
             tf.reshape(array.stack(), (count * part.shape[0], part.shape[1] or -1))
             for array, part in zip(arrays, first, strict=True)
         )

@@ -40,6 +40,10 @@ def full_like(like: tf.Tensor, value: Any, *, dtype: tf.DType) -> tf.Tensor:
     return tf.fill(tf.shape(like), tf.cast(value, dtype))
 
 
+def zeros_like(like: tf.Tensor) -> tf.Tensor:
+    return tf.zeros_like(like)
+
+
 def ones_like(like: tf.Tensor, *, dtype: tf.DType) -> tf.Tensor:
     return tf.ones_like(like, dtype=dtype)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from negcache_core.backend import ACCELERATOR_TILE, CPU_TILE, Backend
-from negcache_core.scoring import block_log_sum_exp_in_place
+from negcache_core.scoring import block_log_sum_exp_in_place, exclude_in_place
 
 from . import _namespace
 from ._generator import BufferGenerator
@@ -45,26 +45,28 @@ class TorchBackend(Backend):
         rows = torch.narrow(array, 0, start, size)  # its size counts as unknown, like its start
         return rows.as_strided((size, *array.shape[1:]), array.stride())
 
-    def fold_tiles(
-        self, function: Callable[[Any], tuple[Tensor, ...]], count: int
-    ) -> tuple[Tensor, ...]:
+    def scan_tiles(
+        self, function: Callable[..., Any], carry: tuple[Tensor, ...], count: int
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         if count == 1 or not torch.compiler.is_compiling():
-            return super().fold_tiles(function, count)
-        first = function(0)
+            return super().scan_tiles(function, carry, count)
+        carry, first = function(carry, 0)
+        carried = len(carry)
 
-        def body(tile: Tensor, *stacks: Tensor) -> tuple[Tensor, ...]:
-            parts = function(tile.item())
-            return tile + 1, *(
+        def body(tile: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+            carry, parts = function(state[:carried], tile.item())
+            stacks = (
                 stack.index_copy(0, tile[None].to(stack.device), part[None])
-                for stack, part in zip(stacks, parts, strict=True)
+                for stack, part in zip(state[carried:], parts, strict=True)
             )
+            return tile + 1, *carry, *stacks
 
         stacks = tuple(
             torch.cat([part[None], part.new_zeros((count - 1, *part.shape))]) for part in first
         )
         start = torch.ones((), dtype=torch.int64)  # on the host, where it is read
-        stacks = torch.while_loop(lambda tile, *_: tile < count, body, (start, *stacks))[1:]
-        return tuple(stack.flatten(0, 1) for stack in stacks)
+        state = torch.while_loop(lambda tile, *_: tile < count, body, (start, *carry, *stacks))[1:]
+        return state[:carried], tuple(stack.flatten(0, 1) for stack in state[carried:])
 
     def block_log_sum_exp(self, scores: Tensor, written: Tensor, block: int) -> Tensor:
         if scores.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -74,6 +76,11 @@ class TorchBackend(Backend):
             return block_log_sum_exp_in_place(scores, block, xp=self.xp)
         scores = torch.where(written[:, None], scores, -torch.inf)
         return torch.logsumexp(scores.view(scores.shape[0] // block, block, -1), 1)
+
+    def exclude(self, scores: Tensor, ids: Tensor, positive_ids: Tensor) -> Tensor:
+        if scores.device.type == "cpu" and not torch.compiler.is_compiling():
+            return exclude_in_place(scores, ids, positive_ids, xp=self.xp)
+        return super().exclude(scores, ids, positive_ids)
 
     def write_rows(self, table: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
         _namespace.signed(table).index_copy_(0, slots, _namespace.signed(rows))

@@ -20,7 +20,7 @@ ones_like, where, reshape = torch.ones_like, torch.where, torch.reshape
 broadcast_to, concat, cumulative_sum = torch.broadcast_to, torch.cat, torch.cumsum
 all, any, mean, max, argmax = torch.all, torch.any, torch.mean, torch.amax, torch.argmax
 argsort, topk, clip, subtract = torch.argsort, torch.topk, torch.clip, torch.subtract
-finfo = torch.finfo
+finfo, searchsorted, zeros_like = torch.finfo, torch.searchsorted, torch.zeros_like
 
 index_dtype = int64
 

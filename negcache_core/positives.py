@@ -1,0 +1,92 @@
+"""The batch's own positives: which items they are, and whose negatives they may be."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from negcache_core._array import Array, cast, dtype_kind, dtype_name, positions
+from negcache_core.backend import Backend
+from negcache_core.checks import check_castable, check_shape
+from negcache_core.errors import DTypeError, KeysError, OptionError
+from negcache_core.scoring import is_among
+from negcache_core.state import NegativeCache
+
+
+class Positives(NamedTuple):
+    """What is known of the positives of B queries.
+
+    ids:    (B, P) all items that are positives of a query; None without an id_key
+    others: bool (B, B), which other positives are negatives of a query; None where they do not
+            compete
+    bias:   (B,) taken from their scores as negatives, or None
+    """
+
+    ids: Array | None
+    others: Array | None
+    bias: Array | None
+
+
+def positives_of(
+    queries: Array,
+    features: Mapping[str, Any] | None,
+    positive_ids: Any,
+    id_key: str | None,
+    bias_key: str | None,
+    caches: Mapping[str, NegativeCache],
+    backend: Backend,
+    *,
+    in_batch: bool,
+) -> Positives:
+    """Check and gather what is known of the positives; see `CacheClassificationLoss.retrieve`."""
+    xp, rows = backend.xp, queries.shape[0]
+    table = next(iter(caches.values())).data
+    if positive_ids is not None and id_key is None:
+        raise OptionError(
+            "positive_ids were given to a loss without id_key: name the cache's field of ids."
+        )
+
+    def column(key: str) -> Array:
+        if features is None or key not in features:
+            raise KeysError(
+                f"pos_features lack {key!r}: pass the field {key!r} of the batch's positives, (B,)."
+            )
+        what = f"pos_features[{key!r}]"
+        array = check_shape(backend.to_array(features[key]), (rows,), what, "One for each query.")
+        check_castable(array.dtype, table[key].dtype, what)
+        return cast(array, table[key].dtype, xp)
+
+    own: Any = None
+    items: Any = None
+    bias: Any = None
+    if id_key is not None:
+        _check_field(table, id_key, "integer", "id_key")
+        if positive_ids is None or in_batch:
+            items = column(id_key)
+        own = items[:, None] if positive_ids is None else _ids(positive_ids, rows, backend)
+        own = cast(own, table[id_key].dtype, xp)
+    if bias_key is not None:
+        _check_field(table, bias_key, "floating", "log_frequency_key")
+        bias = column(bias_key) if in_batch else None
+    if not in_batch:
+        return Positives(own, None, None)
+    place = positions(queries, xp)
+    others = place[:, None] != place[None, :]
+    if items is not None:
+        others = others & ~xp.matrix_transpose(is_among(items, own))
+    return Positives(own, others, bias)
+
+
+def _ids(positive_ids: Any, rows: Any, backend: Backend) -> Array:
+    ids = backend.to_array(positive_ids)
+    ids = ids[:, None] if len(ids.shape) == 1 else ids
+    check_shape(ids, (rows, "P"), "positive_ids", "The ids of each query's positives.")
+    if dtype_kind(ids.dtype) != "integer":
+        raise DTypeError(f"positive_ids has dtype {dtype_name(ids.dtype)}: expected integers.")
+    return ids
+
+
+def _check_field(table: Mapping[str, Array], key: str, kind: str, what: str) -> None:
+    check_shape(table[key], ("C",), f"field {key!r}", f"{what} needs one number for each row.")
+    if dtype_kind(table[key].dtype) != kind:
+        raise DTypeError(
+            f"{what} names field {key!r} of {dtype_name(table[key].dtype)}: expected a {kind} one."
+        )

@@ -1,0 +1,186 @@
+"""Every estimator, with every option: enumerated over all draws, its gradient is the exact one."""
+
+import numpy as np
+import pytest
+import torch
+from backends import BACKENDS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import towers
+from test_gradients import TOLERANCE, noise_for
+
+from negcache_core import exact
+from negcache_core.estimators import ESTIMATORS
+from negcache_core.state import NegativeCache
+
+IDS = 3  # few, so that items meet themselves
+
+
+class Options:
+    """What a test draws besides the towers: item ids, frequencies, hard negatives, weights."""
+
+    def __init__(self, data, problem):
+        rows, slots, width = len(problem.y), len(problem.age), problem.W.shape[1]
+        rng = np.random.default_rng(data.draw(st.integers(0, 2**16), label="options seed"))
+        self.estimator = data.draw(st.sampled_from(sorted(ESTIMATORS)), label="estimator")
+        self.top_k = None
+        if self.estimator != "exact_query":
+            self.top_k = data.draw(st.none() | st.integers(1, slots), label="top_k")
+        self.in_batch = data.draw(st.booleans(), label="in batch")
+        self.ids = self.frequencies = self.positive_ids = self.hard = self.weight = None
+        if data.draw(st.booleans(), label="ids"):
+            self.ids = rng.integers(0, IDS, slots), rng.integers(0, IDS, rows)
+            if data.draw(st.booleans(), label="several positives"):
+                more = rng.integers(-1, IDS, (rows, 1))
+                self.positive_ids = np.concatenate([self.ids[1][:, None], more], axis=1)
+        if data.draw(st.booleans(), label="frequencies"):
+            self.frequencies = rng.normal(size=slots), rng.normal(size=rows)
+        if data.draw(st.booleans(), label="hard negatives"):
+            self.hard = rng.normal(size=(rows, 2, width))
+        if data.draw(st.booleans(), label="sample weight"):
+            self.weight = rng.random(rows) * 2
+
+    def loss_of(self, module, scale):
+        return module.CacheClassificationLoss(
+            "embedding",
+            ("x",),
+            top_k=self.top_k,
+            scale=scale,
+            estimator=self.estimator,
+            in_batch_negatives=self.in_batch,
+            id_key=None if self.ids is None else "id",
+            log_frequency_key=None if self.frequencies is None else "log_frequency",
+        )
+
+    def fields(self, side):
+        """Return the fields of the cache (0) or of the batch's positives (1)."""
+        found = {}
+        if self.ids is not None:
+            found["id"] = self.ids[side]
+        if self.frequencies is not None:
+            found["log_frequency"] = self.frequencies[side]
+        return found
+
+    def arguments(self, backend):
+        given = {
+            "positive_ids": self.positive_ids,
+            "hard_negative_embeddings": self.hard,
+            "sample_weight": self.weight,
+        }
+        return {k: backend.to_native(v) for k, v in given.items() if v is not None}
+
+    def own_ids(self):
+        return self.ids[1][:, None] if self.positive_ids is None else self.positive_ids
+
+    def stale_logits(self, problem):
+        """Return (B, C): what each query's softmax has for each slot, -inf for no negative."""
+        queries = problem.scale * problem.y @ problem.V
+        logits = queries @ problem.cache_data["embedding"].T
+        if self.frequencies is not None:
+            logits = logits - self.frequencies[0]
+        if self.ids is not None:
+            same = (self.ids[0][None, :, None] == self.own_ids()[:, None, :]).any(axis=2)
+            logits = np.where(same, -np.inf, logits)
+        logits = np.where(problem.written, logits, -np.inf)
+        if self.top_k is not None:
+            best = np.zeros(logits.shape, bool)
+            for group in np.array_split(np.arange(logits.shape[1]), self.top_k):
+                best[np.arange(len(logits)), group[logits[:, group].argmax(axis=1)]] = True
+            logits = np.where(best, logits, -np.inf)
+        return logits
+
+
+def expected_gradients(problem, options):
+    """Differentiate the full cross-entropy: stale probabilities, fresh scores; with PyTorch."""
+    V, W, scale = (
+        torch.tensor(array, requires_grad=True) for array in (problem.V, problem.W, problem.scale)
+    )
+    y, x, x_positive = map(torch.as_tensor, (problem.y, problem.x, problem.x_positive))
+    query, positive, items = scale * (y @ V), x_positive @ W, x @ W
+    logits, scores = [torch.as_tensor(options.stale_logits(problem))], [query @ items.T]
+    own = (query * positive).sum(1, keepdim=True)
+    rows = len(y)
+    if options.in_batch:
+        others = ~torch.eye(rows, dtype=torch.bool)
+        if options.ids is not None:
+            same = options.ids[1][None, :, None] == options.own_ids()[:, None, :]
+            others &= ~torch.as_tensor(same.any(axis=2))
+        between = query @ positive.T
+        shift = torch.zeros(rows)
+        if options.frequencies is not None:
+            shift = torch.as_tensor(options.frequencies[1])
+        scores.append(between)
+        logits.append((between.detach() - shift).masked_fill(~others, -torch.inf))
+    if options.hard is not None:
+        hard = torch.einsum("bd,bhd->bh", query, torch.as_tensor(options.hard))
+        scores.append(hard)
+        logits.append(hard.detach())
+    logits, scores = torch.cat([own.detach(), *logits], 1), torch.cat([own, *scores], 1)
+    probabilities = torch.softmax(logits, dim=1)
+    probabilities[:, 0] -= 1
+    weight = torch.ones(rows) if options.weight is None else torch.as_tensor(options.weight)
+    total = ((probabilities * scores).sum(1) * weight).mean()
+    value = ((torch.logsumexp(logits, 1) - logits[:, 0]) * weight).mean()
+    return torch.autograd.grad(total, [V, W, scale]), value
+
+
+def law_of(options, problem):
+    weights = np.exp(options.stale_logits(problem))
+    weights[:, 0] += ~(weights > 0).any(axis=1)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def assert_unbiased(name, problem, options):
+    backend, now = BACKENDS[name], {}
+    native = backend.to_native
+    loss = options.loss_of(backend.module, lambda: now["scale"])
+    data = {**problem.cache_data, **options.fields(0)}
+    cache = backend.native(NegativeCache(data, problem.age))
+    y, x_positive = native(problem.y), native(problem.x_positive)
+    features = {"x": x_positive, **{k: native(v) for k, v in options.fields(1).items()}}
+    law = law_of(options, problem)
+    outcomes = [
+        (native(noise_for(slots, law)), probability)
+        for slots, probability in exact.enumerate_draws(law)
+    ]
+    arguments = options.arguments(backend)
+    expected, value_expected = expected_gradients(problem, options)
+
+    def value(V, W, scale):
+        now["scale"] = scale
+        total = 0.0
+        for noise, probability in outcomes:
+            result = loss(
+                lambda features: features["x"] @ W,
+                y @ V,
+                x_positive @ W,
+                cache,
+                pos_features=features,
+                noise=noise,
+                **arguments,
+            )
+            total = total + probability * result.loss
+        return total
+
+    given = backend.gradients(
+        value, [native(each) for each in (problem.V, problem.W, problem.scale)]
+    )
+    for which, ours, theirs in zip("VWs", given, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, err_msg=which, **TOLERANCE)
+    total = value(*(native(each) for each in (problem.V, problem.W, problem.scale)))
+    np.testing.assert_allclose(float(total), float(value_expected), **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["torch", "tensorflow"])
+@given(data=st.data())
+def test_expected_gradient_is_exact_with_every_option(name, data):
+    problem = data.draw(towers(stale=data.draw(st.booleans(), label="stale"), max_slots=5))
+    assert_unbiased(name, problem, Options(data, problem))
+
+
+@pytest.mark.parametrize("name", ["tf.function", "tf.function+xla", "jax", "jax.jit"])
+@settings(max_examples=3)
+@given(data=st.data())
+def test_expected_gradient_is_exact_when_traced_and_compiled(name, data):
+    problem = data.draw(towers(stale=True, max_slots=3, max_queries=2))
+    assert_unbiased(name, problem, Options(data, problem))
