@@ -37,9 +37,9 @@ class Towers(NamedTuple):
 
 
 @st.composite
-def towers(draw, *, stale, max_slots=4, max_queries=2):
+def towers(draw, *, stale, max_slots=4, max_queries=2, min_queries=1):
     rng = np.random.default_rng(draw(seeds))
-    queries, slots = draw(st.integers(1, max_queries)), draw(st.integers(1, max_slots))
+    queries, slots = draw(st.integers(min_queries, max_queries)), draw(st.integers(1, max_slots))
     features, width = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     empty = draw(st.lists(st.booleans(), min_size=slots, max_size=slots))
     W = rng.standard_normal((features, width))

@@ -19,14 +19,15 @@ IDS = 3  # few, so that items meet themselves
 class Options:
     """What a test draws besides the towers: item ids, frequencies, hard negatives, weights."""
 
-    def __init__(self, data, problem):
+    def __init__(self, data, problem, *, in_batch):
         rows, slots, width = len(problem.y), len(problem.age), problem.W.shape[1]
         rng = np.random.default_rng(data.draw(st.integers(0, 2**16), label="options seed"))
         self.estimator = data.draw(st.sampled_from(sorted(ESTIMATORS)), label="estimator")
         self.top_k = None
         if self.estimator != "exact_query":
             self.top_k = data.draw(st.none() | st.integers(1, slots), label="top_k")
-        self.in_batch = data.draw(st.booleans(), label="in batch")
+        self.in_batch = in_batch
+        self.split = data.draw(st.booleans(), label="two caches") and slots > 1
         self.ids = self.frequencies = self.positive_ids = self.hard = self.weight = None
         if data.draw(st.booleans(), label="ids"):
             self.ids = rng.integers(0, IDS, slots), rng.integers(0, IDS, rows)
@@ -135,12 +136,19 @@ def assert_unbiased(name, problem, options):
     native = backend.to_native
     loss = options.loss_of(backend.module, lambda: now["scale"])
     data = {**problem.cache_data, **options.fields(0)}
-    cache = backend.native(NegativeCache(data, problem.age))
+    cut = len(problem.age) // 2 if options.split else 0
+    cache = {
+        name: backend.native(
+            NegativeCache({k: v[part] for k, v in data.items()}, problem.age[part])
+        )
+        for name, part in (("a", slice(cut)), ("b", slice(cut, None)))
+        if name == "b" or cut
+    }
     y, x_positive = native(problem.y), native(problem.x_positive)
     features = {"x": x_positive, **{k: native(v) for k, v in options.fields(1).items()}}
     law = law_of(options, problem)
     outcomes = [
-        (native(noise_for(slots, law)), probability)
+        (native(noise_for(slots, law, cut if options.top_k is None else 0)), probability)
         for slots, probability in exact.enumerate_draws(law)
     ]
     arguments = options.arguments(backend)
@@ -171,16 +179,18 @@ def assert_unbiased(name, problem, options):
     np.testing.assert_allclose(float(total), float(value_expected), **TOLERANCE)
 
 
+@pytest.mark.parametrize("in_batch", [False, True], ids=["cache alone", "in-batch"])
 @pytest.mark.parametrize("name", ["torch", "tensorflow"])
 @given(data=st.data())
-def test_expected_gradient_is_exact_with_every_option(name, data):
-    problem = data.draw(towers(stale=data.draw(st.booleans(), label="stale"), max_slots=5))
-    assert_unbiased(name, problem, Options(data, problem))
+def test_expected_gradient_is_exact_with_every_option(name, in_batch, data):
+    stale = data.draw(st.booleans(), label="stale")
+    problem = data.draw(towers(stale=stale, max_slots=5, min_queries=1 + in_batch))
+    assert_unbiased(name, problem, Options(data, problem, in_batch=in_batch))
 
 
 @pytest.mark.parametrize("name", ["tf.function", "tf.function+xla", "jax", "jax.jit"])
 @settings(max_examples=3)
 @given(data=st.data())
 def test_expected_gradient_is_exact_when_traced_and_compiled(name, data):
-    problem = data.draw(towers(stale=True, max_slots=3, max_queries=2))
-    assert_unbiased(name, problem, Options(data, problem))
+    problem = data.draw(towers(stale=True, max_slots=3, min_queries=2))
+    assert_unbiased(name, problem, Options(data, problem, in_batch=True))
