@@ -29,8 +29,9 @@ class CacheLossHandler(Upkeep):
     use_cross_replica: every replica writes the rows of all, so that their caches stay equal
     new_items_filter:  which items may enter, such as IsInCacheFilterFn(keys); all by default
 
-    `cache` is the live state, `metrics` the last step's scalars. Source: the paper, algorithm 2,
-    and the published `handlers.CacheLossHandler`, which has no filter and returns another loss.
+    `cache` is the live state, `metrics` the last step's scalars; `prefill` and `refresh` keep the
+    cache up beside the steps. Source: the paper, algorithm 2, and the published
+    `handlers.CacheLossHandler`, which has no filter and returns another loss.
 
     >>> import numpy as np
     >>> from negcache_core import CacheClassificationLoss, CacheManager, FieldSpec

@@ -17,6 +17,7 @@ from test_handlers import (
     failing,
     handler_of,
     multi_of,
+    specs_of,
     state_of,
 )
 
@@ -449,3 +450,39 @@ def test_torch_compiles_refresh_and_unique_items_to_one_graph():
     torch.testing.assert_close(caches[0].age, caches[1].age)
     held = caches[0].data["id"][caches[0].age != EMPTY].tolist()
     assert len(held) == len(set(held)) > 20
+
+
+def test_prefill_lets_in_what_the_filter_lets_in():
+    backend = BACKENDS["numpy"]
+    handler = handler_of(
+        backend,
+        capacity=6,
+        more={"id": backend.module.FieldSpec((), "int64")},
+        new_items_filter=backend.module.IsInCacheFilterFn(("id",)),
+    )
+    features = {**corpus_of(backend, 3), "id": np.asarray([4, 5, 6])}
+    for _ in range(2):
+        assert int(handler.prefill(double, features, 2)) == 0
+        np.testing.assert_array_equal(handler.cache.data["id"], [4, 5, 6, 0, 0, 0])
+
+
+def test_jax_keeps_up_several_caches():
+    backend = BACKENDS["jax"]
+    handler = negcache_jax.MultiCacheLossHandler(
+        {
+            name: negcache_jax.CacheManager(
+                specs_of(negcache_jax),
+                2,
+            )
+            for name in "ab"
+        },
+        jax_loss(),
+        embedding_key="embedding",
+        data_keys=("x",),
+    )
+    corpora = {name: corpus_of(backend, 2, seed) for seed, name in enumerate("ab")}
+    state = handler.prefill(handler.init(jax.random.key(0)), double, corpora, 2)
+    state = handler.refresh(state, negate, 2, cache_name="b")
+    for name, factor in (("a", 2), ("b", -1)):
+        x = np.asarray(corpora[name]["x"])
+        np.testing.assert_array_equal(state.caches[name].data["embedding"], factor * x)
