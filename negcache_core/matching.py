@@ -14,7 +14,7 @@ from negcache_core._array import (
 )
 from negcache_core.errors import DTypeError
 
-GROUP = 128  # slots at a time, in looking for the first that matches
+GROUP = 1024  # slots at a time, in looking for the first that matches (measured)
 
 
 def check_identifies(dtype: Any, what: str) -> None:

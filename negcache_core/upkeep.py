@@ -1,6 +1,6 @@
 """Upkeep outside of steps: filling a cache before training, and embedding its oldest rows anew."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from negcache_core._array import Array, cast, index_dtype, take
@@ -90,7 +90,7 @@ class Upkeep(BaseHandler):
         """
         return self._prefill({SINGLE: features}, item_network, batch_size, progress)
 
-    def _refresh(self, names: Iterable[str], item_network: ItemNetwork, n: int) -> Array:
+    def _refresh(self, names: Collection[str], item_network: ItemNetwork, n: int) -> Array:
         """Refresh n rows of each cache that is named; nothing is written before all is planned."""
         count, caches = _whole("n", n, least=0), self._caches()
         for name in names:

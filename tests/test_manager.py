@@ -272,6 +272,8 @@ def test_of_equal_items_in_a_batch_the_last_unmasked_counts(backend):
     assert held_by(backend, cache) == {0: (6, 2, 0), 1: (5, 3, 0)}
     cache = insert(backend, manager, cache, [6, 6, 3], [5, 6, 7], [False, False, True])
     assert held_by(backend, cache) == {0: (6, 2, 1), 1: (5, 3, 1), 2: (3, 7, 0)}
+    cache = insert(backend, manager, cache, [6, 6, 6], [8, 9, 10], [True, True, False])
+    assert held_by(backend, cache) == {0: (6, 9, 0), 1: (5, 3, 2), 2: (3, 7, 1)}
 
 
 @ON_EAGER
@@ -315,21 +317,37 @@ def test_items_are_looked_for_after_the_refresh(backend, use_lru):
 @ON_EAGER
 @pytest.mark.parametrize("dtype", ["bool", "int8", "int32", "uint8", "uint16", "uint32", "uint64"])
 def test_keys_of_any_rank_and_dtype(backend, dtype):
-    """300 slots are two groups and a rest; the match is in the last."""
-    manager = unique_manager(backend.module, 300, shape=(2, 1), dtype=dtype)
+    """2,100 slots are two groups and a rest; one item is in the rest, one in two groups."""
+    manager = unique_manager(backend.module, 2100, shape=(2, 1), dtype=dtype)
     ids = np.asarray([[[1], [1]], [[0], [1]], [[1], [0]]]).astype(dtype)
-    age = np.full(300, 5, np.int32)
-    table = np.zeros((300, 2, 1), dtype)
-    table[298] = table[299] = ids[0]  # a duplicate, loaded from elsewhere
-    table[100] = ids[1]
-    cache = backend.native(NegativeCache({"id": table, "value": np.zeros(300, np.float32)}, age))
+    age = np.full(2100, 5, np.int32)
+    table = np.zeros((2100, 2, 1), dtype)
+    table[[2098, 2099]] = ids[0]  # duplicates, loaded from elsewhere
+    table[[1500, 100]] = ids[1]
+    cache = backend.native(NegativeCache({"id": table, "value": np.zeros(2100, np.float32)}, age))
     cache = insert(backend, manager, cache, ids, [1, 2, 3], dtype=dtype)
     held = held_by(backend, cache)
-    assert {slot: value for slot, (_, value, _) in held.items() if value} == {298: 1, 100: 2, 0: 3}
-    assert held[299] == (ids[0].tolist(), 0, 6)
+    assert {slot: value for slot, (_, value, _) in held.items() if value} == {2098: 1, 100: 2, 0: 3}
+    assert held[2099] == (ids[0].tolist(), 0, 6)
 
 
 def test_a_row_without_a_value_is_every_row():
     manager = unique_manager(BACKENDS["numpy"].module, 3, shape=(0,))
     cache = insert(BACKENDS["numpy"], manager, manager.init_cache(), np.zeros((2, 0)), [1, 2])
     assert held_by(BACKENDS["numpy"], cache) == {0: ([], 2, 0)}
+
+
+@ON_EAGER
+def test_a_new_item_takes_a_slot_just_refreshed_before_one_that_an_item_owns(backend):
+    manager = unique_manager(backend.module, 2)
+    cache = insert(backend, manager, manager.init_cache(), [1, 2], [1, 2])
+    cache = insert(
+        backend,
+        manager,
+        cache,
+        [1, 3],
+        [3, 4],
+        updated_item_data={"value": np.asarray([5.0], np.float32)},
+        updated_item_indices=np.asarray([1]),
+    )
+    assert held_by(backend, cache) == {0: (1, 3, 0), 1: (3, 4, 0)}
