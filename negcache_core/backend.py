@@ -42,6 +42,10 @@ class Backend:
         """Return `value` as an array of this library; its own arrays come back as they are."""
         return self.xp.asarray(value)
 
+    def truth(self, value: Array) -> bool | None:
+        """Return a bool scalar's value; None where a trace leaves it open."""
+        return bool(value)
+
     def device(self, array: Array) -> Any:
         """Return where an array is, to compare; None where the library moves arrays itself."""
         return None

@@ -4,10 +4,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from negcache_core._array import Array, cast, dtype_kind, dtype_name
+from negcache_core._array import Array, cast
 from negcache_core.backend import NUMPY, Backend
 from negcache_core.checks import check_castable, check_shape
-from negcache_core.errors import DTypeError, KeysError, KindError
+from negcache_core.errors import KeysError, KindError
+from negcache_core.matching import check_identifies, equal_rows
 from negcache_core.state import NegativeCache, check_cache, is_written
 
 
@@ -59,23 +60,9 @@ class IsInCacheFilterFn(CacheFilterFn):
                         "filter's keys."
                     )
             table, rows = cache.data[key], self.backend.to_array(new_items[key])
-            if dtype_kind(table.dtype) == "floating":
-                raise DTypeError(
-                    f"key {key!r} has dtype {dtype_name(table.dtype)}: floating values that went "
-                    "through a network are seldom equal. Identify items by an integer field."
-                )
+            check_identifies(table.dtype, f"key {key!r}")
             what = f"new_items[{key!r}]"
             check_castable(rows.dtype, table.dtype, what)
             check_shape(rows, ("n", *tuple(table.shape)[1:]), what)
-            equal = equal & self._equal(table, cast(rows, table.dtype, xp))
+            equal = equal & equal_rows(cast(rows, table.dtype, xp), table, xp=xp)
         return ~xp.any(equal, axis=1)
-
-    def _equal(self, table: Array, rows: Array) -> Array:
-        """Return (n, C): whether each of rows (n, …) equals each of table (C, …)."""
-        if len(table.shape) == 1:
-            return rows[:, None] == table[None, :]
-        equal = None
-        for place in range(table.shape[1]):  # one n x C comparison at a time bounds the memory
-            part = self._equal(table[:, place, ...], rows[:, place, ...])
-            equal = part if equal is None else equal & part
-        return self.backend.xp.ones_like(rows[:, None], dtype=bool) if equal is None else equal

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from negcache_core._array import Array
+from negcache_core.checks import check_keys, check_mapping
 from negcache_core.errors import KindError
 from negcache_core.losses import CacheClassificationLoss
 from negcache_core.manager import CacheManager
@@ -11,11 +12,12 @@ from negcache_core.results import CacheLossReturn
 from negcache_core.retrieval import SINGLE, Retrieval
 from negcache_core.state import NegativeCache
 from negcache_core.step import BaseHandler
+from negcache_core.upkeep import ItemNetwork, Progress, Upkeep
 
 __all__ = ["BaseHandler", "CacheLossHandler", "MultiCacheLossHandler"]
 
 
-class CacheLossHandler(BaseHandler):
+class CacheLossHandler(Upkeep):
     """One cache, its loss, and the step that uses and updates them.
 
     cache_manager:     a CacheManager; its specs are embedding_key, data_keys, and any more fields
@@ -27,8 +29,9 @@ class CacheLossHandler(BaseHandler):
     use_cross_replica: every replica writes the rows of all, so that their caches stay equal
     new_items_filter:  which items may enter, such as IsInCacheFilterFn(keys); all by default
 
-    `cache` is the live state, `metrics` the last step's scalars. Source: the paper, algorithm 2,
-    and the published `handlers.CacheLossHandler`, which has no filter and returns another loss.
+    `cache` is the live state, `metrics` the last step's scalars; `prefill` and `refresh` keep the
+    cache up beside the steps. Source: the paper, algorithm 2, and the published
+    `handlers.CacheLossHandler`, which has no filter and returns another loss.
 
     >>> import numpy as np
     >>> from negcache_core import CacheClassificationLoss, CacheManager, FieldSpec
@@ -71,7 +74,7 @@ class CacheLossHandler(BaseHandler):
 
     def update_cache_and_compute_loss(
         self,
-        item_network: Callable[[dict[str, Array]], Array],
+        item_network: ItemNetwork,
         query_embeddings: Array,
         pos_item_embeddings: Array,
         features: Mapping[str, Array],
@@ -134,7 +137,7 @@ class CacheLossHandler(BaseHandler):
         self._commit(result, {SINGLE: pos_item_embeddings}, {SINGLE: features})
 
 
-class MultiCacheLossHandler(BaseHandler):
+class MultiCacheLossHandler(Upkeep):
     """Several named caches that the loss treats as one, each fed by its own new items.
 
     cache_managers: name -> CacheManager; for the other arguments see CacheLossHandler
@@ -147,7 +150,7 @@ class MultiCacheLossHandler(BaseHandler):
 
     def update_cache_and_compute_loss(
         self,
-        item_network: Callable[[dict[str, Array]], Array],
+        item_network: ItemNetwork,
         query_embeddings: Array,
         pos_item_embeddings: Array,
         new_item_embeddings: Mapping[str, Array],
@@ -192,6 +195,30 @@ class MultiCacheLossHandler(BaseHandler):
         """Phase three: write the fresh embeddings and the new items into the caches."""
         self._check(new_item_embeddings, new_item_features)
         self._commit(result, new_item_embeddings, new_item_features)
+
+    def refresh(self, item_network: ItemNetwork, n: int, *, cache_name: str | None = None) -> Array:
+        """Embed the n oldest written rows of one cache, or of each, anew; see CacheLossHandler.
+
+        cache_name: the cache to refresh; None for all, n rows of each
+        """
+        names = self._managers if cache_name is None else [cache_name]
+        check_keys(names, self._managers, "cache_name", exact=False)
+        return self._refresh(names, item_network, n)
+
+    def prefill(
+        self,
+        item_network: ItemNetwork,
+        features: Mapping[str, Mapping[str, Any]],
+        batch_size: int,
+        *,
+        progress: Progress | None = None,
+    ) -> Array:
+        """Fill the caches that are named in `features` from a corpus each; see CacheLossHandler.
+
+        features: name -> field -> (N, …)
+        """
+        check_keys(check_mapping(features, "features"), self._managers, "features", exact=False)
+        return self._prefill(features, item_network, batch_size, progress)
 
 
 def _two_phase(cache_loss: Any) -> CacheClassificationLoss:

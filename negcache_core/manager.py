@@ -6,12 +6,14 @@ from typing import Any, ClassVar, NamedTuple
 from negcache_core._array import Array, cast, native_dtype, put_rows
 from negcache_core.backend import NUMPY, Backend
 from negcache_core.checks import check_mask, check_new_rows, check_refresh
-from negcache_core.errors import CapacityError, KindError
+from negcache_core.errors import CapacityError, KeysError, KindError
+from negcache_core.matching import check_identifies
 from negcache_core.plans import (
     WritePlan,
     grow_older,
     plan_insert,
     plan_refresh,
+    plan_unique_insert,
     rows_to_write,
     too_many_rows,
 )
@@ -41,7 +43,11 @@ class CacheManager:
     specs:      field name -> FieldSpec
     cache_size: capacity C, the number of slots
     use_lru:    True: refreshing a row makes it as young as a new one; False: it keeps its age
+    unique_key: an integer or bool field that identifies an item, such as "item_id": a new item
+                that is in the cache overwrites its own slot, so that it never fills two. None: any
+                item takes the oldest slot.
 
+    Raises KeysError, KindError, DTypeError or CapacityError on an argument that cannot work.
     The manager holds no rows: state goes in and comes out as a NegativeCache.
     Source: the paper's streaming cache, section 3.2, and the published `CacheManager`.
 
@@ -57,7 +63,14 @@ class CacheManager:
 
     backend: ClassVar[Backend] = NUMPY
 
-    def __init__(self, specs: Mapping[str, Any], cache_size: int, use_lru: bool = True) -> None:
+    def __init__(
+        self,
+        specs: Mapping[str, Any],
+        cache_size: int,
+        use_lru: bool = True,
+        *,
+        unique_key: str | None = None,
+    ) -> None:
         if isinstance(cache_size, bool) or not hasattr(cache_size, "__index__"):
             raise KindError(
                 f"cache_size is {cache_size!r}: expected a positive int, the number of slots."
@@ -67,8 +80,11 @@ class CacheManager:
         self.specs = as_field_specs(specs)
         self.cache_size = cache_size.__index__()
         self.use_lru = bool(use_lru)
+        self.unique_key = unique_key
         for spec in self.specs.values():
             native_dtype(spec.dtype, self.backend.xp)  # raises where the library lacks the dtype
+        if unique_key is not None:
+            _check_unique_key(unique_key, self.specs)
 
     def init_cache(self) -> NegativeCache:
         """Return a cache of zero rows, every age EMPTY.
@@ -102,11 +118,34 @@ class CacheManager:
             plan = plan_refresh(age, indices, mask, use_lru=self.use_lru, xp=xp)
             refresh, age = (plan, rows), plan.age
         if new_items is not None:
-            rows, count = self.check_new_items(cache, new_items)
-            mask = check_mask(new_items_mask, count, "new_items_mask", backend)
-            plan = plan_insert(age, count, mask, xp=xp)
-            insert, age = (plan, rows), plan.age
+            insert = self.plan_new_items(cache, new_items, new_items_mask, refresh)
+            age = insert[0].age
         return UpdatePlan(refresh, insert, grow_older(age, xp=xp))
+
+    def plan_new_items(
+        self,
+        cache: NegativeCache,
+        new_items: Mapping[str, Any],
+        mask: Any = None,
+        refresh: tuple[WritePlan, dict[str, Array]] | None = None,
+    ) -> tuple[WritePlan, dict[str, Array]]:
+        """Check rows to insert after `refresh`, and choose their slots; no age grows."""
+        xp, key, cache = self.backend.xp, self.unique_key, self._own(cache)
+        age = cache.age if refresh is None else refresh[0].age
+        rows, count = self.check_new_items(cache, new_items)
+        mask = check_mask(mask, count, "new_items_mask", self.backend)
+        if key is None:
+            return plan_insert(age, count, mask, xp=xp), rows
+        if key not in cache.data:
+            raise KeysError(
+                f"unique_key {key!r} is not in the cache, which has {sorted(cache.data)}: make it "
+                "with this manager's init_cache()."
+            )
+        held = cache.data[key]
+        if refresh is not None and key in refresh[1]:  # an item may have become another one
+            plan, refreshed = refresh
+            held = put_rows(held, plan.slots, rows_to_write(plan, held, refreshed[key], xp=xp), xp)
+        return plan_unique_insert(age, held, cast(rows[key], held.dtype, xp), mask, xp=xp), rows
 
     def check_new_items(
         self, cache: NegativeCache, new_items: Mapping[str, Any]
@@ -131,7 +170,9 @@ class CacheManager:
         """Return the cache after one step; the input cache is never changed.
 
         First rows in place are refreshed, then new items overwrite the oldest slots (empty before
-        old, ties to the lowest slot), then all other written rows grow older by one.
+        old, ties to the lowest slot), then all other written rows grow older by one. With a
+        unique_key, a new item that the refreshed cache holds overwrites its own slot instead; of
+        equal items in one batch the last unmasked one counts, and the others count as masked.
 
         new_items:            every field -> (n, …), n <= C
         new_items_mask:       bool (n,); a row where it is False touches nothing and takes no slot
@@ -172,3 +213,14 @@ class CacheManager:
         """Return `cache` checked, with ages of int32."""
         cache = check_cache(cache, self.backend)
         return NegativeCache(cache.data, cast(cache.age, self.backend.xp.int32, self.backend.xp))
+
+
+def _check_unique_key(key: Any, specs: Mapping[str, Any]) -> None:
+    if not isinstance(key, str):
+        raise KindError(f"unique_key is {key!r}: expected one field name, or None.")
+    if key not in specs:
+        raise KeysError(
+            f"unique_key {key!r} is not among the specs {sorted(specs)}: name an integer field "
+            "that identifies an item, or add it to the specs."
+        )
+    check_identifies(specs[key].dtype, f"unique_key {key!r}")

@@ -21,7 +21,8 @@ from negcache_core._array import (
     take,
 )
 from negcache_core.errors import CapacityError
-from negcache_core.state import OLDEST
+from negcache_core.matching import first_match, last_of_each
+from negcache_core.state import OLDEST, is_written
 
 NEW = -1  # the age of a row written in this step, before all ages grow by one
 
@@ -40,7 +41,7 @@ class WritePlan(NamedTuple):
     slots:  (n,) slots; where one is named twice, both entries write the same row
     source: (n,) positions in the given rows; None for 0, 1, …, n - 1
     live:   (n,) bool, False where the slot is rewritten with what it holds; None where all are live
-    age:    int32 (C,) afterwards, the written rows at -1: `grow_older` ends the step
+    age:    int32 (C,) afterwards, rows of a step at -1: `grow_older` ends the step
     """
 
     slots: Array
@@ -74,6 +75,50 @@ def plan_insert(age: Array, n_new: Any, mask: Array | None = None, *, xp: Any = 
         source = xp.argsort(xp.astype(~mask, xp.int32), stable=True)
         live = take(mask, source, xp)
         age_of_slot = xp.where(live, NEW, take(age, slots, xp))
+    return WritePlan(slots, source, live, put_rows(age, slots, age_of_slot, xp))
+
+
+def plan_unique_insert(
+    age: Array, table: Array, keys: Array, mask: Array | None = None, *, xp: Any = None
+) -> WritePlan:
+    """Choose the slots that the next rows overwrite where an item has one slot: its own, if it has.
+
+    age:   int32 array (C,), EMPTY where no row was ever written
+    table: (C, …) what identifies the items in the slots
+    keys:  (n, …) what identifies the rows to insert, of the table's dtype, n <= C
+    mask:  bool (n,); rows where it is False touch nothing and take up no slot
+
+    Of equal keys the last unmasked row counts; the earlier ones count as masked. A key that a
+    written slot holds goes there (the lowest one, should several hold it). The rest take, in the
+    order of their rows, the slots that `plan_insert` would choose among the others. All slots of
+    the plan are distinct. Raises CapacityError if n > C.
+
+    >>> import numpy as np
+    >>> plan = plan_unique_insert(np.asarray([4, 9, 0], dtype=np.int32),
+    ...                           np.asarray([7, 8, 9]), np.asarray([5, 8, 6]))
+    >>> plan.slots, plan.source  # 5 and 6 go to slots 0 and 2; 8 to slot 1, though it is the oldest
+    (array([0, 2, 1]), array([0, 2, 1]))
+    """
+    xp = namespace(age, keys, xp=xp)
+    capacity, count = age.shape[0], length(keys, xp)
+    if isinstance(count, int) and count > capacity:
+        raise too_many_rows(count, capacity)
+    live = last_of_each(keys, mask, xp=xp)
+    own, found = first_match(keys, table, is_written(age), xp=xp)
+    found = found & live
+    # Slots of items that are here rank below all others, also below those refreshed in this step.
+    # Entries without a slot of their own write to one more place, which is cut off.
+    rank = xp.concat([age, fill((1,), 0, age, xp)])
+    below = xp.full_like(own, NEW - 1, dtype=age.dtype)
+    rank = put_rows(rank, xp.where(found, own, capacity), below, xp)[:capacity]
+    others = largest(rank, count, xp)
+    # Really new rows come first and so meet the oldest slots, then rows that touch nothing. Both
+    # together are at most the slots that no item of the batch owns: no slot is named twice.
+    turn = cast(~live, xp.int32, xp) + 2 * cast(found, xp.int32, xp)
+    source = xp.argsort(turn, stable=True)
+    slots = xp.where(take(found, source, xp), take(own, source, xp), others)
+    live = take(live, source, xp)
+    age_of_slot = xp.where(live, NEW, take(age, slots, xp))
     return WritePlan(slots, source, live, put_rows(age, slots, age_of_slot, xp))
 
 
@@ -116,6 +161,44 @@ def plan_refresh(
     if use_lru:
         age = put_rows(age, slots, xp.where(live, NEW, take(age, slots, xp)), xp)
     return WritePlan(slots, source, live, age)
+
+
+def oldest_written(age: Array, count: int, *, xp: Any = None) -> tuple[Array, Array]:
+    """Return (count,) the slots of the oldest written rows, and bool (count,) which entries count.
+
+    Where fewer are written the oldest one stands in, in entries that do not count: so no row of
+    zeros is ever chosen, unless no row was written at all. Ties go to the lowest slot.
+
+    >>> import numpy as np
+    >>> from negcache_core import EMPTY
+    >>> oldest_written(np.asarray([4, EMPTY, 9], dtype=np.int32), 3)
+    (array([2, 0, 2]), array([ True,  True, False]))
+    """
+    xp = namespace(age, xp=xp)
+    written = is_written(age)
+    slots = largest(xp.where(written, age, NEW), count, xp)
+    live = take(written, slots, xp)
+    return xp.where(live, slots, slots[:1]), live
+
+
+def plan_reembed(
+    age: Array, slots: Array, live: Array, finite: Array, *, xp: Any = None
+) -> WritePlan:
+    """Plan to write fresh embeddings at the slots that `oldest_written` chose; no other age grows.
+
+    finite: bool (n,); where it is False the slot keeps its embedding and its age
+
+    >>> import numpy as np
+    >>> age, yes = np.asarray([4, 9, 0], dtype=np.int32), np.asarray([True, True])
+    >>> plan_reembed(age, np.asarray([1, 0]), yes, np.asarray([True, False])).age
+    array([4, 0, 0], dtype=int32)
+    """
+    xp = namespace(age, slots, xp=xp)
+    # Stand-ins repeat the first entry's write: a slot that is named twice gets one row.
+    source = xp.where(live, positions(slots, xp), 0)
+    live = take(live & finite, source, xp)
+    age_of_slot = xp.where(live, 0, take(age, slots, xp))
+    return WritePlan(slots, source, live, put_rows(age, slots, age_of_slot, xp))
 
 
 def grow_older(age: Array, *, xp: Any = None) -> Array:

@@ -153,6 +153,13 @@ class BaseHandler:
         self, cache: NegativeCache, embeddings: Array, features: Mapping[str, Array]
     ) -> dict[str, Array]:
         """Return the rows to insert, one array for each field of the cache."""
+        features = self._stored_features(cache, features)
+        rows = {key: self.backend.to_array(value) for key, value in features.items()}
+        embeddings = self.backend.to_array(embeddings)
+        return {self.embedding_key: self.backend.stop_gradient(embeddings), **rows}
+
+    def _stored_features(self, cache: NegativeCache, features: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of `features` that the cache stores: all its fields but the embedding."""
         check_mapping(features, "features")
         wanted = [key for key in cache.data if key != self.embedding_key]
         missing = [key for key in wanted if key not in features]
@@ -161,23 +168,25 @@ class BaseHandler:
                 f"features lack {missing}: the cache stores {wanted} of each item, and features "
                 f"have {sorted(features)}."
             )
-        rows = {key: self.backend.to_array(features[key]) for key in wanted}
-        embeddings = self.backend.to_array(embeddings)
-        return {self.embedding_key: self.backend.stop_gradient(embeddings), **rows}
+        return {key: features[key] for key in wanted}
 
     def _new_items_mask(self, cache: NegativeCache, new_items: dict[str, Array]) -> Array:
         """Return which rows enter: those with a finite embedding that the filter lets through."""
-        xp = self.backend.xp
         rows, table = new_items[self.embedding_key], cache.data[self.embedding_key]
         if dtype_kind(rows.dtype) != "floating" or len(rows.shape) != 2:
             raise ShapeError(
                 f"item embeddings have shape {tuple(rows.shape)} and dtype {rows.dtype}: expected "
                 f"floating rows (n, {table.shape[1]})."
             )
-        mask = finite_rows(cast(rows, table.dtype, xp), xp=xp)
+        mask = self._finite(rows, cache)
         if self.new_items_filter is not None:
             mask = mask & self.new_items_filter(cache, new_items)
         return mask
+
+    def _finite(self, embeddings: Array, cache: NegativeCache) -> Array:
+        """Return bool (n,): which of (n, D) are finite in the dtype that the cache stores."""
+        xp, stored = self.backend.xp, cache.data[self.embedding_key].dtype
+        return finite_rows(cast(embeddings, stored, xp), xp=xp)
 
     def _commit(
         self,

@@ -95,6 +95,32 @@ CASES = [
         core.KindError,
         "cache_size is 2.5: expected a positive int, the number of slots.",
     ),
+    (
+        lambda: manager(unique_key="x"),
+        core.DTypeError,
+        "unique_key 'x' has dtype float32: floating values that went through a network are seldom "
+        "equal. Identify items by an integer field.",
+    ),
+    (
+        lambda: manager(unique_key="item"),
+        core.KeysError,
+        "unique_key 'item' is not among the specs ['id', 'x']: name an integer field that "
+        "identifies an item, or add it to the specs.",
+    ),
+    (
+        lambda: manager(unique_key=("id",)),
+        core.KindError,
+        "unique_key is ('id',): expected one field name, or None.",
+    ),
+    (
+        lambda: manager(unique_key="id").update_cache(
+            core.NegativeCache({"x": np.zeros((1, 2), np.float32)}, np.zeros(1, np.int32)),
+            new_items={"x": rows(1)["x"]},
+        ),
+        core.KeysError,
+        "unique_key 'id' is not in the cache, which has ['x']: make it with this manager's "
+        "init_cache().",
+    ),
     # update_cache
     (
         lambda: update(new_items=rows(3)),

@@ -20,6 +20,7 @@ THE_DOOR = "_array.py"
 ORDER = (
     "errors",
     "_array",
+    "matching",
     "scoring",
     "backend",
     "specs",
@@ -39,6 +40,7 @@ ORDER = (
     "results",
     "losses",
     "step",
+    "upkeep",
     "handlers",
     "exact",
     "testing",

@@ -34,15 +34,30 @@ def train(rank, store, fail):
         loss.backward()
         with torch.no_grad():
             weight -= 0.01
-        for value in [*handler.cache.data.values(), handler.cache.age]:
-            copies = [torch.empty_like(value) for _ in range(RANKS)]
-            dist.all_gather(copies, value.contiguous())
-            assert torch.equal(*copies)
+        assert_equal_on_all_ranks(handler.cache)
     assert int((handler.cache.age == 0).sum()) >= 3
     assert set(handler.cache.data["flag"].tolist()) == {True, False}
+
+    def unlike(features):  # as dropout may be
+        return features["x"] * 0.0 + rank + 1.0
+
+    handler.refresh(unlike, 5)
+    assert_equal_on_all_ranks(handler.cache)
+    assert int((handler.cache.data["embedding"] == 1.0).all(1).sum()) == 5
+    corpus = {"x": torch.full((9, 2), 3.0), "flag": torch.ones(9, dtype=torch.bool)}
+    handler.prefill(unlike, corpus, 4)
+    assert_equal_on_all_ranks(handler.cache)
+    assert int((handler.cache.data["x"] == 3.0).all(1).sum()) == 9
     if fail:
         assert rank != 1, "rank 1 fails on purpose"
     dist.destroy_process_group()
+
+
+def assert_equal_on_all_ranks(cache):
+    for value in [*cache.data.values(), cache.age]:
+        copies = [torch.empty_like(value) for _ in range(RANKS)]
+        dist.all_gather(copies, value.contiguous())
+        assert torch.equal(*copies)
 
 
 def test_every_rank_has_the_same_cache(tmp_path):

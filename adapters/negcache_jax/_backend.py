@@ -34,6 +34,9 @@ class JaxBackend(Backend):
     def to_array(self, value: Any) -> Array:
         return jnp.asarray(value)
 
+    def truth(self, value: Array) -> bool | None:
+        return None if isinstance(value, jax.core.Tracer) else bool(value)
+
     def stop_gradient(self, array: Array) -> Array:
         return jax.lax.stop_gradient(array)
 

@@ -57,6 +57,18 @@ class _StateHandler(BaseHandler):
         loss = super(_StateHandler, bound).update_cache_and_compute_loss(*arguments, **options)
         return loss, bound.state
 
+    def refresh(self, state: HandlerState, *arguments: Any, **options: Any) -> HandlerState:
+        """Return the state with its oldest rows embedded anew; see `negcache_core`'s handler."""
+        bound = self.bind(state)
+        super(_StateHandler, bound).refresh(*arguments, **options)
+        return bound.state
+
+    def prefill(self, state: HandlerState, *arguments: Any, **options: Any) -> HandlerState:
+        """Return the state filled from a corpus; see `negcache_core`'s handler."""
+        bound = self.bind(state)
+        super(_StateHandler, bound).prefill(*arguments, **options)
+        return bound.state
+
     def _hold(self) -> None:
         self._tables: dict[str, NegativeCache] = {}
 

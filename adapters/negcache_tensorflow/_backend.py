@@ -28,6 +28,10 @@ class TensorFlowBackend(Backend):
     def to_array(self, value: Any) -> tf.Tensor:
         return value if tf.is_tensor(value) else tf.convert_to_tensor(value)
 
+    def truth(self, value: tf.Tensor) -> bool | None:
+        known = tf.get_static_value(value)
+        return None if known is None else bool(known)
+
     def stop_gradient(self, array: tf.Tensor) -> tf.Tensor:
         return tf.stop_gradient(array)
 

@@ -22,6 +22,9 @@ class TorchBackend(Backend):
     def to_array(self, value: Any) -> Tensor:
         return value if isinstance(value, Tensor) else torch.as_tensor(value)
 
+    def truth(self, value: Tensor) -> bool | None:
+        return None if torch.compiler.is_compiling() else bool(value)
+
     def device(self, array: Tensor) -> torch.device:
         return array.device
 

@@ -17,9 +17,9 @@ SPECS = {"tokens": ((TOKENS,), "int64"), "id": ((), "int32"), "embedding": ((WID
 TABLE = np.linspace(-1.0, 1.0, 11 * WIDTH).reshape(11, WIDTH)  # the towers' token embeddings
 
 
-def _manager(module: Any, capacity: int, use_lru: bool = True) -> Any:
+def _manager(module: Any, capacity: int, use_lru: bool = True, **options: Any) -> Any:
     specs = {key: module.FieldSpec(shape, dtype) for key, (shape, dtype) in SPECS.items()}
-    return module.CacheManager(specs, capacity, use_lru)
+    return module.CacheManager(specs, capacity, use_lru, **options)
 
 
 def _items(rng: Any, rows: int) -> dict[str, Any]:
@@ -99,6 +99,40 @@ def check_manager(adapter: Adapter) -> None:
             return _manager(side.module, slots, lru).update_cache(cache, **batch)
 
         _compare(adapter, script, _cache(rng, capacity), batch)
+
+
+def check_unique(adapter: Adapter) -> None:
+    """Items that come again go to their own slots, duplicates collapse, on keys of rank 0 and 1."""
+    rng = np.random.default_rng(6)
+    for case in range(8):
+        capacity = int(rng.integers(1, 9)) if case else 300
+        rows, key = int(rng.integers(0, min(capacity, 8) + 1)), ("id", "tokens")[case % 2]
+        cache = _cache(rng, capacity)
+        batch: dict[str, Any] = {"new_items": _items(rng, rows)}
+        known = rng.random(rows) < 0.6  # the others are new, or duplicates of one another
+        some = rng.integers(0, capacity, rows)
+        for field in ("id", "tokens"):
+            items = batch["new_items"][field]
+            items[known] = cache.data[field][some[known]]
+        if case % 3:
+            batch["new_items_mask"] = rng.random(rows) < 0.7
+        if case % 4:
+            data = _items(rng, 2)
+            batch["updated_item_data"] = {key: data[key], "embedding": data["embedding"]}
+            batch["updated_item_indices"] = rng.integers(-1, capacity + 1, 2)
+
+        def script(
+            side: Adapter,
+            cache: Any,
+            batch: Any,
+            *,
+            key: str = key,
+            lru: bool = case < 4,
+            slots: int = capacity,
+        ) -> Any:
+            return _manager(side.module, slots, lru, unique_key=key).update_cache(cache, **batch)
+
+        _compare(adapter, script, cache, batch)
 
 
 def check_dtypes(adapter: Adapter) -> None:
@@ -279,6 +313,7 @@ def check_gradients(adapter: Adapter) -> None:
 
 CHECKS: dict[str, Callable[[Adapter], None]] = {
     "manager": check_manager,
+    "unique": check_unique,
     "dtypes": check_dtypes,
     "top_k": check_top_k,
     "filter": check_filter,
