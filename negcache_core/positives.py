@@ -88,5 +88,5 @@ def _check_field(table: Mapping[str, Array], key: str, kind: str, what: str) -> 
     check_shape(table[key], ("C",), f"field {key!r}", f"{what} needs one number for each row.")
     if dtype_kind(table[key].dtype) != kind:
         raise DTypeError(
-            f"{what} names field {key!r} of {dtype_name(table[key].dtype)}: expected a {kind} one."
+            f"{what} names field {key!r} of {dtype_name(table[key].dtype)}: expected {kind} values."
         )

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from strategies import towers
 from test_gradients import TOLERANCE, noise_for
 
-from negcache_core import exact
-from negcache_core.estimators import ESTIMATORS
+from negcache_core import CacheClassificationLoss, exact
+from negcache_core.errors import DTypeError, KeysError, OptionError, ShapeError
+from negcache_core.estimators import ESTIMATORS, Law, paper, shared
 from negcache_core.state import NegativeCache
 
 IDS = 3  # few, so that items meet themselves
@@ -194,3 +195,152 @@ def test_expected_gradient_is_exact_with_every_option(name, in_batch, data):
 def test_expected_gradient_is_exact_when_traced_and_compiled(name, data):
     problem = data.draw(towers(stale=True, max_slots=3, min_queries=2))
     assert_unbiased(name, problem, Options(data, problem, in_batch=True))
+
+
+def law_with(rng, rows, draws, slots):
+    """Return a Law of random scores from which `draws` rows a query were drawn."""
+    scores = 3 * rng.standard_normal((rows, slots))
+    drawn = rng.integers(0, slots, rows * draws)
+    log_partition = np.log(np.exp(scores).sum(axis=1))
+    exact_scores = rng.standard_normal(rows) if rng.random() < 0.5 else None
+    return Law(
+        rng.standard_normal(rows),
+        log_partition,
+        np.ones((rows, draws), bool),
+        exact_scores,
+        scores[:, drawn],
+    )
+
+
+@given(st.integers(0, 2**16), st.integers(1, 5), st.integers(1, 3))
+def test_no_weight_exceeds_what_the_paper_gives_one_draw(seed, rows, draws):
+    law = law_with(np.random.default_rng(seed), rows, draws, slots=6)
+    weights, bound = shared(law, xp=np).every, paper(law, xp=np).own[:, :1]
+    assert (weights >= 0).all()
+    assert (weights <= bound * (1 + 1e-12)).all()
+    miss = 1 / (1 + np.exp(-law.log_odds(xp=np)))
+    assert (bound * draws <= miss[:, None] * (1 + 1e-12)).all()
+
+
+ROWS = np.arange(12.0).reshape(6, 2) / 10
+
+
+def plain_cache(ids=(1, 1, 1, 2, 2, 0), age=(0, 0, 0, 0, 0, 2**31 - 1)):
+    data = {"x": ROWS, "embedding": ROWS, "id": np.asarray(ids)}
+    return NegativeCache(data, np.asarray(age, np.int32))
+
+
+def call(cache, **options):
+    loss = CacheClassificationLoss(
+        "embedding", ("x",), id_key="id", generator=0, **{"estimator": "shared", **options}
+    )
+    features = {"x": ROWS[:2], "id": np.asarray([1, 2])}
+    return loss, loss.retrieve(ROWS[:2], cache, pos_features=features)
+
+
+@pytest.mark.parametrize("estimator", sorted(ESTIMATORS))
+def test_a_false_negative_is_never_drawn_or_counted(estimator):
+    loss, drawn = call(plain_cache(), estimator=estimator, num_samples=64)
+    assert set(np.reshape(drawn.slots, drawn.drawn.shape)[0]) == {3, 4}
+    assert set(np.reshape(drawn.slots, drawn.drawn.shape)[1]) == {0, 1, 2}
+    scores = ROWS[:2] @ ROWS.T
+    expected = [np.logaddexp.reduce(scores[0, 3:5]), np.logaddexp.reduce(scores[1, :3])]
+    np.testing.assert_allclose(drawn.log_partition, expected, rtol=1e-12)
+    # Only positives of the first query are left: it has no negative, and its loss is 0.
+    loss, drawn = call(plain_cache(ids=(1,) * 6), estimator=estimator, reducer=None)
+    assert drawn.drawn.tolist() == [[False], [True]]
+    out = loss.loss_from_negatives(ROWS[:2], ROWS[:2], drawn.features["x"], drawn)
+    assert out.interpretable_loss[0] == out.training_loss[0] == 0
+    np.testing.assert_array_equal(drawn.features["x"][0], ROWS[0])  # its own positive stands in
+
+
+def test_a_drawn_row_that_is_not_finite_reaches_no_other_query():
+    loss, drawn = call(plain_cache(), reducer=None)
+    fresh = drawn.features["x"].copy()
+    fresh[0] = np.nan
+    out = loss.loss_from_negatives(ROWS[:2], ROWS[:2], fresh, drawn)
+    assert np.isfinite(out.loss).all()
+    assert out.updated_item_mask.tolist() == [False, True]
+    assert out.metrics["nonfinite_count"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimator": "best"}, "estimator is 'best': expected one of"),
+        ({"estimator": "shared", "retrieval_fn": len}, "needs the probabilities of the draws"),
+        ({"estimator": "exact_query", "score_transform": abs}, "use scale= for a temperature"),
+        ({"estimator": "exact_query", "top_k": 3}, "reads out the whole cache"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(OptionError, match=message):
+        CacheClassificationLoss("embedding", ("x",), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "error", "message"),
+    [
+        ({}, {"positive_ids": [1, 2]}, OptionError, "loss without id_key"),
+        ({"id_key": "item"}, {}, KeysError, "lacks \\['item'\\]"),
+        ({"id_key": "id"}, {"pos_features": {"x": ROWS[:2]}}, KeysError, "pos_features lack 'id'"),
+        ({"id_key": "x"}, {}, ShapeError, "field 'x' has shape"),
+        ({"id_key": "weight"}, {}, DTypeError, "expected integer values"),
+        ({"id_key": "id"}, {"positive_ids": [1, 2, 3]}, ShapeError, "positive_ids has shape"),
+        ({"id_key": "id"}, {"positive_ids": [1.0, 2.0]}, DTypeError, "positive_ids has dtype"),
+        ({"log_frequency_key": "id"}, {}, DTypeError, "expected floating values"),
+        ({}, {"sample_weight": [1.0]}, ShapeError, "sample_weight has shape"),
+        ({}, {"hard_negative_embeddings": ROWS[:2]}, ShapeError, "hard_negative_embeddings has"),
+    ],
+)
+def test_bad_arguments_are_refused(options, arguments, error, message):
+    cache = plain_cache()
+    cache.data["weight"] = np.zeros(6)
+    loss = CacheClassificationLoss("embedding", ("x",), in_batch_negatives=True, **options)
+    with pytest.raises(error, match=message):
+        loss(
+            lambda data: data["x"],
+            ROWS[:2],
+            ROWS[:2],
+            cache,
+            **{"pos_features": {"x": ROWS[:2], "id": np.asarray([1, 2])}, **arguments},
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("estimator", sorted(ESTIMATORS))
+def test_gradients_are_finite_under_masks_in_autocast(dtype, estimator):
+    """Scale first, then mask: a learned temperature meets infinite scores nowhere."""
+    torch.manual_seed(0)
+    module = BACKENDS["torch"].module
+    log_scale = torch.nn.Parameter(torch.tensor(2.0))
+    specs = {"x": ((8,), "float32"), "id": ((), "int64"), "embedding": ((4,), "float32")}
+    handler = module.CacheLossHandler(
+        module.CacheManager({key: module.FieldSpec(*spec) for key, spec in specs.items()}, 300),
+        module.CacheClassificationLoss(
+            "embedding",
+            ("x",),
+            estimator=estimator,
+            scale=log_scale.exp,
+            id_key="id",
+            in_batch_negatives=True,
+            generator=0,
+        ),
+        embedding_key="embedding",
+        data_keys=("x",),
+    )
+    tower = torch.nn.Linear(8, 4)
+    for step in range(4):
+        features = {"x": torch.randn(6, 8), "id": torch.randint(0, 2 + 3 * step, (6,))}
+        with torch.autocast("cpu", dtype):
+            loss = handler.update_cache_and_compute_loss(
+                lambda data: tower(data["x"]),
+                tower(torch.randn(6, 8)),
+                tower(features["x"]),
+                features,
+                hard_negative_embeddings=tower(torch.randn(6, 2, 8)),
+            )
+        gradients = torch.autograd.grad(loss, [log_scale, *tower.parameters()])
+        assert loss.dtype == torch.float32
+        assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert any(gradient.abs().sum() > 0 for gradient in gradients)

@@ -183,19 +183,30 @@ def check_filter(adapter: Adapter) -> None:
 def check_loss(adapter: Adapter) -> None:
     """The same noise draws the same rows and gives the same losses, refresh and metrics."""
     rng = np.random.default_rng(3)
-    for capacities, top_k, draws in (
-        ((300,), None, 1),
-        ((5, 7), None, 2),
-        ((5, 7), 5, 3),
-        ((300,), 2, 1),
+    everything = {"in_batch_negatives": True, "id_key": "id", "log_frequency_key": "log_frequency"}
+    for capacities, top_k, draws, options in (
+        ((300,), None, 1, {}),
+        ((5, 7), None, 2, everything),
+        ((5, 7), 5, 3, {}),
+        ((300,), 2, 1, {"estimator": "shared"}),
+        ((5, 7), 5, 3, {"estimator": "shared", **everything}),
+        ((300, 5), None, 2, {"estimator": "exact_query", **everything}),
     ):
         caches = {f"c{i}": _cache(rng, capacity) for i, capacity in enumerate(capacities)}
+        for cache in caches.values():
+            cache.data["log_frequency"] = rng.standard_normal(len(cache.age))
         rows = 4
         batch = {
             "query": rng.standard_normal((rows, WIDTH)),
             "positive": rng.standard_normal((rows, WIDTH)),
             "noise": rng.random((rows, draws, 2)),
-            "features": {"tokens": rng.integers(0, 11, (rows, TOKENS))},
+            "features": {
+                "tokens": rng.integers(0, 11, (rows, TOKENS)),
+                "id": rng.integers(0, 5, rows).astype(np.int32),
+                "log_frequency": rng.standard_normal(rows),
+            },
+            "hard": rng.standard_normal((rows, 2, WIDTH)),
+            "weight": rng.random(rows),
         }
 
         losses = {
@@ -206,6 +217,7 @@ def check_loss(adapter: Adapter) -> None:
                 scale=3.0,
                 num_samples=draws,
                 tile_bytes=1,  # the smallest tiles: of 300 slots, two and a rest
+                **options,
             )
             for side in (adapter, NUMPY_ADAPTER)
         }
@@ -216,7 +228,14 @@ def check_loss(adapter: Adapter) -> None:
                 query, caches, pos_features=batch["features"], noise=batch["noise"]
             )
             negatives = _embed(side, retrieval.features)
-            result = loss.loss_from_negatives(query, batch["positive"], negatives, retrieval)
+            result = loss.loss_from_negatives(
+                query,
+                batch["positive"],
+                negatives,
+                retrieval,
+                hard_negative_embeddings=batch["hard"],
+                sample_weight=batch["weight"],
+            )
             return retrieval, result
 
         _compare(adapter, script, caches, batch)
