@@ -279,7 +279,8 @@ class CacheClassificationLoss(CacheLoss):
             retrieval.cross_scores,
         )
         weights = ESTIMATORS[self.estimator](law, xp=xp)
-        finite = finite_rows(cast(constant(neg_doc_embeddings), stale.dtype, xp), xp=xp)
+        with backend.no_gradient():
+            finite = finite_rows(cast(constant(neg_doc_embeddings), stale.dtype, xp), xp=xp)
         if weights.every is not None:
             # A row that is not finite would reach every query: it counts as not drawn.
             weights = Weights(every=xp.where(finite[None, :], weights.every, 0.0))
@@ -294,7 +295,7 @@ class CacheClassificationLoss(CacheLoss):
             law=law,
             constant=constant,
         )
-        training = training - positive_weight(law, xp=xp) * positive
+        training = training - positive_weight(law, weights, xp=xp) * positive
         if parts:
             training = training + exact_terms(parts, law, constant, xp)
         log_odds = law.log_odds(xp=xp)

@@ -49,9 +49,16 @@ def exact_terms(
     return total
 
 
-def positive_weight(law: Law, *, xp: Any) -> Array:
-    """Return (B,): 1 - p+, and so 0 for a query without any negative."""
-    return sigmoid(law.log_odds(xp=xp), xp=xp)
+def positive_weight(law: Law, weights: Weights, *, xp: Any) -> Array:
+    """Return (B,): 1 - p+, and so 0 for a query without any negative.
+
+    Without the cache's share for a query whose draws do not count: nothing pulls where nothing
+    pushes.
+    """
+    miss = sigmoid(law.log_odds(xp=xp), xp=xp)
+    if weights.own is None:
+        return miss
+    return miss - (law.cache_share(xp=xp) - xp.sum(weights.own, axis=1))
 
 
 def cache_term(

@@ -91,7 +91,7 @@ def enumerated_by_hand(backend, problem, outcomes, *, top_k, num_samples):
         law = Law(scores, drawn.log_partition, drawn.drawn, cross_scores=drawn.cross_scores)
         weights = ESTIMATORS[loss.estimator](law, xp=xp)
         slots = xp.reshape(drawn.slots, drawn.drawn.shape)
-        miss = positive_weight(law, xp=xp)
+        miss = positive_weight(law, weights, xp=xp)
         return exact.surrogate_gradients(weights, miss, slots, query, positive, fresh, scale=scale)
 
     total = backend.numpy(exact.expectation(outcomes, gradients))
