@@ -89,9 +89,12 @@ def shared(law: Law, *, xp: Any) -> Weights:
     array([[0.75]])
     """
     draws = law.drawn.shape[1]
-    finite = xp.where(law.log_partition > -float("inf"), law.log_partition, 0.0)
-    # Queries that drew nothing have scores of -inf here, and so do not count.
-    log_proposal = log_sum_exp(law.cross_scores - finite[:, None], 0, xp=xp) + math.log(draws)
+    # A query without a usable slot drew nothing; nor did one that is not finite, and it must not
+    # reach the others.
+    drew = xp.isfinite(law.log_partition)
+    log_law = law.cross_scores - xp.where(drew, law.log_partition, 0.0)[:, None]
+    log_law = xp.where(drew[:, None], log_law, -float("inf"))
+    log_proposal = log_sum_exp(log_law, 0, xp=xp) + math.log(draws)
     drawn = xp.reshape(law.drawn, (1, -1))
     log_weight = law.cross_scores - law.log_total(xp=xp)[:, None]
     log_weight = log_weight - xp.where(drawn, log_proposal[None, :], 0.0)

@@ -264,6 +264,19 @@ def test_a_drawn_row_that_is_not_finite_reaches_no_other_query():
     assert out.metrics["nonfinite_count"] == 1
 
 
+@pytest.mark.parametrize("estimator", sorted(ESTIMATORS))
+def test_a_query_that_is_not_finite_reaches_no_other(estimator):
+    loss = CacheClassificationLoss(
+        "embedding", ("x",), estimator=estimator, reducer=None, generator=0
+    )
+    queries = ROWS[:3].copy()
+    queries[1] = np.nan
+    drawn = loss.retrieve(queries, plain_cache(), pos_features={"x": ROWS[:3]})
+    out = loss.loss_from_negatives(queries, ROWS[:3], drawn.features["x"], drawn)
+    assert np.isfinite(out.loss).tolist() == [True, False, True]
+    assert drawn.drawn[:, 0].tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
