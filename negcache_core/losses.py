@@ -280,7 +280,8 @@ class CacheClassificationLoss(CacheLoss):
         )
         weights = ESTIMATORS[self.estimator](law, xp=xp)
         with backend.no_gradient():
-            finite = finite_rows(cast(constant(neg_doc_embeddings), stale.dtype, xp), xp=xp)
+            fresh = cast(constant(neg_doc_embeddings), stale.dtype, xp)
+            finite = finite_rows(fresh, xp=xp)
         if weights.every is not None:
             # A row that is not finite would reach every query: it counts as not drawn.
             weights = Weights(every=xp.where(finite[None, :], weights.every, 0.0))
@@ -305,7 +306,6 @@ class CacheClassificationLoss(CacheLoss):
             training, interpretable = training * sample_weight, interpretable * sample_weight
 
         with backend.no_gradient():
-            fresh = cast(backend.stop_gradient(neg_doc_embeddings), stale.dtype, xp)
             kept = cast(backend.stop_gradient(pos_doc_embeddings), stale.dtype, xp)
             kept = finite_rows(kept, xp=xp)
             drawn = xp.reshape(retrieval.drawn, (-1,))

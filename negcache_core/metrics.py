@@ -49,6 +49,17 @@ def weight_metrics(weights: Weights, fresh: Array, *, xp: Any) -> dict[str, Arra
                      squared length; left out where each query has one draw, which tells nothing
     """
     each: Array = weights.every if weights.own is None else weights.own
+    total, square = xp.sum(each, axis=1), xp.sum(each**2, axis=1)
+    some = total > 0
+    safe = xp.where(some, total, 1.0)
+    found = {
+        "mean_weight": mean(total, xp=xp),
+        "effective_draws": masked_mean(
+            safe**2 / xp.where(some, square, 1.0), some & (square > 0), xp=xp
+        ),
+    }
+    if weights.own is not None and weights.own.shape[1] == 1:
+        return found
     if weights.own is not None:
         rows = xp.reshape(fresh, (-1, each.shape[1], fresh.shape[1]))
         pulled = xp.sum(each[:, :, None] * rows, axis=1)
@@ -59,18 +70,7 @@ def weight_metrics(weights: Weights, fresh: Array, *, xp: Any) -> dict[str, Arra
         pulled = xp.matmul(each, rows)
         squares = xp.sum(each**2 * xp.sum(rows**2, axis=1)[None, :], axis=1)
         along = xp.sum(each**2 * matmul_transposed(pulled, rows, xp), axis=1)
-    total, square = xp.sum(each, axis=1), xp.sum(each**2, axis=1)
-    some = total > 0
-    safe = xp.where(some, total, 1.0)
     length = xp.sum(pulled**2, axis=1)
-    found = {
-        "mean_weight": mean(total, xp=xp),
-        "effective_draws": masked_mean(
-            safe**2 / xp.where(some, square, 1.0), some & (square > 0), xp=xp
-        ),
-    }
-    if weights.own is not None and weights.own.shape[1] == 1:
-        return found
     # sum_k w_k^2 |f_k - mu|^2 with mu the weighted mean of the rows
     noise = squares - 2.0 * along / safe + square * length / safe**2
     top = mean(length, xp=xp)

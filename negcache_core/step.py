@@ -201,13 +201,16 @@ class BaseHandler:
             plans = {
                 name: self._plan(name, result, embeddings[name], features[name]) for name in caches
             }
-            self._keep(
-                {
-                    name: self._managers[name].carry_out(cache, plans[name])
-                    for name, cache in caches.items()
-                }
-            )
+            self._carry_out(plans)
         self._report(result)
+
+    def _carry_out(self, plans: Mapping[str, UpdatePlan | None]) -> None:
+        """Write what is planned for each cache, None for nothing, and take charge of the result."""
+        caches = dict(self._caches())
+        for name, plan in plans.items():
+            if plan is not None:
+                caches[name] = self._managers[name].carry_out(caches[name], plan)
+        self._keep(caches)
 
 
 def _check_manager(

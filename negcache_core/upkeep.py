@@ -201,13 +201,6 @@ class Upkeep(BaseHandler):
             caches[name] = NegativeCache(data, age)
         self._keep(caches)
 
-    def _carry_out(self, plans: Mapping[str, UpdatePlan | None]) -> None:
-        caches = dict(self._caches())
-        for name, plan in plans.items():
-            if plan is not None:
-                caches[name] = self._managers[name].carry_out(caches[name], plan)
-        self._keep(caches)
-
     def _embed(
         self, item_network: ItemNetwork, rows: dict[str, Array], cache: NegativeCache, count: int
     ) -> Array:

@@ -16,6 +16,7 @@ index_dtype = tf.int64
 abs, exp, log, log1p, isfinite = tf.abs, tf.exp, tf.math.log, tf.math.log1p, tf.math.is_finite
 maximum, minimum, reshape = tf.maximum, tf.minimum, tf.reshape
 astype, take_rows = tf.cast, tf.gather
+matmul, sort, zeros_like = tf.matmul, tf.sort, tf.zeros_like
 
 
 def asarray(value: Any) -> tf.Tensor:
@@ -38,10 +39,6 @@ def full(shape: Any, value: Any, *, dtype: tf.DType, device: Any = None) -> tf.T
 
 def full_like(like: tf.Tensor, value: Any, *, dtype: tf.DType) -> tf.Tensor:
     return tf.fill(tf.shape(like), tf.cast(value, dtype))
-
-
-def zeros_like(like: tf.Tensor) -> tf.Tensor:
-    return tf.zeros_like(like)
 
 
 def ones_like(like: tf.Tensor, *, dtype: tf.DType) -> tf.Tensor:
@@ -92,20 +89,12 @@ def argsort(array: tf.Tensor, *, stable: Any) -> tf.Tensor:
     return tf.cast(tf.argsort(array, stable=stable), tf.int64)
 
 
-def sort(array: tf.Tensor) -> tf.Tensor:
-    return tf.sort(array)
-
-
 def cumulative_sum(array: tf.Tensor, *, axis: int) -> tf.Tensor:
     return tf.cumsum(array, axis)
 
 
 def matrix_transpose(array: tf.Tensor) -> tf.Tensor:
     return tf.linalg.matrix_transpose(array)
-
-
-def matmul(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
-    return tf.matmul(left, right)
 
 
 def matmul_transposed(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:

@@ -72,8 +72,8 @@ class TorchBackend(Backend):
         return state[:carried], tuple(stack.flatten(0, 1) for stack in state[carried:])
 
     def block_log_sum_exp(self, scores: Tensor, written: Tensor, block: int) -> Tensor:
-        if scores.device.type == "cpu" and not torch.compiler.is_compiling():
-            # Reading values costs nothing here: the few rows to leave out are found and filled.
+        if _values_are_at_hand(scores):
+            # The few rows to leave out are found and filled.
             scores = scores.contiguous()  # a score_transform may have returned a view of something
             scores.index_fill_(0, torch.nonzero(~written)[:, 0], -torch.inf)
             return block_log_sum_exp_in_place(scores, block, xp=self.xp)
@@ -81,7 +81,7 @@ class TorchBackend(Backend):
         return torch.logsumexp(scores.view(scores.shape[0] // block, block, -1), 1)
 
     def exclude(self, scores: Tensor, ids: Tensor, positive_ids: Tensor) -> Tensor:
-        if scores.device.type == "cpu" and not torch.compiler.is_compiling():
+        if _values_are_at_hand(scores):
             return exclude_in_place(scores, ids, positive_ids, xp=self.xp)
         return super().exclude(scores, ids, positive_ids)
 
@@ -100,6 +100,11 @@ class TorchBackend(Backend):
 
     def all_gather(self, array: Tensor) -> Tensor:
         return all_gather_rows(array)
+
+
+def _values_are_at_hand(array: Tensor) -> bool:
+    """Return whether reading values costs nothing: on a CPU, and not in a trace."""
+    return array.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 TORCH = TorchBackend(_namespace)
