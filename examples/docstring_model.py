@@ -1,4 +1,4 @@
-"""The demo's search model, its evaluation, and its training by two methods that can be compared."""
+"""The demo's search model, its evaluation, and its training by methods that can be compared."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import negcache_torch as negcache
 import numpy as np
 import torch
-from docstring_pairs import BUCKETS, ITEM_WORDS, PADDING
+from docstring_pairs import BUCKETS, PADDING
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
@@ -21,11 +21,10 @@ from tqdm import tqdm
 WIDTH = 256
 LEARNING_RATE = 3e-3
 EVALUATIONS = 10
-IN_BATCH, CACHE = "in-batch negatives", "negative cache"
 
 
 class Settings(NamedTuple):
-    """What both trainings share."""
+    """What all trainings share."""
 
     steps: int
     batch_size: int
@@ -34,15 +33,19 @@ class Settings(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Token ids of all queries (n, QUERY_WORDS) and items (n, ITEM_WORDS); row i goes with row i.
+    """Token ids of all queries (n, words) and of all items (m, words), 0 where a text has ended.
 
-    train, held_out: the rows of the queries to train on and to evaluate with
+    item_of:         (n,) the row of each query's item
+    train, held_out: the rows of the queries to train on, and of those to evaluate with
+    answers:         (held out, P) rows of all right items; short lists repeat one
     """
 
     queries: np.ndarray
     items: np.ndarray
+    item_of: np.ndarray
     train: np.ndarray
     held_out: np.ndarray
+    answers: np.ndarray
 
 
 class Result(NamedTuple):
@@ -77,11 +80,11 @@ class SearchModel(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(20.0)))
 
     def embed_queries(self, tokens: Tensor) -> Tensor:
-        """Map token ids (n, QUERY_WORDS) to embeddings (n, WIDTH) of length 1."""
+        """Map token ids (n, words) to embeddings (n, WIDTH) of length 1."""
         return self._embed(tokens, self.query_log_weights)
 
     def embed_items(self, features: dict[str, Tensor]) -> Tensor:
-        """Map {"tokens": ids (n, ITEM_WORDS)}, as a cache stores them, to embeddings (n, WIDTH)."""
+        """Map {"tokens": ids (n, words)}, as a cache stores them, to embeddings (n, WIDTH)."""
         return self._embed(features["tokens"], self.item_log_weights)
 
     def scale(self) -> Tensor:
@@ -102,40 +105,64 @@ class SearchModel(nn.Module):
         return functional.normalize(total, dim=1)
 
 
-Loss = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, float]]]
+# Token ids of queries and of their items, and the items' rows -> the loss, and figures to show.
+Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, float]]]
+# Also returns the size of a cache in MB.
+MakeLoss = Callable[[SearchModel, Settings, Data], tuple[Loss, float]]
 
 
-def in_batch_loss(model: SearchModel) -> Loss:
+def in_batch_loss(model: SearchModel, settings: Settings, data: Data) -> tuple[Loss, float]:
     """Cross-entropy of each query's item against the batch's other items."""
+    del settings, data
 
-    def loss(query_tokens: Tensor, item_tokens: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def loss(
+        query_tokens: Tensor, item_tokens: Tensor, ids: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
         queries = model.embed_queries(query_tokens)
         items = model.embed_items({"tokens": item_tokens})
-        value = functional.cross_entropy(
-            model.scale() * queries @ items.T, torch.arange(len(queries))
-        )
+        scores = model.scale() * queries @ items.T
+        # Another query's copy of a query's own item is no negative of it.
+        own = torch.eye(len(ids), dtype=torch.bool)
+        scores = scores.masked_fill((ids[:, None] == ids) & ~own, -math.inf)
+        value = functional.cross_entropy(scores, torch.arange(len(ids)))
         return value, {"loss": value.item()}
 
-    return loss
+    return loss, 0.0
 
 
-def cache_loss(model: SearchModel, cache_size: int, seed: int) -> tuple[Loss, float]:
-    """Cross-entropy against everything in a negative cache; also return the cache's size in MB."""
+def cache_loss(
+    model: SearchModel,
+    settings: Settings,
+    data: Data,
+    *,
+    estimator: str = "paper",
+    in_batch_negatives: bool = False,
+) -> tuple[Loss, float]:
+    """Cross-entropy against everything in a negative cache."""
     specs = {
-        "tokens": negcache.FieldSpec((ITEM_WORDS,), torch.int32),
+        "tokens": negcache.FieldSpec(data.items.shape[1:], torch.int32),
+        "id": negcache.FieldSpec((), torch.int64),
         "embedding": negcache.FieldSpec((WIDTH,), torch.float32),
     }
     handler = negcache.CacheLossHandler(
-        negcache.CacheManager(specs, cache_size),
+        negcache.CacheManager(specs, settings.cache_size),
         negcache.CacheClassificationLoss(
-            "embedding", ("tokens",), scale=model.scale, generator=seed
+            "embedding",
+            ("tokens",),
+            scale=model.scale,
+            estimator=estimator,
+            in_batch_negatives=in_batch_negatives,
+            id_key="id",  # a query's own item, cached earlier, is no negative of it
+            generator=settings.seed,
         ),
         embedding_key="embedding",
         data_keys=("tokens",),
     )
 
-    def loss(query_tokens: Tensor, item_tokens: Tensor) -> tuple[Tensor, dict[str, float]]:
-        features = {"tokens": item_tokens}
+    def loss(
+        query_tokens: Tensor, item_tokens: Tensor, ids: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        features = {"tokens": item_tokens, "id": ids}
         value = handler.update_cache_and_compute_loss(
             model.embed_items,
             model.embed_queries(query_tokens),
@@ -152,15 +179,13 @@ def cache_loss(model: SearchModel, cache_size: int, seed: int) -> tuple[Loss, fl
     return loss, sum(table.nbytes for table in tables) / 1e6
 
 
-def train(method: str, settings: Settings, data: Data) -> Result:
-    """Train a model by `method`: the same first weights and the same batches for each."""
+def train(name: str, make_loss: MakeLoss, settings: Settings, data: Data) -> Result:
+    """Train a model by a loss: the same first weights and the same batches for each."""
     # The steps are small: more threads hardly help on an idle machine, and wait on a busy one.
     torch.set_num_threads(1)
     torch.manual_seed(settings.seed)
-    model, cache_mb = SearchModel(), 0.0
-    loss_fn = in_batch_loss(model)
-    if method == CACHE:
-        loss_fn, cache_mb = cache_loss(model, settings.cache_size, settings.seed)
+    model = SearchModel()
+    loss_fn, cache_mb = make_loss(model, settings, data)
     tables = [model.vectors, model.query_log_weights, model.item_log_weights]
     optimizers = [
         torch.optim.SparseAdam(tables, lr=LEARNING_RATE),
@@ -172,12 +197,14 @@ def train(method: str, settings: Settings, data: Data) -> Result:
         for each in optimizers
     ]
     queries, items = torch.from_numpy(data.queries), torch.from_numpy(data.items)
+    item_of = torch.from_numpy(data.item_of)
     evaluated = {settings.steps * part // EVALUATIONS for part in range(1, EVALUATIONS + 1)}
     curve, seconds = [(0, 0.0, *evaluate(model, data))], 0.0
-    progress = tqdm(_batches(data.train, settings), desc=method, unit="step", mininterval=0.5)
+    progress = tqdm(_batches(data.train, settings), desc=name, unit="step", mininterval=0.5)
     for step, rows in enumerate(progress, 1):
         start = time.perf_counter()
-        loss, shown = loss_fn(queries[rows], items[rows])
+        ids = item_of[rows]
+        loss, shown = loss_fn(queries[rows], items[ids], ids)
         for each in optimizers:
             each.zero_grad()
         loss.backward()
@@ -193,16 +220,18 @@ def train(method: str, settings: Settings, data: Data) -> Result:
 
 
 def evaluate(model: SearchModel, data: Data) -> tuple[float, float]:
-    """Return MRR and recall@10 of the held-out queries, ranked among all items."""
+    """Return MRR and recall@10 of the best right item of each held-out query, among all items."""
     embeddings = embed_all_items(model, data.items)
     ranks = []
     with torch.no_grad():
         # In parts, so that this score matrix does not set the peak of memory.
-        for rows in torch.from_numpy(data.held_out).split(256):
+        parts = (torch.from_numpy(rows).split(256) for rows in (data.held_out, data.answers))
+        for rows, answers in zip(*parts, strict=True):
             queries = model.embed_queries(torch.from_numpy(data.queries)[rows])
             scores = queries @ embeddings.T
-            own = scores.gather(1, rows[:, None])
-            ranks.append((scores >= own).sum(dim=1))  # a tie counts as a loss
+            best = scores.gather(1, answers).amax(dim=1, keepdim=True)
+            wrong = scores.scatter(1, answers, -math.inf)
+            ranks.append(1 + (~(wrong < best)).sum(dim=1))  # a tie counts as a loss, as NaN does
     rank = torch.cat(ranks).double()
     return (1 / rank).mean().item(), (rank <= 10).double().mean().item()
 

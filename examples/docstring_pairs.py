@@ -75,13 +75,13 @@ def words(text: str) -> list[str]:
 
 def query_tokens(queries: Iterable[str]) -> np.ndarray:
     """Return int32 (n, QUERY_WORDS): the token ids of each query's distinct words."""
-    return _token_ids((dict.fromkeys(words(query)) for query in queries), QUERY_WORDS)
+    return token_ids((dict.fromkeys(words(query)) for query in queries), QUERY_WORDS)
 
 
 def item_tokens(pairs: Iterable[Pair]) -> np.ndarray:
     """Return int32 (n, ITEM_WORDS): the token ids of each item's name and its distinct words."""
     items = ([*words(pair.name) * NAME_REPEATS, *dict.fromkeys(words(pair.code))] for pair in pairs)
-    return _token_ids(items, ITEM_WORDS)
+    return token_ids(items, ITEM_WORDS)
 
 
 def is_held_out(query: str) -> bool:
@@ -89,7 +89,7 @@ def is_held_out(query: str) -> bool:
     return zlib.crc32(" ".join(words(query)).encode()) % 10 == 0
 
 
-def _token_ids(texts: Iterable[Iterable[str]], length: int) -> np.ndarray:
+def token_ids(texts: Iterable[Iterable[str]], length: int) -> np.ndarray:
     """Return int32 (texts, length): the hashes of each text's first words, then PADDING."""
     rows = []
     for text in texts:

@@ -53,12 +53,29 @@ class Law(NamedTuple):
 class Weights(NamedTuple):
     """The cache's part of the surrogate: sum_k weight[i, k] * score(i, k). Constants.
 
-    own:   (B, S) weights of a query's own S draws, or None
-    every: (B, n) weights of all rows that the batch drew, or None
+    own:     (B, S) weights of a query's own S draws, or None
+    every:   (B, n) weights of all rows that the batch drew, or None
+    readout: (B,) weight of the cache's mean embedding under a query's softmax, from which the
+             query's gradient then comes; None for estimators without a readout
+    stale:   (B, n) with a readout: weights of the drawn rows as they count in it
     """
 
     own: Array | None = None
     every: Array | None = None
+    readout: Array | None = None
+    stale: Array | None = None
+
+    def each(self) -> Array:
+        """Return the weights of drawn rows, whichever there are."""
+        return self.every if self.own is None else self.own
+
+    def without(self, dropped: Array, *, xp: Any) -> "Weights":
+        """Return these weights with 0 for rows (n,) of the batch where `dropped` is True."""
+        every, stale = (
+            None if each is None else xp.where(dropped[None, :], 0.0, each)
+            for each in (self.every, self.stale)
+        )
+        return self._replace(every=every, stale=stale)
 
 
 def paper(law: Law, *, xp: Any) -> Weights:
@@ -101,14 +118,62 @@ def shared(law: Law, *, xp: Any) -> Weights:
     return Weights(every=xp.where(drawn, xp.exp(log_weight), 0.0))
 
 
+def exact_query(law: Law, *, xp: Any) -> Weights:
+    """Weigh as `shared` does for the items; the query reads the whole cache, and so without noise.
+
+    The drawn rows only correct the readout for staleness. Goes beyond the paper.
+
+    >>> import numpy as np
+    >>> one = Law(np.zeros(1), np.log([3.0]), np.asarray([[True]]), None, np.zeros((1, 1)))
+    >>> exact_query(one, xp=np).readout
+    array([0.75])
+    """
+    weights = shared(law, xp=xp)
+    return weights._replace(readout=law.cache_share(xp=xp), stale=weights.every)
+
+
 ESTIMATORS: dict[str, Callable[..., Weights]] = {
     "paper": paper,
     "shared": shared,
-    "exact_query": shared,
+    "exact_query": exact_query,
 }
 
 
-def check_estimator(name: Any, *, transform: bool, top_k: bool, retrieval_fn: bool) -> str:
+def corrected(law: Law, weights: Weights, moved: Array, *, xp: Any) -> tuple[Law, Weights]:
+    """Return a law and weights for the fresh softmax, as far as the drawn rows tell of it.
+
+    moved: (B, S) or (B, n), fresh minus stale score of each weighed row
+
+    A weight w grows by exp(moved), and the cache's partition by the self-normalised mean
+    sum_k w_k exp(moved_k) / sum_k w_k. On a fresh cache nothing changes; on a stale one the bias of
+    stale probabilities gives way to that of a ratio of estimates, and to its noise.
+
+    >>> import numpy as np
+    >>> law = Law(np.zeros(1), np.log([3.0]), np.asarray([[True]]))
+    >>> corrected(law, paper(law, xp=np), np.log([[3.0]]), xp=np)[1].own  # 9 / (9 + 1)
+    array([[0.9]])
+    """
+    each = weights.each()
+    log_each = xp.where(each > 0, xp.log(xp.where(each > 0, each, 1.0)), -float("inf"))
+    before, after = log_sum_exp(log_each, xp=xp), log_sum_exp(log_each + moved, xp=xp)
+    change = xp.where(before > -float("inf"), after - before, 0.0)
+    fresh = law._replace(log_partition=law.log_partition + change)
+    shift = law.log_total(xp=xp) - fresh.log_total(xp=xp)
+    each = xp.exp(log_each + moved + shift[:, None])
+    if weights.own is not None:
+        return fresh, weights._replace(own=each)
+    weights = weights._replace(every=each)
+    if weights.readout is not None:
+        total = xp.exp(shift)
+        weights = weights._replace(
+            readout=total * weights.readout, stale=total[:, None] * weights.stale
+        )
+    return fresh, weights
+
+
+def check_estimator(
+    name: Any, *, transform: bool, top_k: bool, retrieval_fn: bool, correction: bool
+) -> str:
     """Return `name` if it names an estimator that works with the other options, or raise."""
     if name not in ESTIMATORS:
         raise OptionError(f"estimator is {name!r}: expected one of {sorted(ESTIMATORS)}.")
@@ -116,6 +181,11 @@ def check_estimator(name: Any, *, transform: bool, top_k: bool, retrieval_fn: bo
         raise OptionError(
             f"estimator {name!r} needs the probabilities of the draws, which a retrieval_fn does "
             "not tell: leave retrieval_fn out, or use estimator='paper'."
+        )
+    if retrieval_fn and correction:
+        raise OptionError(
+            "staleness_correction needs the probabilities of the draws, which a retrieval_fn does "
+            "not tell: leave one of the two out."
         )
     if name == "exact_query" and transform:
         raise OptionError(

@@ -18,8 +18,9 @@ from negcache_core.checks import (
     shape_of,
 )
 from negcache_core.errors import KindError, OptionError
-from negcache_core.estimators import ESTIMATORS, Law, Weights, check_estimator
-from negcache_core.metrics import finite_rows, mean, staleness, step_metrics, weight_metrics
+from negcache_core.estimate import Embedded, estimate
+from negcache_core.estimators import check_estimator
+from negcache_core.metrics import mean
 from negcache_core.positives import positives_of
 from negcache_core.results import CacheLoss, CacheLossReturn
 from negcache_core.retrieval import (
@@ -32,15 +33,8 @@ from negcache_core.retrieval import (
     named_caches,
     scores_of,
 )
-from negcache_core.scoring import Scorer, sigmoid, soft_plus
+from negcache_core.scoring import Scorer
 from negcache_core.state import NegativeCache
-from negcache_core.surrogates import (
-    Exact,
-    cache_term,
-    exact_terms,
-    log_partition_of,
-    positive_weight,
-)
 from negcache_core.topk import check_top_k
 
 
@@ -67,6 +61,7 @@ class CacheClassificationLoss(CacheLoss):
     log_frequency_key: a floating field (scalar per row), the log of how often an item comes up in
                      the stream. It is subtracted from the scores of cached rows and in-batch
                      negatives, which are there in proportion to it, and not from the positive's.
+    staleness_correction: whether the drawn rows' fresh scores re-weight them, self-normalised
     generator:       None, an int seed, or a random generator of the framework
     tile_bytes:      memory for scores in flight; the cache is scored in tiles that fit it. By
                      default 4 MB on a CPU and 64 MB elsewhere. Changes the speed, never the law.
@@ -103,6 +98,7 @@ class CacheClassificationLoss(CacheLoss):
         in_batch_negatives: bool = False,
         id_key: str | None = None,
         log_frequency_key: str | None = None,
+        staleness_correction: bool = False,
         generator: Any = None,
         tile_bytes: int | None = None,
     ) -> None:
@@ -128,7 +124,9 @@ class CacheClassificationLoss(CacheLoss):
             transform=score_transform is not None,
             top_k=top_k is not None,
             retrieval_fn=retrieval_fn is not None,
+            correction=bool(staleness_correction),
         )
+        self.staleness_correction = bool(staleness_correction)
         self.in_batch_negatives = bool(in_batch_negatives)
         for name, key in (("id_key", id_key), ("log_frequency_key", log_frequency_key)):
             if key is not None and not isinstance(key, str):
@@ -245,7 +243,7 @@ class CacheClassificationLoss(CacheLoss):
                                   gradients; they do not enter the cache
         sample_weight:            (B,) factors on the queries' losses, before they are reduced
         """
-        backend, xp = self.backend, self.backend.xp
+        backend = self.backend
         draws, width = retrieval.drawn.shape[1], retrieval.stale_embeddings.shape[1]
         rows = retrieval.drawn.shape[0]
         total = None if rows is None else rows * draws
@@ -261,77 +259,31 @@ class CacheClassificationLoss(CacheLoss):
         if sample_weight is not None:
             sample_weight = backend.to_array(sample_weight)
             check_shape(sample_weight, (rows,), "sample_weight", "One factor for each query.")
-        stale = retrieval.stale_embeddings
-        scorer = self._scorer(query_embeddings, pos_doc_embeddings, neg_doc_embeddings, stale)
-        positive = scorer.pairs(query_embeddings, pos_doc_embeddings)
-        constant = backend.stop_gradient
-        parts = []
-        if retrieval.others is not None:
-            scores = scorer.cross(query_embeddings, pos_doc_embeddings)
-            parts.append(Exact(scores, retrieval.others, retrieval.positive_bias))
-        if hard_negative_embeddings is not None:
-            parts.append(Exact(scorer.pairs(query_embeddings, hard_negative_embeddings), None))
-        law = Law(
-            constant(positive),
-            cast(retrieval.log_partition, scorer.dtype, xp),
-            retrieval.drawn,
-            log_partition_of(parts, constant, xp),
-            retrieval.cross_scores,
+        embedded = Embedded(
+            query_embeddings, pos_doc_embeddings, neg_doc_embeddings, hard_negative_embeddings
         )
-        weights = ESTIMATORS[self.estimator](law, xp=xp)
-        with backend.no_gradient():
-            fresh = cast(constant(neg_doc_embeddings), stale.dtype, xp)
-            finite = finite_rows(fresh, xp=xp)
-        if weights.every is not None:
-            # A row that is not finite would reach every query: it counts as not drawn.
-            weights = Weights(every=xp.where(finite[None, :], weights.every, 0.0))
-            neg_doc_embeddings = xp.where(finite[:, None], neg_doc_embeddings, 0.0)
-        training = cache_term(
-            weights,
+        scorer = self._scorer(*embedded[:3], retrieval.stale_embeddings)
+        found = estimate(
+            embedded,
+            retrieval,
             scorer,
-            query_embeddings,
-            neg_doc_embeddings,
-            readout=retrieval.readout,
-            stale=stale,
-            law=law,
-            constant=constant,
+            backend,
+            estimator=self.estimator,
+            staleness_correction=self.staleness_correction,
         )
-        training = training - positive_weight(law, weights, xp=xp) * positive
-        if parts:
-            training = training + exact_terms(parts, law, constant, xp)
-        log_odds = law.log_odds(xp=xp)
-        interpretable = soft_plus(log_odds, xp=xp)
+        training, interpretable = found.training, found.interpretable
         if sample_weight is not None:
-            sample_weight = cast(sample_weight, scorer.dtype, xp)
+            sample_weight = cast(sample_weight, scorer.dtype, backend.xp)
             training, interpretable = training * sample_weight, interpretable * sample_weight
-
-        with backend.no_gradient():
-            kept = cast(backend.stop_gradient(pos_doc_embeddings), stale.dtype, xp)
-            kept = finite_rows(kept, xp=xp)
-            drawn = xp.reshape(retrieval.drawn, (-1,))
-            row_staleness = staleness(
-                cast(stale, scorer.dtype, xp), cast(fresh, scorer.dtype, xp), xp=xp
-            )
-            row_staleness = xp.where(drawn & finite, row_staleness, 0.0)
-            by_query = xp.mean(xp.reshape(row_staleness, (-1, draws)), axis=1)
-            metrics = step_metrics(
-                retrieval,
-                soft_plus(log_odds, xp=xp),
-                sigmoid(log_odds, xp=xp),
-                row_staleness,
-                xp.concat([drawn & ~finite, ~kept]),
-                xp=xp,
-            )
-            metrics.update(weight_metrics(weights, cast(fresh, scorer.dtype, xp), xp=xp))
         training, reduced = self._reduce(training), self._reduce(interpretable)
         return CacheLossReturn(
             training_loss=training,
             interpretable_loss=reduced,
-            **self._refresh(retrieval, fresh, finite),
-            staleness=self._reduce(by_query),
+            **self._refresh(retrieval, found.fresh, found.finite),
+            staleness=self._reduce(found.staleness),
             # A constant, and a difference that is exactly zero whatever the surrogate's magnitude.
             loss=reduced + (training - backend.stop_gradient(training)),
-            metrics=metrics,
+            metrics=found.metrics,
         )
 
     def __call__(

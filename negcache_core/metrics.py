@@ -48,7 +48,7 @@ def weight_metrics(weights: Weights, fresh: Array, *, xp: Any) -> dict[str, Arra
     gradient_noise:  estimated variance of the drawn rows' part of a query's gradient, over its
                      squared length; left out where each query has one draw, which tells nothing
     """
-    each: Array = weights.every if weights.own is None else weights.own
+    each = weights.each()
     total, square = xp.sum(each, axis=1), xp.sum(each**2, axis=1)
     some = total > 0
     safe = xp.where(some, total, 1.0)

@@ -69,7 +69,6 @@ def cache_term(
     *,
     readout: Array | None,
     stale: Array,
-    law: Law,
     constant: Callable[[Array], Array],
 ) -> Array:
     """Return (B,): the drawn rows' term of the surrogate.
@@ -77,18 +76,19 @@ def cache_term(
     queries (B, D), fresh (n, D): differentiable; stale (n, D): the same rows as the cache has them
     readout: (B, D) mean of the cache under each query's softmax. Then the query's (and the scale's)
              gradient comes from it, corrected for staleness, and the items' from the drawn rows:
-             scale q . sg(p_cache O + sum_k w_k (f_k - e_k)) + sum_k w_k sg(scale q) . f_k
+             scale q . sg(p_cache O + sum_k w_k f_k - sum_k w_k e_k) + sum_k w_k sg(scale q) . f_k
     """
     xp = scorer.xp
     if weights.own is not None:
         draws = weights.own.shape[1]
         scores = scorer.pairs(queries, xp.reshape(fresh, (-1, draws, fresh.shape[1])))
         return xp.sum(weights.own * scores, axis=1)
-    if readout is None:
+    if weights.readout is None:
         return xp.sum(weights.every * scorer.cross(queries, fresh), axis=1)
     fresh = cast(fresh, scorer.dtype, xp)
-    moved = xp.matmul(weights.every, constant(fresh) - cast(stale, scorer.dtype, xp))
-    target = law.cache_share(xp=xp)[:, None] * cast(readout, scorer.dtype, xp) + moved
+    target = weights.readout[:, None] * cast(readout, scorer.dtype, xp)
+    target = target + xp.matmul(weights.every, constant(fresh))
+    target = target - xp.matmul(weights.stale, cast(stale, scorer.dtype, xp))
     scaled = scorer.scaled(queries)
     by_item = scorer._replace(scale=None).cross(constant(scaled), fresh)
     return xp.sum(scaled * constant(target), axis=1) + xp.sum(weights.every * by_item, axis=1)

@@ -27,7 +27,7 @@ class Options:
         self.top_k = None
         if self.estimator != "exact_query":
             self.top_k = data.draw(st.none() | st.integers(1, slots), label="top_k")
-        self.in_batch = in_batch
+        self.in_batch, self.correction = in_batch, False
         self.split = data.draw(st.booleans(), label="two caches") and slots > 1
         self.ids = self.frequencies = self.positive_ids = self.hard = self.weight = None
         if data.draw(st.booleans(), label="ids"):
@@ -52,6 +52,7 @@ class Options:
             in_batch_negatives=self.in_batch,
             id_key=None if self.ids is None else "id",
             log_frequency_key=None if self.frequencies is None else "log_frequency",
+            staleness_correction=self.correction,
         )
 
     def fields(self, side):
@@ -132,11 +133,14 @@ def law_of(options, problem):
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def assert_unbiased(name, problem, options):
+def assert_unbiased(name, problem, options, moved=None):
+    """Compare with the exact gradient; the cache's embeddings lag `moved` (D,) behind."""
     backend, now = BACKENDS[name], {}
     native = backend.to_native
     loss = options.loss_of(backend.module, lambda: now["scale"])
     data = {**problem.cache_data, **options.fields(0)}
+    if moved is not None:
+        data["embedding"] = data["embedding"] - moved
     cut = len(problem.age) // 2 if options.split else 0
     cache = {
         name: backend.native(
@@ -176,6 +180,8 @@ def assert_unbiased(name, problem, options):
     )
     for which, ours, theirs in zip("VWs", given, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, err_msg=which, **TOLERANCE)
+    if moved is not None:
+        return  # the value comes from stale scores
     total = value(*(native(each) for each in (problem.V, problem.W, problem.scale)))
     np.testing.assert_allclose(float(total), float(value_expected), **TOLERANCE)
 
@@ -186,7 +192,42 @@ def assert_unbiased(name, problem, options):
 def test_expected_gradient_is_exact_with_every_option(name, in_batch, data):
     stale = data.draw(st.booleans(), label="stale")
     problem = data.draw(towers(stale=stale, max_slots=5, min_queries=1 + in_batch))
-    assert_unbiased(name, problem, Options(data, problem, in_batch=in_batch))
+    options = Options(data, problem, in_batch=in_batch)
+    options.correction = not stale and data.draw(st.booleans(), label="correction")
+    assert_unbiased(name, problem, options)
+
+
+@pytest.mark.parametrize("name", ["torch", "tensorflow", "jax"])
+@given(data=st.data())
+def test_the_correction_is_exact_where_all_rows_have_moved_alike(name, data):
+    """Stale probabilities are right then, but for the share of the cache, which is corrected."""
+    problem = data.draw(towers(stale=False, max_slots=4, min_queries=2))
+    options = Options(data, problem, in_batch=data.draw(st.booleans(), label="in-batch"))
+    options.correction = True
+    moved = np.random.default_rng(0).normal(size=problem.W.shape[1])
+    assert_unbiased(name, problem, options, moved)
+
+
+def test_the_correction_needs_no_more_than_one_slot_to_be_exact():
+    """One slot: every draw is it, so the corrected gradient is that of the fresh softmax."""
+    fresh, stale, query = np.asarray([[0.3, 2.0]]), np.asarray([[1.0, -1.0]]), ROWS[3:5]
+    cache = NegativeCache({"x": stale, "embedding": stale}, np.zeros(1, np.int32))
+    torch_module = BACKENDS["torch"].module
+    for estimator in sorted(ESTIMATORS):
+        loss = torch_module.CacheClassificationLoss(
+            "embedding", ("x",), scale=2.0, estimator=estimator, staleness_correction=True
+        )
+        given = [torch.tensor(each, requires_grad=True) for each in (query, ROWS[:2], fresh)]
+        out = loss(
+            lambda features, item=given[2]: item.expand(len(features["x"]), 2),
+            given[0],
+            given[1],
+            BACKENDS["torch"].native(cache),
+        )
+        ours = torch.autograd.grad(out.loss, given)
+        theirs = exact.softmax_cross_entropy(query, ROWS[:2], fresh, scale=2.0).gradients
+        for mine, exactly in zip(ours, theirs[:3], strict=True):
+            np.testing.assert_allclose(mine, exactly, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["tf.function", "tf.function+xla", "jax", "jax.jit"])
@@ -282,6 +323,7 @@ def test_a_query_that_is_not_finite_reaches_no_other(estimator):
     [
         ({"estimator": "best"}, "estimator is 'best': expected one of"),
         ({"estimator": "shared", "retrieval_fn": len}, "needs the probabilities of the draws"),
+        ({"staleness_correction": True, "retrieval_fn": len}, "leave one of the two out"),
         ({"estimator": "exact_query", "score_transform": abs}, "use scale= for a temperature"),
         ({"estimator": "exact_query", "top_k": 3}, "reads out the whole cache"),
     ],

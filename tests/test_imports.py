@@ -37,6 +37,7 @@ ORDER = (
     "positives",
     "filters",
     "metrics",
+    "estimate",
     "results",
     "losses",
     "step",
