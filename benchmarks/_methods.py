@@ -7,7 +7,6 @@ from typing import NamedTuple
 import _tasks  # noqa: F401 - puts the examples where they are found
 import torch
 from docstring_model import (
-    PADDING,
     WIDTH,
     Data,
     Loss,
@@ -17,6 +16,7 @@ from docstring_model import (
     cache_loss,
     in_batch_loss,
 )
+from docstring_pairs import BUCKETS, PADDING
 from torch import Tensor
 from torch.nn import functional
 
@@ -66,7 +66,7 @@ def full_loss(model: SearchModel, settings: Settings, data: Data) -> tuple[Loss,
     """Cross-entropy against every item of the training set, all embedded anew at each step."""
     del settings
     gallery = torch.unique(torch.from_numpy(data.item_of[data.train]))
-    counts = _word_counts(torch.from_numpy(data.items)[gallery], len(model.vectors))
+    counts = word_counts(torch.from_numpy(data.items)[gallery])
     place = torch.full((len(data.items),), -1)
     place[gallery] = torch.arange(len(gallery))
     for table in (model.vectors, model.item_log_weights):
@@ -77,24 +77,30 @@ def full_loss(model: SearchModel, settings: Settings, data: Data) -> tuple[Loss,
         query_tokens: Tensor, item_tokens: Tensor, ids: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
         del item_tokens
-        # The tower of SearchModel as one product: a word's weight multiplies its vector.
-        words = model.item_log_weights.exp() * model.vectors
-        items = functional.normalize(torch.sparse.mm(counts, words), dim=1)
-        scores = model.scale() * model.embed_queries(query_tokens) @ items.T
+        scores = model.scale() * model.embed_queries(query_tokens) @ embed_counted(model, counts).T
         value = functional.cross_entropy(scores, place[ids])
         return value, {"loss": value.item()}
 
     return loss, 0.0
 
 
-def _word_counts(tokens: Tensor, words: int) -> Tensor:
-    """Return a sparse (texts, words) matrix: how often each word is in each text."""
+def word_counts(tokens: Tensor) -> Tensor:
+    """Return a sparse (texts, BUCKETS) matrix: how often each word is in each text."""
     text, position = torch.nonzero(tokens != PADDING, as_tuple=True)
     where = torch.stack([text, tokens[text, position].long()])
-    size = (len(tokens), words)
+    size = (len(tokens), BUCKETS)
     return torch.sparse_coo_tensor(
         where, torch.ones(len(text)), size, check_invariants=True
     ).coalesce()
+
+
+def embed_counted(model: SearchModel, counts: Tensor) -> Tensor:
+    """Return what `model.embed_items` does, as one product: a word's weight multiplies its vector.
+
+    For thousands of texts at once; the gradient is dense.
+    """
+    words = model.item_log_weights.exp() * model.vectors
+    return functional.normalize(torch.sparse.mm(counts, words), dim=1)
 
 
 def _make_sparse(table: Tensor) -> None:
