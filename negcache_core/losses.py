@@ -136,6 +136,12 @@ class CacheClassificationLoss(CacheLoss):
         self.tile_bytes = tile_bytes
         self.generator = self.backend.make_generator(generator)
 
+    @property
+    def item_keys(self) -> dict[str, str]:
+        """What retrieval reads of items beside `data_keys`: "ids" and "bias" -> the field."""
+        found = {"ids": self.id_key, "bias": self.log_frequency_key}
+        return {name: key for name, key in found.items() if key is not None}
+
     def retrieve(
         self,
         query_embeddings: Array,
@@ -157,8 +163,7 @@ class CacheClassificationLoss(CacheLoss):
         noise:            (B, S, 2) uniforms in [0, 1); drawn from the generator where it is None
         """
         backend, xp = self.backend, self.backend.xp
-        extra = {"ids": self.id_key, "bias": self.log_frequency_key}
-        more = {name: key for name, key in extra.items() if key is not None}
+        more = self.item_keys
         fields = (self.embedding_key, *self.data_keys, *more.values())
         caches = named_caches(cache, fields, backend)
         first = next(iter(caches.values())).data[self.embedding_key]

@@ -38,7 +38,7 @@ class BaseHandler:
         embedding_key, keys = check_field_names(embedding_key, data_keys)
         for name, manager in cache_managers.items():
             _check_manager(name, manager, embedding_key, keys)
-        _check_loss(cache_loss, embedding_key, keys)
+            _check_loss(cache_loss, embedding_key, keys, manager)
         if new_items_filter is not None and not callable(new_items_filter):
             raise KindError(
                 f"new_items_filter is {new_items_filter!r}: expected a function (cache, new_items) "
@@ -105,10 +105,14 @@ class BaseHandler:
 
         They stand in for queries without a usable slot.
         """
-        rows = None
+        rows, keys = None, (*self.data_keys, *_item_keys(self.cache_loss))
         for name in sorted(features):
-            own = (getattr(self.cache_loss, key) for key in ("id_key", "log_frequency_key"))
-            keys = (*self.data_keys, *(key for key in own if key is not None))
+            missing = [key for key in keys if key not in check_mapping(features[name], "features")]
+            if missing:
+                raise KeysError(
+                    f"features lack {missing}: the loss needs {list(keys)} of each positive, and "
+                    f"features have {sorted(features[name])}."
+                )
             rows = {key: self.backend.to_array(features[name][key]) for key in keys}
             if all(each.shape[0] != 0 for each in rows.values()):
                 return rows
@@ -234,7 +238,9 @@ def _check_manager(
         )
 
 
-def _check_loss(cache_loss: Any, embedding_key: str, data_keys: tuple[str, ...]) -> None:
+def _check_loss(
+    cache_loss: Any, embedding_key: str, data_keys: tuple[str, ...], manager: CacheManager
+) -> None:
     if not callable(cache_loss):
         raise KindError(
             f"cache_loss is a {type(cache_loss).__name__}: expected a CacheClassificationLoss."
@@ -245,6 +251,17 @@ def _check_loss(cache_loss: Any, embedding_key: str, data_keys: tuple[str, ...])
             raise OptionError(
                 f"the handler has {what}={own!r} and its loss {other!r}: give both the same."
             )
+    missing = [key for key in _item_keys(cache_loss) if key not in manager.specs]
+    if missing:
+        raise KeysError(
+            f"the loss reads {missing} (id_key, log_frequency_key), which the cache lacks: add the "
+            f"field to its specs, {sorted(manager.specs)}."
+        )
+
+
+def _item_keys(cache_loss: Any) -> tuple[str, ...]:
+    """Return the fields that a loss reads of items beside data_keys; another's loss has none."""
+    return tuple(getattr(cache_loss, "item_keys", {}).values())
 
 
 def _refresh_of(result: CacheLossReturn, name: str) -> dict[str, Any]:

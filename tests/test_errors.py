@@ -337,6 +337,17 @@ CASES = [
         "features lack ['id']: the cache stores ['id'] of each item, and features have [].",
     ),
     (
+        lambda: handler().retrieve(np.zeros((1, 2), np.float32), {}),
+        core.KeysError,
+        "features lack ['id']: the loss needs ['id'] of each positive, and features have [].",
+    ),
+    (
+        lambda: handler(cache_loss=loss(log_frequency_key="log_q")),
+        core.KeysError,
+        "the loss reads ['log_q'] (id_key, log_frequency_key), which the cache lacks: add the "
+        "field to its specs, ['id', 'x'].",
+    ),
+    (
         lambda: handler(use_cross_replica=True).commit(
             handler_result(), np.zeros((1, 2), np.float32), {"id": np.zeros(1, np.int32)}
         ),
