@@ -131,22 +131,18 @@ class Quality:
         found = torch.autograd.grad(loss, list(self.model.parameters()))
         return torch.cat([each.to_dense().reshape(-1) for each in found])
 
-    def noise_of_batches(self) -> float:
-        """Return the relative variance of the exact gradient over the choice of the batch."""
-        variance, mean = _moments(self.exact[False])
-        return variance / _square(mean)
-
     def measure(self, name: str) -> dict[str, Any]:
         """Return bias and variance of an estimator's gradient: means over a few batches."""
         options = OPTIONS.get(name, {})
         exact = self.exact[options.get("in_batch_negatives", False)]
         loss, draws = self._loss_of(name, options), 1 if name in CONSTANT else DRAWS
-        biases, variances = [], []
+        biases, variances, absolute = [], [], []
         for batch, wanted in zip(self.batches[:BATCHES], exact, strict=False):
             variance, mean = _moments(self.gradient(loss(batch)) for _ in range(draws))
             norm = _square(wanted)
             biases.append((_square(mean - wanted) - variance / draws) / norm)
             variances.append(variance / norm)
+            absolute.append(variance)
         return {
             "estimator": name,
             "rows": self.rows,
@@ -154,7 +150,7 @@ class Quality:
             "staleness": self.staleness,
             "bias": math.sqrt(max(statistics.mean(biases), 0.0)),
             "variance": statistics.mean(variances),
-            "of batch": statistics.mean(variances) / self.noise_of_batches(),
+            "of batch": statistics.mean(absolute) / _moments(self.exact[False])[0],
         }
 
     def _loss_of(self, name: str, options: dict[str, Any]) -> Callable[[Batch], Tensor]:

@@ -63,7 +63,7 @@ def estimate(
         cast(retrieval.log_partition, scorer.dtype, xp),
         retrieval.drawn,
         log_partition_of(parts, constant, xp),
-        retrieval.cross_scores,
+        retrieval.pool,
     )
     log_odds = law.log_odds(xp=xp)
     weights, drawn = ESTIMATORS[estimator](law, xp=xp), embedded.drawn

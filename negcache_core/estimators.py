@@ -4,32 +4,31 @@ An estimator turns what retrieval knows into constants; the loss multiplies them
 differentiable scores. Each new estimator is one function here and one entry in ESTIMATORS.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from negcache_core._array import Array, cast
 from negcache_core.errors import OptionError
+from negcache_core.pool import Pool
 from negcache_core.scoring import log_sum_exp, sigmoid, soft_plus
 
 
 class Law(NamedTuple):
-    """What is known of the softmax of B queries when n = B * S rows were drawn.
+    """What is known of the softmax of B queries when each drew S rows.
 
     positive_scores: (B,) fresh
     log_partition:   (B,) log-sum-exp of the stale scores over usable slots, -inf for none
     log_exact:       (B,) log-sum-exp of the negatives that are there in full, such as in-batch
                      ones; None where there are none
     drawn:           bool (B, S), False where nothing could be drawn
-    cross_scores:    (B, n) stale score of each query with each drawn row, -inf where it is none of
-                     the query's negatives; None unless the estimator shares negatives
+    pool:            all n rows that were drawn; None unless the estimator shares them
     """
 
     positive_scores: Array
     log_partition: Array
     drawn: Array
     log_exact: Array | None = None
-    cross_scores: Array | None = None
+    pool: Pool | None = None
 
     def log_odds(self, *, xp: Any) -> Array:
         """Return (B,): log((1 - p+) / p+), the negatives' log-partition minus the positive."""
@@ -101,21 +100,14 @@ def shared(law: Law, *, xp: Any) -> Weights:
     further encoder work, and w_ik <= (1 - p+_i) / S. Goes beyond the paper.
 
     >>> import numpy as np
-    >>> one = Law(np.zeros(1), np.log([3.0]), np.asarray([[True]]), None, np.zeros((1, 1)))
+    >>> pool = Pool(np.zeros((1, 2)), np.zeros((1, 1)), -np.log([3.0]))
+    >>> one = Law(np.zeros(1), np.log([3.0]), np.asarray([[True]]), None, pool)
     >>> shared(one, xp=np).every  # one query: what the paper's estimator gives
     array([[0.75]])
     """
-    draws = law.drawn.shape[1]
-    # A query without a usable slot drew nothing; nor did one that is not finite, and it must not
-    # reach the others.
-    drew = xp.isfinite(law.log_partition)
-    log_law = law.cross_scores - xp.where(drew, law.log_partition, 0.0)[:, None]
-    log_law = xp.where(drew[:, None], log_law, -float("inf"))
-    log_proposal = log_sum_exp(log_law, 0, xp=xp) + math.log(draws)
-    drawn = xp.reshape(law.drawn, (1, -1))
-    log_weight = law.cross_scores - law.log_total(xp=xp)[:, None]
-    log_weight = log_weight - xp.where(drawn, log_proposal[None, :], 0.0)
-    return Weights(every=xp.where(drawn, xp.exp(log_weight), 0.0))
+    pool: Any = law.pool
+    log_weight = pool.cross_scores - law.log_total(xp=xp)[:, None] - pool.log_proposal[None, :]
+    return Weights(every=xp.exp(log_weight))
 
 
 def exact_query(law: Law, *, xp: Any) -> Weights:
@@ -124,7 +116,8 @@ def exact_query(law: Law, *, xp: Any) -> Weights:
     The drawn rows only correct the readout for staleness. Goes beyond the paper.
 
     >>> import numpy as np
-    >>> one = Law(np.zeros(1), np.log([3.0]), np.asarray([[True]]), None, np.zeros((1, 1)))
+    >>> pool = Pool(np.zeros((1, 2)), np.zeros((1, 1)), -np.log([3.0]))
+    >>> one = Law(np.zeros(1), np.log([3.0]), np.asarray([[True]]), None, pool)
     >>> exact_query(one, xp=np).readout
     array([0.75])
     """

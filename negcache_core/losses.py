@@ -5,7 +5,7 @@ the cache. Its value comes from stale scores; its gradient from the few rows tha
 embedded anew. `retrieve` and `loss_from_negatives` are the two phases of calling it.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from negcache_core._array import Array, accumulation_dtype, cast, length
@@ -21,12 +21,13 @@ from negcache_core.errors import KindError, OptionError
 from negcache_core.estimate import Embedded, estimate
 from negcache_core.estimators import check_estimator
 from negcache_core.metrics import mean
+from negcache_core.pool import Pool, cross_scores, pool_of
 from negcache_core.positives import positives_of
 from negcache_core.results import CacheLoss, CacheLossReturn
 from negcache_core.retrieval import (
     SINGLE,
+    Draw,
     Retrieval,
-    cross_scores,
     draw,
     filled,
     gather,
@@ -35,6 +36,7 @@ from negcache_core.retrieval import (
 )
 from negcache_core.scoring import Scorer
 from negcache_core.state import NegativeCache
+from negcache_core.streaming import CacheScores
 from negcache_core.topk import check_top_k
 
 
@@ -215,7 +217,9 @@ class CacheClassificationLoss(CacheLoss):
             rows = gather(
                 caches, draws, self.embedding_key, self.data_keys, stand_in, backend, more
             )
-            cross = None if self.estimator == "paper" else cross_scores(scores, draws, rows)
+            pool = None
+            if self.estimator != "paper":
+                pool = self._pool(scores, draws, rows)
             rows = {name: value for name, value in rows.items() if name not in more}
         if not isinstance(cache, Mapping):
             rows.update(slots=rows["slots"][SINGLE], owned=rows["owned"][SINGLE])
@@ -224,7 +228,7 @@ class CacheClassificationLoss(CacheLoss):
             log_partition=backend.stop_gradient(draws.log_partition),
             entropy=backend.stop_gradient(draws.entropy),
             fill=filled(caches, scorer.dtype, xp),
-            cross_scores=None if cross is None else backend.stop_gradient(cross),
+            pool=pool,
             readout=None if draws.readout is None else backend.stop_gradient(draws.readout),
             others=batch.others,
             positive_bias=batch.bias,
@@ -327,6 +331,21 @@ class CacheClassificationLoss(CacheLoss):
             hard_negative_embeddings=hard_negative_embeddings,
             sample_weight=sample_weight,
         )
+
+    def _pool(self, scores: Sequence[CacheScores], draws: Draw, rows: Mapping[str, Array]) -> Pool:
+        xp, constant = self.backend.xp, self.backend.stop_gradient
+        cross = cross_scores(
+            scores,
+            xp.reshape(draws.drawn, (-1,)),
+            rows,
+            xp.reshape(draws.slots, (-1,)),
+            draws.candidates,
+            sum(cache.slots for cache in scores),
+        )
+        pool = pool_of(
+            cross, draws.log_partition, rows["stale_embeddings"], self.num_samples, xp=xp
+        )
+        return Pool(*map(constant, pool))
 
     def _scorer(self, *arrays: Array) -> Scorer:
         xp = self.backend.xp

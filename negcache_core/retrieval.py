@@ -22,6 +22,7 @@ from negcache_core._array import (
 from negcache_core.backend import Backend
 from negcache_core.checks import shape_of
 from negcache_core.errors import KeysError, ShapeError
+from negcache_core.pool import Pool
 from negcache_core.sampling import check_choice, draw_from_softmax
 from negcache_core.scoring import Scorer, log_sum_exp
 from negcache_core.state import NegativeCache, check_cache, is_written
@@ -31,7 +32,7 @@ from negcache_core.streaming import (
     draw_from_caches,
     tile_slots,
 )
-from negcache_core.topk import check_groups, group_of
+from negcache_core.topk import check_groups
 
 SINGLE = "cache"  # the name a cache goes by where the caller gave it none
 
@@ -49,8 +50,7 @@ class Retrieval(NamedTuple):
     fill:             scalar, the share of slots that hold a row
     slots, owned:     (n,) the slot in its cache, and whether it is that cache's row and was drawn;
                       a dict of these by name where a dict of caches was given
-    cross_scores:     (B, n) stale score of each query with each row, -inf where the row is none of
-                      its negatives; None unless the estimator shares negatives
+    pool:             what is known of all drawn rows; None unless the estimator shares them
     readout:          (B, D) mean embedding under each query's softmax; None unless it is wanted
     others:           bool (B, B), which of the batch's other positives are negatives of a query;
                       None unless they are wanted
@@ -66,7 +66,7 @@ class Retrieval(NamedTuple):
     fill: Array
     slots: Any
     owned: Any
-    cross_scores: Array | None = None
+    pool: Pool | None = None
     readout: Array | None = None
     others: Array | None = None
     positive_bias: Array | None = None
@@ -194,27 +194,6 @@ def draw(
         mean_score = xp.sum(law * xp.where(matrix > -float("inf"), matrix, 0.0), axis=1)
     entropy = xp.where(log_partition > -float("inf"), log_partition - mean_score, 0.0)
     return Draw(slots, drawn, log_partition, entropy, mean, columns)
-
-
-def cross_scores(caches: Sequence[CacheScores], draws: Draw, rows: Mapping[str, Array]) -> Array:
-    """Return (B, n): the stale score of each query with each drawn row, -inf if not a negative.
-
-    rows: the drawn rows' "stale_embeddings" (n, D), and "ids" and "bias" (n,) where there are such
-    """
-    scores_of, slots = caches[0], draws.slots
-    xp, backend = scores_of.scorer.xp, scores_of.backend
-    scores = scores_of.scorer.by_item(scores_of.queries, rows["stale_embeddings"])
-    slots = xp.reshape(slots, (-1,))
-    if "bias" in rows:
-        scores = scores - rows["bias"][:, None]
-    if "ids" in rows:
-        scores = backend.exclude(scores, rows["ids"], scores_of.positive_ids)
-    if draws.candidates is not None:
-        group = group_of(slots, sum(cache.slots for cache in caches), draws.candidates.shape[1], xp)
-        best = take(xp.matrix_transpose(draws.candidates), group, xp)
-        scores = xp.where(best == slots[:, None], scores, -float("inf"))
-    drawn = xp.reshape(draws.drawn, (-1, 1))
-    return xp.matrix_transpose(xp.where(drawn, scores, -float("inf")))
 
 
 def gather(

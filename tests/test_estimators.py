@@ -12,6 +12,7 @@ from test_gradients import TOLERANCE, noise_for
 from negcache_core import CacheClassificationLoss, exact
 from negcache_core.errors import DTypeError, KeysError, OptionError, ShapeError
 from negcache_core.estimators import ESTIMATORS, Law, paper, shared
+from negcache_core.pool import pool_of
 from negcache_core.state import NegativeCache
 
 IDS = 3  # few, so that items meet themselves
@@ -249,7 +250,7 @@ def law_with(rng, rows, draws, slots):
         log_partition,
         np.ones((rows, draws), bool),
         exact_scores,
-        scores[:, drawn],
+        pool_of(scores[:, drawn], log_partition, np.zeros((len(drawn), 1)), draws, xp=np),
     )
 
 

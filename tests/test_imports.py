@@ -31,6 +31,7 @@ ORDER = (
     "topk",
     "sampling",
     "streaming",
+    "pool",
     "retrieval",
     "estimators",
     "surrogates",
