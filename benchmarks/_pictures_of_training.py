@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 TASKS = {"docstrings": "docstring to Python function", "nl2bash": "request to shell command"}
+ESTIMATORS = ("paper", "shared", "exact_query")
 CEILING = "full softmax"
 
 
@@ -24,8 +25,8 @@ def training_quality() -> Figure | None:
         for height, method in enumerate(METHODS):
             found = [row["MRR"] for row in rows if row["method"] == method]
             if found:
-                color = OURS if "batch" not in method.split(" + ")[0] else INK
-                color = THEIRS if method.startswith("memory") else color
+                ours = method.split(" + ")[0] in ESTIMATORS
+                color = OURS if ours else THEIRS if method.startswith("memory") else INK
                 axes.scatter(found, [height] * len(found), 14, color=color, alpha=0.5, linewidths=0)
                 axes.scatter(statistics.mean(found), height, 200, color=color, marker="|")
                 if method == CEILING:

@@ -39,7 +39,7 @@ IN_BATCH, PAPER, BEST = "in-batch negatives", "cache, as in the paper", "cache, 
 METHODS: dict[str, MakeLoss] = {
     IN_BATCH: in_batch_loss,
     PAPER: cache_loss,
-    BEST: partial(cache_loss, estimator="exact_query", in_batch_negatives=True),
+    BEST: partial(cache_loss, estimator="exact_query"),
 }
 SAMPLES = (
     "parse an ISO date",

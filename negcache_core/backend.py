@@ -110,6 +110,14 @@ class Backend:
         scores = xp.where(written[:, None], scores, -float("inf"))
         return log_sum_exp(xp.reshape(scores, (scores.shape[0] // block, block, -1)), 1, xp=xp)
 
+    def attention(self, queries: Array, rows: Array, written: Array) -> Array | None:
+        """Return softmax(queries @ rows.T) @ rows, for queries (B, D) and rows (n, D): (B, D).
+
+        By a kernel of the library's own, and None where it has none that is faster, or where not
+        all rows count, written (n,).
+        """
+        return None
+
     def exclude(self, scores: Array, ids: Array, positive_ids: Array) -> Array:
         """Return scores (n, B), -inf where the item, ids (n,), is one of positive_ids (B, P).
 

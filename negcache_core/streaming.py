@@ -83,7 +83,7 @@ class CacheScores(NamedTuple):
     def block_weights(self, readout: tuple[Array, ...] = ()) -> tuple[Array, tuple[Array, ...]]:
         """Return the log-sum-exp of every block, (B, blocks), and `readout` with this cache in it.
 
-        readout: what `add_to_readout` made of the caches so far; () where it is not wanted
+        readout: what `join_readouts` made of the caches so far; () where it is not wanted
         """
         xp = self.scorer.xp
 
@@ -91,16 +91,24 @@ class CacheScores(NamedTuple):
             readout: tuple[Array, ...], start: Any, size: int
         ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
             scores, written, rows = self._by_slot(start, size)
-            if readout:
+            mean = None
+            if readout and self.ids is None and self.bias is None:
+                mean = self.backend.attention(self.queries, rows, written)
+            if readout and mean is None:
                 # Rows of empty slots may hold anything, and 0 times it need not be 0.
                 rows = xp.where(written[:, None], cast(rows, self.scorer.dtype, xp), 0.0)
-                readout = add_to_readout(readout, self._mask(scores, written), rows, xp=xp)
+                readout = join_readouts(
+                    readout, read_out(self._mask(scores, written), rows, xp=xp), xp=xp
+                )
             short = -size % BLOCK
             if short:
                 pad = xp.broadcast_to(fill((1, 1), 0, scores, xp), (short, length(scores, xp, 1)))
                 scores = xp.concat([scores, pad], axis=0)
                 written = xp.concat([written, fill((short,), value=False, like=written, xp=xp)])
-            return readout, (self.backend.block_log_sum_exp(scores, written, BLOCK),)
+            weights = self.backend.block_log_sum_exp(scores, written, BLOCK)
+            if mean is not None:
+                readout = join_readouts(readout, (log_sum_exp(weights, 0, xp=xp), mean), xp=xp)
+            return readout, (weights,)
 
         readout, (weights,) = self._scan_tiles(weigh, readout, self.slots, self.tile)
         return xp.matrix_transpose(weights), readout
@@ -216,24 +224,28 @@ def empty_readout(queries: Array, *, xp: Any) -> tuple[Array, Array]:
     return xp.sum(zero, axis=1) - float("inf"), zero
 
 
-def add_to_readout(
-    readout: tuple[Array, ...], scores: Array, rows: Array, *, xp: Any
-) -> tuple[Array, Array]:
-    """Add slots with scores (n, B) and embeddings (n, D) to a mean under the softmax of scores.
+def read_out(scores: Array, rows: Array, *, xp: Any) -> tuple[Array, Array]:
+    """Return the log-sum-exp (B,) of scores (n, B), and the mean (B, D) of rows by their softmax.
 
-    This is attention with keys and values alike, kept as its running log-partition and mean.
+    This is attention with keys and values alike.
     """
-    log_partition, mean = readout
     top = xp.max(scores, axis=0)
     top = xp.where(top > -float("inf"), top, 0.0)
     law = xp.exp(scores - top[None, :])
     total = xp.sum(law, axis=0)
-    added = xp.where(total > 0, xp.log(xp.where(total > 0, total, 1.0)) + top, -float("inf"))
-    both = log_sum_exp(xp.concat([log_partition[None, :], added[None, :]], axis=0), 0, xp=xp)
-    whole = xp.where(both > -float("inf"), both, 0.0)
-    share = xp.exp(added - whole) / xp.where(total > 0, total, 1.0)
-    held = mean * xp.exp(log_partition - whole)[:, None]
-    return both, held + xp.matmul(xp.matrix_transpose(law), rows) * share[:, None]
+    some = xp.where(total > 0, total, 1.0)
+    added = xp.where(total > 0, xp.log(some) + top, -float("inf"))
+    return added, xp.matmul(xp.matrix_transpose(law), rows) / some[:, None]
+
+
+def join_readouts(
+    readout: tuple[Array, ...], added: tuple[Array, Array], *, xp: Any
+) -> tuple[Array, Array]:
+    """Return the readout of the slots of two together: log-partition (B,) and mean (B, D)."""
+    parts = xp.concat([readout[0][None, :], added[0][None, :]], axis=0)
+    both = log_sum_exp(parts, 0, xp=xp)
+    shares = xp.exp(parts - xp.where(both > -float("inf"), both, 0.0)[None, :])
+    return both, readout[1] * shares[0, :, None] + added[1] * shares[1, :, None]
 
 
 def best_of_parts(scores: Array, places: Array, *, xp: Any) -> tuple[Array, Array]:

@@ -5,6 +5,7 @@ import copy
 import negcache_torch as negcache
 import pytest
 import torch
+from negcache_torch._backend import TORCH
 from negcache_torch._generator import BufferGenerator
 from torch import nn
 
@@ -275,3 +276,27 @@ def test_scores_stay_wide_inside_autocast():
         assert loss.dtype == torch.float32
         losses.append(loss)
     assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("written", [True, False], ids=["full", "a slot empty"])
+def test_the_readout_is_attention_whichever_way_it_is_computed(written, monkeypatch):
+    """A full cache is read by the library's kernel, any other by products: both tile by tile."""
+    calls, own = [], TORCH.attention
+
+    def counted(*arguments):
+        mean = own(*arguments)
+        calls.append(mean is not None)
+        return mean
+
+    monkeypatch.setattr(TORCH, "attention", counted)
+    table, query = torch.randn(1000, 5), torch.randn(3, 5)
+    age = torch.zeros(1000, dtype=torch.int32)
+    age[7] = 0 if written else negcache.EMPTY
+    cache = negcache.NegativeCache({"x": table, "embedding": table}, age)
+    loss = negcache.CacheClassificationLoss(
+        "embedding", ("x",), estimator="exact_query", tile_bytes=1, generator=0
+    )
+    found = loss.retrieve(query, cache).readout
+    scores = (query @ table.T).masked_fill(age == negcache.EMPTY, -torch.inf)
+    torch.testing.assert_close(found, torch.softmax(scores, 1) @ table)
+    assert calls == [written] + [True] * 7

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from negcache_core.backend import ACCELERATOR_TILE, CPU_TILE, Backend
 from negcache_core.scoring import block_log_sum_exp_in_place, exclude_in_place
@@ -79,6 +80,14 @@ class TorchBackend(Backend):
             return block_log_sum_exp_in_place(scores, block, xp=self.xp)
         scores = torch.where(written[:, None], scores, -torch.inf)
         return torch.logsumexp(scores.view(scores.shape[0] // block, block, -1), 1)
+
+    def attention(self, queries: Tensor, rows: Tensor, written: Tensor) -> Tensor | None:
+        # Measured on CPUs: a third faster than products and exponentials apart. A mask undoes it.
+        if not _values_are_at_hand(rows) or rows.dtype != queries.dtype or not written.all():
+            return None
+        keys = rows[None, None]
+        mean = functional.scaled_dot_product_attention(queries[None, None], keys, keys, scale=1.0)
+        return mean[0, 0]
 
     def exclude(self, scores: Tensor, ids: Tensor, positive_ids: Tensor) -> Tensor:
         if _values_are_at_hand(scores):
