@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # TensorFlow is silent about what it cannot find unless something fails.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo bench bench-full run-benchmarks plots test test-deep lint format typecheck clean
+.PHONY: help demo bench bench-full bench-training run-benchmarks plots test test-deep lint format typecheck clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -16,7 +16,7 @@ $(VENV)/.%: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@
 
-demo: $(VENV)/.demo ## train a search model twice, with and without a cache, and answer queries
+demo: $(VENV)/.demo ## train a search model without and with a cache, and answer queries
 	$(BIN)/python examples/docstring_search.py train
 
 # Each framework runs in a process of its own: their threads would meet.
@@ -33,6 +33,11 @@ run-benchmarks: $(VENV)/.test
 	done; done
 	$(BIN)/python benchmarks/memory_of_a_step_is_flat_in_capacity.py $(SIZES)
 	$(BIN)/python benchmarks/half_storage_costs_little_accuracy.py
+
+bench-training: $(VENV)/.test ## compare ways of training on docstrings (an hour); NL2BASH=folder adds that task
+	$(BIN)/python benchmarks/sharing_draws_makes_gradients_less_noisy.py
+	$(BIN)/python benchmarks/a_cache_trains_better_towers_than_a_batch.py docstrings
+	$(if $(NL2BASH),$(BIN)/python benchmarks/a_cache_trains_better_towers_than_a_batch.py nl2bash --data $(NL2BASH))
 
 plots: $(VENV)/.test ## draw the documentation's pictures from what was measured last
 	$(BIN)/python benchmarks/plot.py

@@ -139,6 +139,7 @@ def plot(results: dict[str, Result], settings: Settings, items: int, path: Path)
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     by_step, by_time = figure.subplots(1, 2, sharey=True)
     styles = {IN_BATCH: ("dimgray", "s"), PAPER: ("tab:orange", "^"), BEST: ("tab:blue", "o")}
+    highest = max(result.curve[-1][2] for result in results.values())
     for method, result in results.items():
         color, marker = styles[method]
         steps, seconds, mrr, _ = zip(*result.curve, strict=True)
@@ -147,7 +148,7 @@ def plot(results: dict[str, Result], settings: Settings, items: int, path: Path)
             axes.annotate(
                 f"{mrr[-1]:.3f}",
                 (along[-1], mrr[-1]),
-                (8, 0),
+                (8, 6 if mrr[-1] == highest else -10),  # near figures stay apart
                 textcoords="offset points",
                 va="center",
                 color=color,

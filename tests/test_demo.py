@@ -30,10 +30,12 @@ def trained(tmp_path_factory):
     return out, done
 
 
-def test_train_reports_both_methods(trained):
+def test_train_reports_every_method(trained):
     out, done = trained
     assert "in-batch negatives" in done.stdout
-    assert "negative cache, 128 slots" in done.stdout
+    assert "cache, as in the paper" in done.stdout
+    assert "cache, at its best" in done.stdout
+    assert "cache of 128 slots" in done.stdout
     assert "staleness=" in done.stderr  # the progress bar
     assert done.stdout.count("parse an ISO date") == 1
     report = json.loads((out / "results.json").read_text())
@@ -44,6 +46,7 @@ def test_train_reports_both_methods(trained):
         assert (first["step"], last["step"]) == (0, 30)
         assert 0 < first["mrr"] < 1
         assert last["mrr"] == method["mrr"]
+    assert len(report["methods"]) == 3
     assert len({method["curve"][0]["mrr"] for method in report["methods"].values()}) == 1
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert torch.load(out / "model.pt", weights_only=True)
