@@ -46,8 +46,7 @@ def gradient_noise() -> Figure | None:
     rows = rows_of("gradient_noise")
     if not rows:
         return None
-    names = list(dict.fromkeys(row["estimator"] for row in rows))
-    names.sort(key=lambda name: ("corrected" in name, "draws" in name))
+    names = sorted({row["estimator"] for row in rows}, key=_place)
     lags = sorted({row["lag"] for row in rows})
     largest = max(row["rows"] for row in rows)
     colors = [color for color, _ in LINES.values()]
@@ -71,6 +70,13 @@ def gradient_noise() -> Figure | None:
     noise.set_yticks(range(len(names)), names)
     noise.invert_yaxis()
     return figure
+
+
+def _place(name: str) -> tuple[bool, bool, int]:
+    """Return where an estimator stands: after what it is a variant of."""
+    first = name.replace(",", "").split()[0]
+    order = ("in-batch", "memory", *ESTIMATORS)
+    return "corrected" in name, "draws" in name, order.index(first)
 
 
 def _points(
