@@ -21,6 +21,7 @@ from negcache_core.manager import CacheManager
 from negcache_core.results import CacheLoss, CacheLossReturn
 from negcache_core.retrieval import Retrieval
 from negcache_core.sampling import AbstractRetrievalFn, GumbelMaxRetrievalFn, MaxScoreRetrievalFn
+from negcache_core.scale import Scaling, scaling
 from negcache_core.specs import FieldSpec
 from negcache_core.state import EMPTY, NegativeCache
 from negcache_core.topk import approximate_top_k_with_indices
@@ -50,6 +51,8 @@ __all__ = [
     "NegcacheError",
     "OptionError",
     "Retrieval",
+    "Scaling",
     "ShapeError",
     "approximate_top_k_with_indices",
+    "scaling",
 ]

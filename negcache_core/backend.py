@@ -146,8 +146,8 @@ class Backend:
         """Draw float64 uniforms in [0, 1) on the device of `like`, and advance the generator."""
         return self.xp.asarray(generator.random(shape))
 
-    def all_gather(self, array: Array) -> Array:
-        """Concatenate `array` (n, …) over all replicas, in the order of their ranks."""
+    def all_gather(self, array: Array, group: Any = None) -> Array:
+        """Concatenate `array` (n, …) over the replicas of a group, in the order of their ranks."""
         raise OptionError(
             f"use_cross_replica=True needs a distributed backend, and {self.name!r} runs in one "
             "process: use negcache_torch or negcache_tensorflow, or leave the option off."

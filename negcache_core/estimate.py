@@ -18,12 +18,17 @@ from negcache_core.surrogates import (
 
 
 class Embedded(NamedTuple):
-    """Fresh embeddings, differentiable: queries, positives (B, D); drawn (n, D); hard (B, H, D)."""
+    """Fresh embeddings, differentiable: queries, positives (B, D); drawn (n, D); hard (B, H, D).
+
+    every_positive, every_drawn: those of all replicas, where there are several; else None
+    """
 
     queries: Array
     positives: Array
     drawn: Array
     hard: Array | None = None
+    every_positive: Array | None = None
+    every_drawn: Array | None = None
 
 
 class Estimate(NamedTuple):
@@ -66,25 +71,29 @@ def estimate(
         retrieval.pool,
     )
     log_odds = law.log_odds(xp=xp)
-    weights, drawn = ESTIMATORS[estimator](law, xp=xp), embedded.drawn
+    weights, drawn, pool = ESTIMATORS[estimator](law, xp=xp), embedded.drawn, retrieval.pool
     with backend.no_gradient():
         fresh = cast(constant(drawn), stale.dtype, xp)
         finite = finite_rows(fresh, xp=xp)
-    if weights.every is not None:
+    weighed, stale_weighed = drawn, stale
+    if pool is not None:
+        every, stale_weighed = embedded.every_drawn, pool.stale
+        weighed = drawn if every is None else every
         # A row that is not finite would reach every query: it counts as not drawn.
-        weights = weights.without(~finite, xp=xp)
-        drawn = xp.where(finite[:, None], drawn, 0.0)
+        usable = finite_rows(cast(constant(weighed), stale.dtype, xp), xp=xp)
+        weights = weights.without(~usable, xp=xp)
+        weighed = xp.where(usable[:, None], weighed, 0.0)
     if staleness_correction:
         with backend.no_gradient():
-            moved = _moved(weights, scorer, constant(queries), constant(drawn), stale)
+            moved = _moved(weights, scorer, constant(queries), constant(weighed), stale_weighed)
             law, weights = corrected(law, weights, constant(moved), xp=xp)
     training = cache_term(
         weights,
         scorer,
         queries,
-        drawn,
+        weighed,
         readout=retrieval.readout,
-        stale=stale,
+        stale=stale_weighed,
         constant=constant,
     )
     training = training - positive_weight(law, weights, xp=xp) * positive
@@ -105,7 +114,8 @@ def estimate(
             xp.concat([was_drawn & ~finite, ~kept]),
             xp=xp,
         )
-        metrics.update(weight_metrics(weights, wide, xp=xp))
+        constants = cast(constant(weighed), scorer.dtype, xp)
+        metrics.update(weight_metrics(weights, constants, xp=xp))
         by_query = xp.reshape(row_staleness, (-1, retrieval.drawn.shape[1]))
     return Estimate(
         training,
@@ -121,7 +131,9 @@ def _exact_negatives(embedded: Embedded, retrieval: Retrieval, scorer: Scorer) -
     """Return what competes in full: in-batch positives and hard negatives, where there are such."""
     parts = []
     if retrieval.others is not None:
-        scores = scorer.cross(embedded.queries, embedded.positives)
+        every = embedded.every_positive
+        every = embedded.positives if every is None else every
+        scores = scorer.cross(embedded.queries, every)
         parts.append(Exact(scores, retrieval.others, retrieval.positive_bias))
     if embedded.hard is not None:
         parts.append(Exact(scorer.pairs(embedded.queries, embedded.hard), None))

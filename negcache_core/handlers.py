@@ -28,6 +28,7 @@ class CacheLossHandler(Upkeep):
     data_keys:         the fields that the item network takes
     use_cross_replica: every replica writes the rows of all, so that their caches stay equal
     new_items_filter:  which items may enter, such as IsInCacheFilterFn(keys); all by default
+    group:             the replicas that share the cache; None for all
 
     `cache` is the live state, `metrics` the last step's scalars; `prefill` and `refresh` keep the
     cache up beside the steps. Source: the paper, algorithm 2, and the published
@@ -56,6 +57,7 @@ class CacheLossHandler(Upkeep):
         use_cross_replica: bool = False,
         *,
         new_items_filter: Callable[[NegativeCache, Mapping[str, Any]], Array] | None = None,
+        group: Any = None,
     ) -> None:
         super().__init__(
             {SINGLE: cache_manager},
@@ -64,6 +66,7 @@ class CacheLossHandler(Upkeep):
             data_keys,
             use_cross_replica,
             new_items_filter=new_items_filter,
+            group=group,
         )
         self.cache_manager = cache_manager
 
@@ -125,9 +128,10 @@ class CacheLossHandler(Upkeep):
 
         options: hard_negative_embeddings, sample_weight: see the loss
         """
-        return _two_phase(self.cache_loss).loss_from_negatives(
+        result = _two_phase(self.cache_loss).loss_from_negatives(
             query_embeddings, pos_item_embeddings, neg_item_embeddings, retrieval, **options
         )
+        return self._weighted(result, query_embeddings)
 
     def commit(
         self, result: CacheLossReturn, pos_item_embeddings: Array, features: Mapping[str, Array]

@@ -5,7 +5,7 @@ the cache. Its value comes from stale scores; its gradient from the few rows tha
 embedded anew. `retrieve` and `loss_from_negatives` are the two phases of calling it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 from negcache_core._array import Array, accumulation_dtype, cast, length
@@ -22,17 +22,17 @@ from negcache_core.estimate import Embedded, estimate
 from negcache_core.estimators import check_estimator
 from negcache_core.metrics import mean
 from negcache_core.pool import Pool, cross_scores, pool_of
-from negcache_core.positives import positives_of
+from negcache_core.positives import Positives, others_of, positives_of
 from negcache_core.results import CacheLoss, CacheLossReturn
 from negcache_core.retrieval import (
     SINGLE,
-    Draw,
     Retrieval,
     draw,
     filled,
     gather,
     named_caches,
     scores_of,
+    with_stand_ins,
 )
 from negcache_core.scoring import Scorer
 from negcache_core.state import NegativeCache
@@ -164,13 +164,13 @@ class CacheClassificationLoss(CacheLoss):
                           id of its one positive. Fill up rows with an id twice, or one of no item.
         noise:            (B, S, 2) uniforms in [0, 1); drawn from the generator where it is None
         """
-        backend, xp = self.backend, self.backend.xp
-        more = self.item_keys
-        fields = (self.embedding_key, *self.data_keys, *more.values())
-        caches = named_caches(cache, fields, backend)
-        first = next(iter(caches.values())).data[self.embedding_key]
+        backend = self.backend
+        caches = named_caches(
+            cache, (self.embedding_key, *self.data_keys, *self.item_keys.values()), backend
+        )
+        table = next(iter(caches.values())).data[self.embedding_key]
         check_floating(
-            check_shape(query_embeddings, ("B", first.shape[1]), "query_embeddings"),
+            check_shape(query_embeddings, ("B", table.shape[1]), "query_embeddings"),
             "query_embeddings",
         )
         if noise is not None:
@@ -191,49 +191,97 @@ class CacheClassificationLoss(CacheLoss):
         )
         with backend.no_gradient():
             queries = backend.stop_gradient(query_embeddings)
-            scorer = self._scorer(queries, first)
-            scores = scores_of(
-                queries,
-                caches,
-                self.embedding_key,
-                scorer,
-                backend,
-                self.tile_bytes,
-                id_key=self.id_key,
-                positive_ids=batch.ids,
-                bias_key=self.log_frequency_key,
-            )
-            if noise is None and self.retrieval_fn is None:
-                shape = (length(queries, xp), self.num_samples, 2)
-                noise = backend.uniform(self.generator, shape, queries)
-            draws = draw(
-                scores,
-                noise=noise,
-                retrieval_fn=self.retrieval_fn,
-                top_k=self.top_k,
-                readout=self.estimator == "exact_query",
-                backend=backend,
-            )
-            rows = gather(
-                caches, draws, self.embedding_key, self.data_keys, stand_in, backend, more
-            )
-            pool = None
-            if self.estimator != "paper":
-                pool = self._pool(scores, draws, rows)
-            rows = {name: value for name, value in rows.items() if name not in more}
+            found = self._draw(queries, caches, batch, stand_in, noise)
         if not isinstance(cache, Mapping):
-            rows.update(slots=rows["slots"][SINGLE], owned=rows["owned"][SINGLE])
-        return Retrieval(
-            drawn=draws.drawn,
-            log_partition=backend.stop_gradient(draws.log_partition),
-            entropy=backend.stop_gradient(draws.entropy),
-            fill=filled(caches, scorer.dtype, xp),
-            pool=pool,
-            readout=None if draws.readout is None else backend.stop_gradient(draws.readout),
-            others=batch.others,
-            positive_bias=batch.bias,
-            **rows,
+            found = found._replace(slots=found.slots[SINGLE], owned=found.owned[SINGLE])
+        return found
+
+    def _draw(
+        self,
+        queries: Array,
+        caches: Mapping[str, NegativeCache],
+        batch: Positives,
+        stand_in: Mapping[str, Array] | None,
+        noise: Array | None,
+    ) -> Retrieval:
+        """Retrieve, from checked arguments; slots are by cache name."""
+        backend, xp = self.backend, self.backend.xp
+        scores = self._scores(queries, caches, batch.ids)
+        if noise is None and self.retrieval_fn is None:
+            shape = (length(queries, xp), self.num_samples, 2)
+            noise = backend.uniform(self.generator, shape, queries)
+        draws = draw(
+            scores,
+            noise=noise,
+            retrieval_fn=self.retrieval_fn,
+            top_k=self.top_k,
+            readout=self.estimator == "exact_query",
+            backend=backend,
         )
+        rows = gather(
+            caches,
+            draws.slots,
+            draws.drawn,
+            self.embedding_key,
+            self.data_keys,
+            backend,
+            self.item_keys,
+        )
+        pool = None
+        if self.estimator != "paper":
+            drawn, slots = (xp.reshape(each, (-1,)) for each in (draws.drawn, draws.slots))
+            cross = cross_scores(scores, rows, drawn, slots, draws.candidates)
+            stale = rows["stale_embeddings"]
+            pool = pool_of(cross, draws.log_partition, stale, self.num_samples, xp=xp)
+        others = None
+        if self.in_batch_negatives:
+            others = others_of(queries, batch.ids, queries, batch.items, 0, xp=xp)
+        return self._retrieval(
+            rows,
+            stand_in,
+            drawn=draws.drawn,
+            log_partition=draws.log_partition,
+            entropy=draws.entropy,
+            fill=filled(caches, scores[0].scorer.dtype, xp),
+            pool=pool,
+            readout=draws.readout,
+            others=others,
+            positive_bias=batch.bias,
+        )
+
+    def _scores(
+        self,
+        queries: Array,
+        caches: Mapping[str, NegativeCache],
+        positive_ids: Array | None,
+        first: int = 0,
+    ) -> list[CacheScores]:
+        table = next(iter(caches.values())).data[self.embedding_key]
+        return scores_of(
+            queries,
+            caches,
+            self.embedding_key,
+            self._scorer(queries, table),
+            self.backend,
+            self.tile_bytes,
+            id_key=self.id_key,
+            positive_ids=positive_ids,
+            bias_key=self.log_frequency_key,
+            first=first,
+        )
+
+    def _retrieval(
+        self, rows: Mapping[str, Any], stand_in: Mapping[str, Array] | None, **known: Any
+    ) -> Retrieval:
+        """Return a Retrieval of constants, without what the encoder must not see."""
+        constant = self.backend.stop_gradient
+        for key in ("log_partition", "entropy", "readout"):
+            known[key] = None if known[key] is None else constant(known[key])
+        if known["pool"] is not None:
+            known["pool"] = Pool(*map(constant, known["pool"]))
+        features = with_stand_ins(rows["features"], known["drawn"], stand_in, self.backend.xp)
+        kept = {name: value for name, value in rows.items() if name not in self.item_keys}
+        return Retrieval(**{**kept, "features": features}, **known)
 
     def loss_from_negatives(
         self,
@@ -268,8 +316,12 @@ class CacheClassificationLoss(CacheLoss):
         if sample_weight is not None:
             sample_weight = backend.to_array(sample_weight)
             check_shape(sample_weight, (rows,), "sample_weight", "One factor for each query.")
-        embedded = Embedded(
-            query_embeddings, pos_doc_embeddings, neg_doc_embeddings, hard_negative_embeddings
+        embedded = self._embedded(
+            retrieval,
+            query_embeddings,
+            pos_doc_embeddings,
+            neg_doc_embeddings,
+            hard_negative_embeddings,
         )
         scorer = self._scorer(*embedded[:3], retrieval.stale_embeddings)
         found = estimate(
@@ -284,12 +336,12 @@ class CacheClassificationLoss(CacheLoss):
         if sample_weight is not None:
             sample_weight = cast(sample_weight, scorer.dtype, backend.xp)
             training, interpretable = training * sample_weight, interpretable * sample_weight
-        training, reduced = self._reduce(training), self._reduce(interpretable)
+        training, reduced = (self._reduce(each, retrieval) for each in (training, interpretable))
         return CacheLossReturn(
             training_loss=training,
             interpretable_loss=reduced,
             **self._refresh(retrieval, found.fresh, found.finite),
-            staleness=self._reduce(found.staleness),
+            staleness=self._reduce(found.staleness, retrieval),
             # A constant, and a difference that is exactly zero whatever the surrogate's magnitude.
             loss=reduced + (training - backend.stop_gradient(training)),
             metrics=found.metrics,
@@ -332,26 +384,17 @@ class CacheClassificationLoss(CacheLoss):
             sample_weight=sample_weight,
         )
 
-    def _pool(self, scores: Sequence[CacheScores], draws: Draw, rows: Mapping[str, Array]) -> Pool:
-        xp, constant = self.backend.xp, self.backend.stop_gradient
-        cross = cross_scores(
-            scores,
-            xp.reshape(draws.drawn, (-1,)),
-            rows,
-            xp.reshape(draws.slots, (-1,)),
-            draws.candidates,
-            sum(cache.slots for cache in scores),
-        )
-        pool = pool_of(
-            cross, draws.log_partition, rows["stale_embeddings"], self.num_samples, xp=xp
-        )
-        return Pool(*map(constant, pool))
+    def _embedded(self, retrieval: Retrieval, *embeddings: Array | None) -> Embedded:
+        """Return all that a loss needs embedded."""
+        del retrieval
+        return Embedded(*embeddings)
 
     def _scorer(self, *arrays: Array) -> Scorer:
         xp = self.backend.xp
         return Scorer(self.scale, self.score_transform, accumulation_dtype(*arrays, xp=xp), xp)
 
-    def _reduce(self, values: Array) -> Array:
+    def _reduce(self, values: Array, retrieval: Retrieval) -> Array:
+        del retrieval
         if self.reducer is mean:
             return mean(values, xp=self.backend.xp)
         return values if self.reducer is None else self.reducer(values)

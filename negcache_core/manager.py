@@ -91,12 +91,16 @@ class CacheManager:
 
         Differs from the 2021 code, where ages start at 0: here an unwritten slot is never drawn.
         """
+        return self.init_shard(self.cache_size)
+
+    def init_shard(self, slots: int) -> NegativeCache:
+        """Return what `init_cache` does with some of the slots: one replica's part of the cache."""
         xp = self.backend.xp
         data = {
-            key: xp.zeros((self.cache_size, *spec.shape), dtype=native_dtype(spec.dtype, xp))
+            key: xp.zeros((slots, *spec.shape), dtype=native_dtype(spec.dtype, xp))
             for key, spec in self.specs.items()
         }
-        return NegativeCache(data, xp.full((self.cache_size,), EMPTY, dtype=xp.int32))
+        return NegativeCache(data, xp.full((slots,), EMPTY, dtype=xp.int32))
 
     def plan_update(
         self,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from negcache_core._array import Array, take
+from negcache_core._array import Array, fill, length, take
 from negcache_core.scoring import log_sum_exp
 from negcache_core.streaming import CacheScores
 from negcache_core.topk import group_of
@@ -33,7 +33,11 @@ def log_laws(cross_scores: Array, log_partition: Array, *, xp: Any) -> Array:
     """
     drew = xp.isfinite(log_partition)
     log_law = cross_scores - xp.where(drew, log_partition, 0.0)[:, None]
-    return log_sum_exp(xp.where(drew[:, None], log_law, -float("inf")), 0, xp=xp)
+    log_law = xp.where(drew[:, None], log_law, -float("inf"))
+    # There may be no query at all; and some libraries know no largest of nothing.
+    nobody = fill((1, 1), -float("inf"), cross_scores, xp)
+    nobody = xp.broadcast_to(nobody, (1, length(cross_scores, xp, 1)))
+    return log_sum_exp(xp.concat([log_law, nobody], axis=0), 0, xp=xp)
 
 
 def pool_of(
@@ -56,19 +60,20 @@ def pool_of(
 
 def cross_scores(
     caches: Sequence[CacheScores],
-    drawn: Array,
     rows: Mapping[str, Array],
+    drawn: Array,
     slots: Array | None = None,
     candidates: Array | None = None,
-    capacity: int = 0,
+    capacity: int | None = None,
 ) -> Array:
     """Return (B, n): the stale score of each query with each drawn row, -inf if not a negative.
 
-    caches:     of the queries (B, D), on any slots
+    caches:     of the queries (B, D)
+    rows:       of the drawn rows "stale_embeddings" (n, D); "ids", "bias" (n,) if there are such
     drawn:      bool (n,), False where nothing could be drawn
-    rows:       their "stale_embeddings" (n, D), and "ids" and "bias" (n,) if there are such
-    slots:      (n,) over all caches, with `candidates` (B, k), the best slot of each group of
-                `capacity` slots, where a query competes with these only
+    slots:      (n,) over all caches, with `candidates` (B, k), the best slot of each group, where
+                a query competes with these only
+    capacity:   of all caches, where `caches` are not all
     """
     scores_of = caches[0]
     xp, backend = scores_of.scorer.xp, scores_of.backend
@@ -78,6 +83,7 @@ def cross_scores(
     if "ids" in rows:
         scores = backend.exclude(scores, rows["ids"], scores_of.positive_ids)
     if candidates is not None and slots is not None:
+        capacity = sum(cache.slots for cache in caches) if capacity is None else capacity
         group = group_of(slots, capacity, candidates.shape[1], xp)
         best = take(xp.matrix_transpose(candidates), group, xp)
         scores = xp.where(best == slots[:, None], scores, -float("inf"))

@@ -14,14 +14,13 @@ from negcache_core.state import NegativeCache
 class Positives(NamedTuple):
     """What is known of the positives of B queries.
 
-    ids:    (B, P) all items that are positives of a query; None without an id_key
-    others: bool (B, B), which other positives are negatives of a query; None where they do not
-            compete
-    bias:   (B,) taken from their scores as negatives, or None
+    ids:   (B, P) all items that are positives of a query; None without an id_key
+    items: (B,) which item each query's own positive is, where that is needed; or None
+    bias:  (B,) taken from their scores as negatives, or None
     """
 
     ids: Array | None
-    others: Array | None
+    items: Array | None
     bias: Array | None
 
 
@@ -66,13 +65,21 @@ def positives_of(
     if bias_key is not None:
         _check_field(table, bias_key, "floating", "log_frequency_key")
         bias = column(bias_key) if in_batch else None
-    if not in_batch:
-        return Positives(own, None, None)
-    place = positions(queries, xp)
-    others = place[:, None] != place[None, :]
-    if items is not None:
-        others = others & ~xp.matrix_transpose(is_among(items, own))
-    return Positives(own, others, bias)
+    return Positives(own, items if in_batch else None, bias)
+
+
+def others_of(
+    queries: Array, own: Array | None, every: Array, items: Array | None, first: int, *, xp: Any
+) -> Array:
+    """Return bool (B, n): which of n positives are negatives of each query.
+
+    queries: (B, D), whose own positives are the ones from `first` on; own: (B, P) ids, or None
+    every:   (n, …), anything of all positives; items: (n,) their ids, or None
+    """
+    others = (positions(queries, xp) + first)[:, None] != positions(every, xp)[None, :]
+    if items is None or own is None:
+        return others
+    return others & ~xp.matrix_transpose(is_among(items, own))
 
 
 def _ids(positive_ids: Any, rows: Any, backend: Backend) -> Array:

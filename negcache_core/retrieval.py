@@ -50,6 +50,8 @@ class Retrieval(NamedTuple):
     fill:             scalar, the share of slots that hold a row
     slots, owned:     (n,) the slot in its cache, and whether it is that cache's row and was drawn;
                       a dict of these by name where a dict of caches was given
+    route:            where the rows came from, if the cache is cut into shards; `slots` and `owned`
+                      are then about the (m,) draws that this replica served
     pool:             what is known of all drawn rows; None unless the estimator shares them
     readout:          (B, D) mean embedding under each query's softmax; None unless it is wanted
     others:           bool (B, B), which of the batch's other positives are negatives of a query;
@@ -66,6 +68,7 @@ class Retrieval(NamedTuple):
     fill: Array
     slots: Any
     owned: Any
+    route: Any = None
     pool: Pool | None = None
     readout: Array | None = None
     others: Array | None = None
@@ -111,15 +114,19 @@ def scores_of(
     id_key: str | None = None,
     positive_ids: Array | None = None,
     bias_key: str | None = None,
+    first: int = 0,
 ) -> list[CacheScores]:
-    """Return the scores of queries (B, D) against each cache, none of them computed yet."""
+    """Return the scores of queries (B, D) against each cache, none of them computed yet.
+
+    first: the number of the first slot of all
+    """
     xp = backend.xp
     itemsize = 8 if dtype_name(scorer.dtype) == "float64" else 4
     budget = backend.tile_bytes(queries) if tile_bytes is None else tile_bytes
     # The scale goes into the queries: B x D products instead of one for each score. Stopped, as a
     # tape that watches the scale would otherwise keep every tile.
     scaled, plain = backend.stop_gradient(scorer.scaled(queries)), scorer._replace(scale=None)
-    found, first = [], 0
+    found = []
     for cache in caches.values():
         table, age = cache.data[embedding_key], cache.age
         copied = backend.slices_copy or table.dtype != scorer.dtype
@@ -198,49 +205,60 @@ def draw(
 
 def gather(
     caches: Mapping[str, NegativeCache],
-    draws: Draw,
+    slots: Array,
+    drawn: Array,
     embedding_key: str,
     data_keys: tuple[str, ...],
-    stand_in: Mapping[str, Array] | None,
     backend: Backend,
     more: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Copy the drawn rows out of the caches: the row-wise fields of a Retrieval.
 
-    more: name in the result -> field, for further fields
+    slots, drawn: of the same shape; slots over all caches
+    more:         name in the result -> field, for further fields
     """
     xp = backend.xp
-    every, drawn = (xp.reshape(array, (-1,)) for array in (draws.slots, draws.drawn))
-    start, slots, mine = 0, {}, {}
+    every, drawn = (xp.reshape(array, (-1,)) for array in (slots, drawn))
+    start, places, mine = 0, {}, {}
     for name, cache in caches.items():
         capacity = cache.age.shape[0]
         mine[name] = (every >= start) & (every < start + capacity)
-        slots[name] = xp.where(mine[name], every - start, 0)
+        places[name] = xp.where(mine[name], every - start, 0)
         start += capacity
 
     def rows_of(pick: Callable[[NegativeCache], Array]) -> Array:
         result = None
         for name, cache in caches.items():
-            rows = take(pick(cache), slots[name], xp)
+            rows = take(pick(cache), places[name], xp)
             result = rows if result is None else xp.where(mask_rows(mine[name], rows), rows, result)
         return result
 
     def field(key: str) -> Array:
         return rows_of(lambda cache: cache.data[key])
 
-    features = {key: field(key) for key in data_keys}
-    if stand_in is not None:
-        count = length(next(iter(stand_in.values())), xp)
-        row = positions(every, xp) // draws.slots.shape[1] % count
-        features = {
-            key: xp.where(mask_rows(drawn, rows), rows, take(stand_in[key], row, xp))
-            for key, rows in features.items()
-        }
     return {
-        "features": features,
+        "features": {key: field(key) for key in data_keys},
         "stale_embeddings": field(embedding_key),
         "ages": rows_of(lambda cache: cache.age),
         **{name: field(key) for name, key in (more or {}).items()},
-        "slots": slots,
+        "slots": places,
         "owned": {name: mask & drawn for name, mask in mine.items()},
+    }
+
+
+def with_stand_ins(
+    features: Mapping[str, Array], drawn: Array, stand_in: Mapping[str, Array] | None, xp: Any
+) -> dict[str, Array]:
+    """Return features (n, …) of drawn rows, with those of `stand_in` where `drawn` (B, S) is False.
+
+    So an encoder never sees the zeros of a slot that was not written.
+    """
+    if stand_in is None:
+        return dict(features)
+    count = length(next(iter(stand_in.values())), xp)
+    flat = xp.reshape(drawn, (-1,))
+    row = positions(flat, xp) // drawn.shape[1] % count
+    return {
+        key: xp.where(mask_rows(flat, rows), rows, take(stand_in[key], row, xp))
+        for key, rows in features.items()
     }

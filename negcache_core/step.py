@@ -8,14 +8,15 @@ fail, so an exception anywhere leaves it as it was.
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
-from negcache_core._array import Array, cast, dtype_kind
+from negcache_core._array import Array, cast, dtype_kind, length
 from negcache_core.backend import NUMPY, Backend
 from negcache_core.checks import check_field_names, check_keys, check_mapping
 from negcache_core.errors import DTypeError, KeysError, KindError, OptionError, ShapeError
 from negcache_core.losses import CacheClassificationLoss
 from negcache_core.manager import CacheManager, UpdatePlan
-from negcache_core.metrics import finite_rows
+from negcache_core.metrics import finite_rows, mean
 from negcache_core.results import CacheLossReturn
+from negcache_core.sharded import ShardedLoss, check_sharded, init_shards
 from negcache_core.state import NegativeCache
 
 
@@ -33,6 +34,7 @@ class BaseHandler:
         use_cross_replica: bool = False,
         *,
         new_items_filter: Callable[[NegativeCache, Mapping[str, Any]], Array] | None = None,
+        group: Any = None,
     ) -> None:
         super().__init__()
         embedding_key, keys = check_field_names(embedding_key, data_keys)
@@ -48,11 +50,21 @@ class BaseHandler:
         self.cache_loss = cache_loss
         self.use_cross_replica = bool(use_cross_replica)
         self.new_items_filter = new_items_filter
+        self.group = group
         self._managers = dict(cache_managers)
+        if isinstance(cache_loss, ShardedLoss):
+            check_sharded(cache_loss, self)
+        elif group is not None and not self.use_cross_replica:
+            raise OptionError(
+                "a group was given to a handler that shares nothing: use a "
+                "DistributedCacheClassificationLoss, or use_cross_replica=True."
+            )
         self._hold()
         self.metrics: dict[str, Any] = {}
 
     def _init_caches(self) -> dict[str, NegativeCache]:
+        if isinstance(self.cache_loss, ShardedLoss):
+            return init_shards(self._managers, self.cache_loss.replicas)
         return {name: manager.init_cache() for name, manager in self._managers.items()}
 
     def _hold(self) -> None:
@@ -96,7 +108,7 @@ class BaseHandler:
         self._check(embeddings, features)
         if isinstance(self.cache_loss, CacheClassificationLoss):
             arguments["pos_features"] = self._stand_in(features)
-        result = self.cache_loss(**arguments)
+        result = self._weighted(self.cache_loss(**arguments), query_embeddings)
         self._commit(result, embeddings, features)
         return result.training_loss if result.loss is None else result.loss
 
@@ -139,19 +151,42 @@ class BaseHandler:
         """Plan the update of one cache; nothing is written."""
         cache = self._caches()[name]
         new_items = self._new_items(cache, embeddings, features)
+        mask, key = self._new_items_mask(cache, new_items), self._managers[name].unique_key
+        if key is not None and isinstance(self.cache_loss, ShardedLoss):
+            new_items, mask = self.cache_loss.bring_home(cache, key, new_items, mask)
         update = {
             "new_items": new_items,
-            "new_items_mask": self._new_items_mask(cache, new_items),
+            "new_items_mask": mask,
             **_refresh_of(result, name),
         }
         if self.use_cross_replica:
             update = {key: self._all_gather(value) for key, value in update.items()}
         return self._managers[name].plan_update(cache, **update)
 
+    def _weighted(self, result: CacheLossReturn, queries: Array) -> CacheLossReturn:
+        """Weigh a replica's mean by its share of all queries.
+
+        So the mean over replicas, which data-parallel training takes of gradients, is that of the
+        whole batch, whatever its parts are.
+        """
+        if not self.use_cross_replica or getattr(self.cache_loss, "reducer", None) is not mean:
+            return result
+        xp = self.backend.xp
+        ones = xp.zeros_like(result.training_loss)[None] + 1.0
+        own = cast(length(queries, xp) * ones, ones.dtype, xp)
+        every = self.backend.all_gather(self.backend.stop_gradient(own), self.group)
+        average = xp.mean(every)  # and not a number of replicas, which a trace leaves open
+        share = own[0] / xp.where(average > 0, average, 1.0)
+        return result._replace(
+            training_loss=share * result.training_loss,
+            interpretable_loss=share * result.interpretable_loss,
+            loss=None if result.loss is None else share * result.loss,
+        )
+
     def _all_gather(self, value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: self.backend.all_gather(rows) for key, rows in value.items()}
-        return None if value is None else self.backend.all_gather(value)
+            return {key: self.backend.all_gather(rows, self.group) for key, rows in value.items()}
+        return None if value is None else self.backend.all_gather(value, self.group)
 
     def _new_items(
         self, cache: NegativeCache, embeddings: Array, features: Mapping[str, Array]

@@ -16,6 +16,7 @@ from negcache_core._array import (
     cast,
     concat_rows,
     fill,
+    index_dtype,
     length,
     take,
     take_columns,
@@ -168,6 +169,23 @@ class CacheScores(NamedTuple):
             self.tile // width * width,
         )
 
+    def no_groups(self, groups: int) -> tuple[Array, Array]:
+        """Return what `best_of_groups` would of groups that have no slot."""
+        xp = self.scorer.xp
+        zero = xp.broadcast_to(
+            xp.sum(xp.zeros_like(self.queries), axis=1)[None, :],
+            (groups, length(self.queries, xp)),
+        )
+        return zero - float("inf"), cast(zero, index_dtype(xp), xp)
+
+    def of_queries(self, rows: Array) -> "CacheScores":
+        """Return the scores of some of the queries, or of all several times: rows (n,) of them."""
+        xp, own = self.scorer.xp, self.positive_ids
+        return self._replace(
+            queries=take(self.queries, rows, xp),
+            positive_ids=None if own is None else take(own, rows, xp),
+        )
+
     def _by_slot(self, start: Any, size: int) -> tuple[Array, Array, Array]:
         """Score slots start … start + size - 1: (size, B); which are written, (size,); their rows.
 
@@ -269,7 +287,7 @@ class SoftmaxDraw(NamedTuple):
     slots: Array
     scores: Array
     log_partition: Array
-    readout: Array | None
+    readout: Array | None = None
 
 
 def draw_from_caches(
@@ -280,12 +298,25 @@ def draw_from_caches(
     noise: (B, S, 2) uniforms in [0, 1): the first picks a block of slots, the second a slot in it.
     Differs from the 2021 code, which scores everything at once and adds noise to every score.
     """
-    xp = caches[0].scorer.xp
-    parts, mean = [], empty_readout(caches[0].queries, xp=xp) if readout else ()
+    weights, mean = weigh_blocks(caches, readout=readout)
+    return draw_given_blocks(caches, weights, noise)._replace(readout=mean)
+
+
+def weigh_blocks(
+    caches: Sequence[CacheScores], *, readout: bool = False
+) -> tuple[Array, Array | None]:
+    """Return the log-sum-exp of every block of all caches, (B, blocks), and the readout (B, D)."""
+    xp, parts = caches[0].scorer.xp, []
+    mean: tuple[Array, ...] = empty_readout(caches[0].queries, xp=xp) if readout else ()
     for cache in caches:
         part, mean = cache.block_weights(mean)
         parts.append(part)
-    weights = xp.concat(parts, axis=1)
+    return xp.concat(parts, axis=1), mean[1] if readout else None
+
+
+def draw_given_blocks(caches: Sequence[CacheScores], weights: Array, noise: Array) -> SoftmaxDraw:
+    """Draw as `draw_from_caches` does, from what `weigh_blocks` found, or from rows of that."""
+    xp = caches[0].scorer.xp
     passed = list(itertools.accumulate((cache.blocks for cache in caches), initial=0))
 
     def scores_of(block: Array) -> Array:
@@ -301,18 +332,28 @@ def draw_from_caches(
         own = block - first
         mine = (own >= 0) & (own < cache.blocks)
         slots = slots + xp.where(mine, cache.first + own * BLOCK, 0)
-    return SoftmaxDraw(slots, scores, log_partition, mean[1] if mean else None)
+    return SoftmaxDraw(slots, scores, log_partition)
 
 
-def best_of_all_groups(caches: Sequence[CacheScores], k: int) -> tuple[Array, Array]:
-    """Return the best score in each of k contiguous groups of all slots, and its slot: (B, k)."""
-    xp = caches[0].scorer.xp
+def best_of_all_groups(
+    caches: Sequence[CacheScores | None], k: int, capacities: tuple[int, ...] = ()
+) -> tuple[Array, Array]:
+    """Return the best score in each of k contiguous groups of all slots, and its slot: (B, k).
+
+    capacities: of all caches, where some are None: those are elsewhere, and a group without a slot
+                here scores -inf
+    """
+    here = [cache for cache in caches if cache is not None]
+    xp = here[0].scorer.xp
     parts = []
-    for stretches, groups, width in group_runs(tuple(cache.slots for cache in caches), k):
+    for stretches, groups, width in group_runs(
+        capacities or tuple(cache.slots for cache in here), k
+    ):
         found = [
-            caches[number].best_of_groups(start, groups, width or size)
-            for number, start, size in stretches
-        ]
+            each.best_of_groups(start, groups, width or size)
+            for each, start, size in ((caches[number], *part) for number, *part in stretches)
+            if each is not None
+        ] or [here[0].no_groups(groups)]
         both = concat_rows(found, xp)
         if len(found) > 1:
             both = best_of_parts(*(part[None, :, :] for part in both), xp=xp)

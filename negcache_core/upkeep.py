@@ -209,7 +209,7 @@ class Upkeep(BaseHandler):
         fresh = check_floating(check_shape(item_network(rows), (count, width), what), what)
         fresh = self.backend.stop_gradient(fresh)
         if self.use_cross_replica:  # equal also where the network draws random numbers
-            fresh = self.backend.all_gather(fresh)[:count]
+            fresh = self.backend.all_gather(fresh, self.group)[:count]
         return fresh
 
     def _count(self, mask: Array) -> Array:

@@ -60,6 +60,55 @@ def assert_equal_on_all_ranks(cache):
         assert torch.equal(*copies)
 
 
+def average_over_unequal_parts(rank, store):
+    """The mean over ranks of losses and gradients is that of one process with the whole batch."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    specs = {
+        "x": negcache.FieldSpec((2,), torch.float64),
+        "embedding": negcache.FieldSpec((2,), torch.float64),
+    }
+
+    def handler_of(*, replicated):
+        return negcache.CacheLossHandler(
+            negcache.CacheManager(specs, 16),
+            negcache.CacheClassificationLoss("embedding", ("x",), generator=0),
+            embedding_key="embedding",
+            data_keys=("x",),
+            use_cross_replica=replicated,
+        )
+
+    ours, theirs = handler_of(replicated=True), handler_of(replicated=False)
+    weight = torch.eye(2, dtype=torch.float64, requires_grad=True)
+    for step, sizes in enumerate([(3, 1), (0, 2), (2, 2), (1, 4)]):
+        rng = torch.Generator().manual_seed(step)
+        x = torch.randn(sum(sizes), 2, dtype=torch.float64, generator=rng)
+        noise = torch.rand(sum(sizes), 1, 2, dtype=torch.float64, generator=rng)
+        values = []
+        for handler, part in (
+            (ours, slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))),
+            (theirs, slice(None)),
+        ):
+            features = {"x": x[part]}
+            loss = handler.update_cache_and_compute_loss(
+                lambda features: features["x"] @ weight,
+                x[part],
+                x[part] @ weight,
+                features,
+                noise=noise[part],
+            )
+            values.append([loss.detach(), *torch.autograd.grad(loss, [weight])])
+        for mine in values[0]:
+            dist.all_reduce(mine)
+        for mine, whole in zip(*values, strict=True):
+            torch.testing.assert_close(mine / RANKS, whole)
+        torch.testing.assert_close(ours.cache.data, theirs.cache.data)
+    dist.destroy_process_group()
+
+
+def test_the_average_over_unequal_parts_is_that_of_the_whole_batch(tmp_path):
+    mp.spawn(average_over_unequal_parts, args=(str(tmp_path / "store"),), nprocs=RANKS)
+
+
 def test_every_rank_has_the_same_cache(tmp_path):
     mp.spawn(train, args=(str(tmp_path / "store"), False), nprocs=RANKS)
 

@@ -107,8 +107,8 @@ class TorchBackend(Backend):
     def uniform(self, generator: BufferGenerator, shape: tuple[int, ...], like: Tensor) -> Tensor:
         return generator.uniform(shape, like.device)
 
-    def all_gather(self, array: Tensor) -> Tensor:
-        return all_gather_rows(array)
+    def all_gather(self, array: Tensor, group: Any = None) -> Tensor:
+        return all_gather_rows(array, group)
 
 
 def _values_are_at_hand(array: Tensor) -> bool:

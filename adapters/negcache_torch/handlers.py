@@ -1,14 +1,15 @@
 """Handlers as modules: rows, ages and generator state are buffers."""
 
-from torch import nn
+from torch import Tensor, nn
 
-from negcache_core import NegativeCache
+from negcache_core import NegativeCache, OptionError
 from negcache_core.handlers import BaseHandler
 from negcache_core.handlers import CacheLossHandler as _CacheLossHandler
 from negcache_core.handlers import MultiCacheLossHandler as _MultiCacheLossHandler
 
 from ._backend import TORCH
 from ._state import CacheTable, module_name
+from .losses import DistributedCacheClassificationLoss
 
 __all__ = ["CacheLossHandler", "MultiCacheLossHandler"]
 
@@ -24,6 +25,24 @@ class _ModuleHandler(BaseHandler, nn.Module):
             {"cache_" + module_name(name): CacheTable(cache) for name, cache in caches.items()}
         )
         self._table_names = {name: "cache_" + module_name(name) for name in caches}
+
+    def distributed_state_dict(self) -> dict[str, Tensor]:
+        """Return the state for torch.distributed.checkpoint: each table is one shard of a DTensor.
+
+        Saved from one number of ranks it loads on another, in place: make the handler with the same
+        cache_size, and pass this to `dcp.load`. Only for a handler whose cache is in shards.
+        """
+        if not isinstance(self.cache_loss, DistributedCacheClassificationLoss):
+            raise OptionError(
+                "distributed_state_dict is for a cache in shards: this handler's loss is a "
+                f"{type(self.cache_loss).__name__}. Use state_dict()."
+            )
+        state = self.state_dict()
+        for name, key in self._table_names.items():
+            slots = self._managers[name].cache_size
+            for field in [each for each in state if each.startswith(f"tables.{key}.")]:
+                state[field] = self.cache_loss.replicas.as_shard(state[field], slots)
+        return state
 
     def _caches(self) -> dict[str, NegativeCache]:
         return {name: self.tables[key].cache for name, key in self._table_names.items()}

@@ -1,0 +1,337 @@
+"""The calculator says what is really sent: bytes of each exchange, counted in real processes."""
+
+import re
+import textwrap
+from pathlib import Path
+
+import negcache_torch as negcache
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given
+from hypothesis import strategies as st
+
+import negcache_core
+from negcache_core import CapacityError, DTypeError, KindError, OptionError, scaling
+from negcache_core.backend import NUMPY
+from negcache_core.retrieval import scores_of
+from negcache_core.scale import _readable
+from negcache_core.scoring import Scorer
+from negcache_core.streaming import weigh_blocks
+
+PAGE = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text()
+WIDTH, OWN = 6, 4  # of each rank's queries
+ID = {"id_bytes": 4}
+OPTIONS = {  # of the loss -> what the calculator is told of it
+    "paper": ({}, {}),
+    "two draws": ({"num_samples": 2}, {"num_samples": 2}),
+    "ids": ({"id_key": "id"}, ID),
+    "in-batch": ({"in_batch_negatives": True}, {"in_batch_negatives": True}),
+    "in-batch, ids and frequencies": (
+        {"in_batch_negatives": True, "id_key": "id", "log_frequency_key": "log_q"},
+        {"in_batch_negatives": True, "log_frequency_bytes": 4, **ID},
+    ),
+    "top-k": ({"top_k": 3, "num_samples": 2}, {"top_k": 3, "num_samples": 2}),
+    "shared": ({"estimator": "shared"}, {"estimator": "shared"}),
+    "shared, top-k, all keys": (
+        {"estimator": "shared", "top_k": 5, "id_key": "id", "log_frequency_key": "log_q"},
+        {"estimator": "shared", "top_k": 5, "log_frequency_bytes": 4, **ID},
+    ),
+    "exact query": (
+        {"estimator": "exact_query", "in_batch_negatives": True, "num_samples": 3},
+        {"estimator": "exact_query", "in_batch_negatives": True, "num_samples": 3},
+    ),
+}
+DTYPES = [("float32", "float32"), ("bfloat16", "float32"), ("float64", "float32")]
+
+
+class Counter:
+    """Stands in for torch.distributed's exchanges: what this rank sends to others, in order.
+
+    all_gather of n bytes: n for each other rank. all_to_all_single: the rows for other ranks.
+    """
+
+    def __init__(self):
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        self.sent, self.routed = [], []
+        self._gather, self._route = dist.all_gather, dist.all_to_all_single
+        dist.all_gather, dist.all_to_all_single = self.gather, self.route
+
+    def gather(self, parts, array, **more):
+        self.sent.append((self.count - 1) * array.numel() * array.element_size())
+        return self._gather(parts, array, **more)
+
+    def route(self, received, rows, expected, out, **more):
+        there = sum(out) - out[self.rank]
+        self.sent.append(there * rows.shape[1:].numel() * rows.element_size())
+        self.routed.append(there)
+        return self._route(received, rows, expected, out, **more)
+
+    def take(self):
+        found = self.sent, self.routed
+        self.sent, self.routed = [], []
+        return found
+
+
+def handler_of(capacity, stored, options):
+    specs = {
+        "x": negcache.FieldSpec((3,), torch.float32),
+        "id": negcache.FieldSpec((), torch.int32),
+        "log_q": negcache.FieldSpec((), torch.float32),
+        "embedding": negcache.FieldSpec((WIDTH,), getattr(torch, stored)),
+    }
+    return negcache.CacheLossHandler(
+        negcache.CacheManager(specs, capacity),
+        negcache.DistributedCacheClassificationLoss("embedding", ("x",), generator=3, **options),
+        embedding_key="embedding",
+        data_keys=("x",),
+    )
+
+
+def count_steps(counter, capacity, dtypes, options, own=OWN):
+    """Return what each of a few steps sends; the first one also compares options."""
+    stored, fresh = dtypes
+    handler, found = handler_of(capacity, stored, options), []
+    tower = torch.nn.Linear(3, WIDTH, dtype=getattr(torch, fresh))
+    for step in range(3):
+        x = torch.randn(own, 3)
+        features = {
+            "x": x,
+            "id": torch.arange(own, dtype=torch.int32) + own * (3 * counter.rank + step),
+            "log_q": torch.randn(own),
+        }
+        loss = handler.update_cache_and_compute_loss(
+            lambda features: tower(features["x"].to(tower.weight.dtype)),
+            torch.randn(own, WIDTH, dtype=tower.weight.dtype),
+            tower(x.to(tower.weight.dtype)),
+            features,
+        )
+        loss.backward()
+        found.append(counter.take())
+    return found[1:]
+
+
+def check_all(rank):
+    counter = Counter()
+    for capacity, every in ((40, DTYPES), (400, DTYPES[:1])):  # which changes nothing that is sent
+        for dtypes in every:
+            for name, (options, told) in OPTIONS.items():
+                for sent, routed in count_steps(counter, capacity, dtypes, options):
+                    check_step(counter, capacity, dtypes, told, name, sent, routed)
+
+
+def check_step(counter, capacity, dtypes, told, name, sent, routed):
+    stored, fresh = dtypes
+
+    def formula(elsewhere):
+        found = scaling(
+            capacity,
+            WIDTH,
+            batch_size=OWN * counter.count,
+            feature_bytes=12,
+            world_size=counter.count,
+            dtype=stored,
+            tower_dtype=fresh,
+            draws_elsewhere=elsewhere,
+            **told,
+        )
+        return found.sent
+
+    # Which shard serves a draw is chance: those that this rank served, and those that it drew.
+    kinds = list(formula(0))
+    routes = [kind for kind in kinds if kind in ROUTES]
+    rows = dict(zip(routes, routed, strict=True))
+    expected = {
+        **formula(rows["drawn rows"]),
+        "fresh rows": formula(rows["fresh rows"])["fresh rows"],
+    }
+    assert dict(zip(kinds, sent, strict=True)) == expected, (name, dtypes, capacity)
+
+
+ROUTES = {  # the exchanges in which each pair of ranks has rows of its own
+    *("best scores", "best slots", "readout", "drawn rows", "fresh rows"),
+    *("gradients of rows", "gradients of positives"),
+}
+
+
+def unequal_parts(rank):
+    """The formula for parts that are all as large as the largest is an upper bound."""
+    counter, options = Counter(), {"estimator": "shared", "in_batch_negatives": True}
+    bound = scaling(
+        40, WIDTH, batch_size=8, feature_bytes=12, world_size=2, draws_elsewhere=4, **options
+    )
+    for sent, _ in count_steps(counter, 40, DTYPES[0], options, own=(1, 4)[rank]):
+        for kind, size in zip(bound.sent, sent, strict=True):
+            assert size <= bound.sent[kind], kind
+        # Gathers of rows are padded to the largest part.
+        assert sent[1] == bound.sent["queries"]
+
+
+def work(rank, store, ranks, function):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)
+    function(rank)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_exchange_sends_what_the_formula_says(tmp_path, ranks):
+    mp.spawn(work, args=(str(tmp_path / "store"), ranks, check_all), nprocs=ranks)
+
+
+def test_unequal_parts_send_no_more_than_equal_ones_of_the_largest(tmp_path):
+    mp.spawn(work, args=(str(tmp_path / "store"), 2, unequal_parts), nprocs=2)
+
+
+CASES = st.fixed_dictionaries(
+    {
+        "width": st.integers(1, 1024),
+        "dtype": st.sampled_from(["float16", "bfloat16", "float32", "float64"]),
+        "feature_bytes": st.integers(0, 512),
+        "num_samples": st.integers(1, 4),
+        "estimator": st.sampled_from(["paper", "shared", "exact_query"]),
+        "in_batch_negatives": st.booleans(),
+        "id_bytes": st.sampled_from([0, 4, 8]),
+    }
+)
+
+
+@given(CASES, st.integers(1, 6), st.integers(1, 64))
+def test_twice_the_ranks_hold_and_score_half(case, log_ranks, part):
+    ranks, slots = 2**log_ranks, 2**20
+    one, two = (
+        scaling(slots, batch_size=2 * ranks * part, world_size=world, **case)
+        for world in (ranks, 2 * ranks)
+    )
+    assert one.table_bytes == 2 * two.table_bytes
+    assert one.work["block weights"] == 2 * two.work["block weights"]
+    assert one.multiply_adds["scores"] == 2 * two.multiply_adds["scores"]
+    # What is gathered of the queries is the same in all ranks' sum, but for a rank's own part.
+    parts = [each.sent["queries"] / (each.world_size - 1) for each in (one, two)]
+    assert parts[0] == 2 * parts[1]
+
+
+@given(CASES, st.integers(1, 8), st.integers(8, 10**9))
+def test_what_is_sent_never_depends_on_the_capacity(case, ranks, slots):
+    def sent(slots):
+        return scaling(slots, batch_size=8 * ranks, world_size=ranks, **case).sent
+
+    assert sent(max(slots, ranks**2)) == sent(10**6)
+
+
+@given(CASES, st.integers(1, 10**9))
+def test_one_rank_sends_nothing_and_holds_all(case, slots):
+    found = scaling(slots, batch_size=8, **case)
+    assert found.sent_bytes == found.sent_by_all == 0
+    itemsize = {"float64": 8, "float32": 4}.get(case["dtype"], 2)
+    row = itemsize * case["width"] + case["feature_bytes"] + case["id_bytes"] + 4
+    assert found.table_bytes == slots * row
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_memory_is_that_of_the_arrays(dtype):
+    slots, width, batch = 1000, 8, 16
+    manager = negcache_core.CacheManager(
+        {
+            "x": negcache_core.FieldSpec((3,), "float32"),
+            "embedding": negcache_core.FieldSpec((width,), dtype),
+        },
+        slots,
+    )
+    cache = manager.init_cache()
+    told = {"batch_size": batch, "feature_bytes": 12, "dtype": dtype, "tile_bytes": 2**16}
+    found = scaling(slots, width, **told)
+    assert found.tables["embeddings"] == cache.data["embedding"].nbytes
+    assert found.table_bytes == sum(each.nbytes for each in [*cache.data.values(), cache.age])
+    queries = np.ones((batch, width), "float32")
+    wide = np.float64 if dtype == "float64" else np.float32
+    scores = scores_of(
+        queries, {"cache": cache}, "embedding", Scorer(None, None, wide, np), NUMPY, 2**16
+    )
+    weights, _ = weigh_blocks(scores)
+    assert found.work["block weights"] == weights.nbytes
+    per_slot = weights.itemsize * (2 * batch + (width if dtype == "float16" else 0))
+    assert found.work["tile"] == scores[0].tile * per_slot
+
+
+def test_the_page_prints_what_the_calculator_says():
+    example = re.search(r"    >>> print\((scaling\(.*\))\)\n((?:    .*\n)+)", PAGE)
+    assert textwrap.dedent(example[2]) == f"{eval(example[1])}\n"  # noqa: S307 - our own page
+    rows = re.findall(r"^\| (1e\d) \| (\d+) \| ([\d,]+) \| (\d+) \| (.*) \|$", PAGE, re.MULTILINE)
+    assert len(rows) == 13
+    for slots, width, queries, ranks, rest in rows:
+        paper, exact = (
+            scaling(
+                int(float(slots)),
+                int(width),
+                batch_size=int(queries.replace(",", "")),
+                world_size=int(ranks),
+                feature_bytes=256,
+                dtype="bfloat16",
+                **options,
+            )
+            for options in ({}, {"estimator": "exact_query", "in_batch_negatives": True})
+        )
+        figures = (paper.table_bytes, paper.work["block weights"], paper.work_bytes)
+        products = f"{paper.multiply_adds['scores'] / 1e12:.3g}"
+        sent = (paper.sent_bytes, exact.sent_bytes)
+        cells = [
+            *(_readable(n, "B") for n in figures),
+            products,
+            *(_readable(n, "B") for n in sent),
+        ]
+        assert rest.split(" | ") == cells
+
+
+def test_it_prints_readably():
+    lines = str(
+        scaling(10**9, 128, batch_size=8192, world_size=64, feature_bytes=256, dtype="bfloat16")
+    ).splitlines()
+    assert lines[0] == "one of 64 ranks, 15,625,000 slots"
+    assert lines[1].split() == ["tables", "8.06", "GB"]
+    assert "  block weights                         4 GB" in lines
+    assert not any(" 0 " in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (
+            {"batch_size": 7, "world_size": 2},
+            OptionError,
+            "batch_size is 7 and world_size 2: .*equal parts",
+        ),
+        (
+            {"cache_size": 5, "world_size": 4},
+            CapacityError,
+            "leaves a rank of 4 without a slot: raise cache_size",
+        ),
+        ({"cache_size": 0}, OptionError, "cache_size is 0: expected at least 1"),
+        ({"width": 1.5}, KindError, "width is 1.5: expected an int"),
+        ({"num_samples": True}, KindError, "num_samples is True: expected an int"),
+        ({"feature_bytes": -1}, OptionError, "feature_bytes is -1: expected at least 0"),
+        ({"dtype": "int8"}, DTypeError, "dtype is 'int8': expected one of"),
+        ({"tower_dtype": None}, DTypeError, "tower_dtype is None"),
+        ({"estimator": "best"}, OptionError, "estimator is 'best'"),
+        ({"estimator": "exact_query", "top_k": 2}, OptionError, "leave top_k out"),
+        ({"top_k": 101}, CapacityError, "top_k is 101 and there are 100 slots"),
+        ({"draws_elsewhere": 9}, OptionError, "draws_elsewhere is 9 of 8 draws"),
+    ],
+)
+def test_bad_input_is_told(given, error, message):
+    arguments = {"cache_size": 100, "width": 4, "batch_size": 8, "feature_bytes": 4, **given}
+    with pytest.raises(error, match=message):
+        scaling(**arguments)
+
+
+def test_a_tile_and_a_draw_are_not_there_at_once():
+    found = scaling(1_000_000, 16, batch_size=8, feature_bytes=4)
+    tile, drawing = found.work["tile"], found.work["drawing"]
+    assert found.work_bytes == found.work["block weights"] + max(tile, drawing)
+    assert drawing == 8 * 7_813 * (4 + 13)  # copied weights, their sums, and comparisons
+    wide = scaling(1_000, 768, batch_size=8, feature_bytes=4, dtype="bfloat16")
+    assert wide.work["drawing"] == 8 * (8 * 4 + 128 * 768 * 6)  # rows of a block, and in float32
