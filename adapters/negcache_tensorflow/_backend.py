@@ -76,8 +76,10 @@ class TensorFlowBackend(Backend):
 
     def write_rows(self, table: tf.Variable, slots: tf.Tensor, rows: tf.Tensor) -> tf.Variable:
         if isinstance(table, tf.distribute.DistributedValues):
-            # Variables of a strategy can only be assigned as a whole: one copy of the table.
-            table.assign(_namespace.put_rows(table, slots, rows))
+            # Such a variable has no scatter of its own, but this replica's part of it has a handle.
+            tf.raw_ops.ResourceScatterNdUpdate(
+                ref=table.handle, indices=slots[:, None], updates=rows
+            )
         else:
             table.scatter_nd_update(slots[:, None], rows)
         return table
@@ -103,7 +105,7 @@ class TensorFlowBackend(Backend):
         del like  # TensorFlow places tensors itself
         return generator.uniform([tf.cast(size, tf.int32) for size in shape], dtype=tf.float64)
 
-    def all_gather(self, array: tf.Tensor) -> tf.Tensor:
+    def all_gather(self, array: tf.Tensor, group: Any = None) -> tf.Tensor:
         wire = _WIRE.get(array.dtype, array.dtype)
         gathered = tf.distribute.get_replica_context().all_gather(tf.cast(array, wire), axis=0)
         return tf.cast(gathered, array.dtype)

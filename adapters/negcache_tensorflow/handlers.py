@@ -1,15 +1,18 @@
 """Handlers as tf.Modules: rows, ages and generator state are variables."""
 
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import tensorflow as tf
 
-from negcache_core import CacheLossReturn, NegativeCache
+from negcache_core import CacheLossReturn, CapacityError, DTypeError, NegativeCache
 from negcache_core.handlers import BaseHandler
 from negcache_core.handlers import CacheLossHandler as _CacheLossHandler
 from negcache_core.handlers import MultiCacheLossHandler as _MultiCacheLossHandler
 
 from ._backend import TENSORFLOW
+from .losses import DistributedCacheClassificationLoss
 
 __all__ = ["CacheLossHandler", "MultiCacheLossHandler"]
 
@@ -21,18 +24,42 @@ class _VariableHandler(BaseHandler, tf.Module):
 
     def _hold(self) -> None:
         caches = self._init_caches()
-        self.tables = {
+        aggregation = tf.VariableAggregation.ONLY_FIRST_REPLICA
+        if isinstance(self.cache_loss, DistributedCacheClassificationLoss):
+            aggregation = tf.VariableAggregation.NONE
+        tables = {
             name: {
-                "age": _variable(cache.age, f"{name}/age"),
-                "data": {key: _variable(rows, f"{name}/{key}") for key, rows in cache.data.items()},
+                "age": _variable(cache.age, f"{name}/age", aggregation),
+                "data": {
+                    key: _variable(rows, f"{name}/{key}", aggregation)
+                    for key, rows in cache.data.items()
+                },
             }
             for name, cache in caches.items()
         }
+        # Where replicas hold unlike values, only the variable of each can be saved. A namespace
+        # keeps what they are parts of from being tracked.
+        self._live = SimpleNamespace(tables=tables)
+        self.tables = tables
+        if isinstance(self.cache_loss, DistributedCacheClassificationLoss):
+            self.tables = tf.nest.map_structure(self.cache_loss.replicas.by_rank, tables)
+
+    def _init_caches(self) -> dict[str, NegativeCache]:
+        if isinstance(self.cache_loss, DistributedCacheClassificationLoss):
+            count = self.cache_loss.replicas.count
+            for name, manager in self._managers.items():
+                if manager.cache_size % count:
+                    raise CapacityError(
+                        f"cache {name!r} of {manager.cache_size} slots cannot be cut into {count} "
+                        "equal shards, one for each replica: make cache_size a multiple of "
+                        f"{count}."
+                    )
+        return super()._init_caches()
 
     def _caches(self) -> dict[str, NegativeCache]:
         return {
             name: NegativeCache(dict(table["data"]), table["age"])
-            for name, table in self.tables.items()
+            for name, table in self._live.tables.items()
         }
 
     def _report(self, result: CacheLossReturn) -> None:
@@ -55,11 +82,22 @@ class MultiCacheLossHandler(_VariableHandler, _MultiCacheLossHandler):
     """Several caches that count as one; see `negcache_core.MultiCacheLossHandler`."""
 
 
-def _variable(value: tf.Tensor, name: str) -> tf.Variable:
+# What the workers of a cluster can send one another when a variable is made.
+_BROADCAST = (tf.bool, tf.float16, tf.float32, tf.float64, tf.int32, tf.int64)
+
+
+def _variable(value: tf.Tensor, name: str, aggregation: tf.VariableAggregation) -> Any:
+    strategy = tf.distribute.get_strategy()
+    several = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+    if several and strategy.num_replicas_in_sync > 1 and value.dtype not in _BROADCAST:
+        raise DTypeError(
+            f"field {name!r} is {value.dtype.name}, and a MultiWorkerMirroredStrategy makes "
+            f"variables of {[dtype.name for dtype in _BROADCAST]} only: choose one of these."
+        )
     return tf.Variable(
         value,
         name=re.sub(r"[^A-Za-z0-9_./-]", "_", name),  # as tf.Variable requires
         trainable=False,
-        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+        aggregation=aggregation,
         synchronization=tf.VariableSynchronization.ON_READ,
     )
