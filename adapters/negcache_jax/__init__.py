@@ -30,14 +30,16 @@ from negcache_core import (
     NegcacheError,
     OptionError,
     Retrieval,
+    Scaling,
     ShapeError,
     __version__,
+    scaling,
 )
 
 from . import filter_fns, handlers, losses, negative_cache, retrieval_fns
 from .filter_fns import CacheFilterFn, IsInCacheFilterFn
 from .handlers import CacheLossHandler, HandlerState, MultiCacheLossHandler
-from .losses import CacheClassificationLoss
+from .losses import CacheClassificationLoss, DistributedCacheClassificationLoss
 from .negative_cache import CacheManager
 from .retrieval_fns import (
     AbstractRetrievalFn,
@@ -58,6 +60,7 @@ __all__ = [
     "CapacityError",
     "DTypeError",
     "DeviceError",
+    "DistributedCacheClassificationLoss",
     "FieldSpec",
     "GumbelMaxRetrievalFn",
     "HandlerState",
@@ -70,6 +73,7 @@ __all__ = [
     "NegcacheError",
     "OptionError",
     "Retrieval",
+    "Scaling",
     "ShapeError",
     "__version__",
     "approximate_top_k_with_indices",
@@ -78,4 +82,5 @@ __all__ = [
     "losses",
     "negative_cache",
     "retrieval_fns",
+    "scaling",
 ]

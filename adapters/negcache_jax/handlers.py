@@ -1,18 +1,21 @@
 """Handlers for JAX: the state goes in and comes out, so that a step is a pure function."""
 
 import copy
+import math
 from typing import Any, NamedTuple, Self
 
+import jax
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from negcache_core import NegativeCache
+from negcache_core import CapacityError, NegativeCache, OptionError
 from negcache_core.handlers import BaseHandler
 from negcache_core.handlers import CacheLossHandler as _CacheLossHandler
 from negcache_core.handlers import MultiCacheLossHandler as _MultiCacheLossHandler
 from negcache_core.results import CacheLossReturn
 
 from ._backend import JAX, KeyStream
-from .losses import CacheClassificationLoss
+from .losses import CacheClassificationLoss, DistributedCacheClassificationLoss
 
 __all__ = ["CacheLossHandler", "HandlerState", "MultiCacheLossHandler"]
 
@@ -30,8 +33,55 @@ class _StateHandler(BaseHandler):
     backend = JAX
 
     def init(self, key: Array) -> HandlerState:
-        """Return the state of empty caches; `key` seeds all draws."""
+        """Return the state of empty caches; `key` seeds all draws.
+
+        A cache in shards is made whole. To make each shard on its own device, write
+        `jax.jit(handler.init, out_shardings=handler.shardings(mesh))(key)`.
+        """
         return HandlerState(self._init_caches(), key)
+
+    def specs(self) -> HandlerState:
+        """Return a PartitionSpec for each array of the state: `in_specs` and `out_specs`.
+
+        Only for a handler whose cache is in shards: rows are cut along the loss's `group`, and the
+        key is the same everywhere.
+        """
+        if not isinstance(self.cache_loss, DistributedCacheClassificationLoss):
+            raise OptionError(
+                "specs and shardings are for a cache in shards: this handler's loss is a "
+                f"{type(self.cache_loss).__name__}. Use a DistributedCacheClassificationLoss."
+            )
+        rows = PartitionSpec(self.cache_loss.group)
+        caches = {
+            name: NegativeCache(dict.fromkeys(manager.specs, rows), rows)
+            for name, manager in self._managers.items()
+        }
+        return HandlerState(caches, PartitionSpec())
+
+    def shardings(self, mesh: Mesh) -> HandlerState:
+        """Return where each array of the state lies on a mesh: for jax.device_put, jit and Orbax.
+
+        Raises OptionError if the mesh lacks the axis, CapacityError if the number of devices along
+        it does not divide a cache_size.
+        """
+        specs = self.specs()
+        group = self.cache_loss.group
+        axes = (group,) if isinstance(group, str) else tuple(group)
+        missing = [axis for axis in axes if axis not in mesh.shape]
+        if missing:
+            raise OptionError(
+                f"the loss's group is {group!r}, and the mesh has axes {tuple(mesh.shape)}: name "
+                "one of these, or several in a tuple."
+            )
+        count = math.prod(mesh.shape[axis] for axis in axes)
+        for name, manager in self._managers.items():
+            if manager.cache_size % count:
+                raise CapacityError(
+                    f"cache {name!r} of {manager.cache_size} slots cannot be cut into {count} "
+                    f"equal shards, one for each device along {group!r}: choose a cache_size that "
+                    f"is a multiple of {count}."
+                )
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
     def bind(self, state: HandlerState) -> Self:
         """Return this handler holding `state`, for the phases; `.state` is what became of it."""
@@ -68,6 +118,9 @@ class _StateHandler(BaseHandler):
         bound = self.bind(state)
         super(_StateHandler, bound).prefill(*arguments, **options)
         return bound.state
+
+    def _init_caches(self) -> dict[str, NegativeCache]:
+        return {name: manager.init_cache() for name, manager in self._managers.items()}
 
     def _hold(self) -> None:
         self._tables: dict[str, NegativeCache] = {}

@@ -1,0 +1,64 @@
+"""Exchange between the devices along an axis of a mesh, inside of `jax.shard_map`."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from negcache_core import OptionError
+from negcache_core.replicas import Replicas, Route
+
+
+class MeshAxis(Replicas):
+    """The devices along one axis of a mesh, or along several, given as a tuple.
+
+    One program runs on all of them, so their sizes are equal and known, and only the rank is
+    traced. No shape may depend on a draw: each device makes every draw, as if all were its own, and
+    the others' are told apart by their owner. It does so in as many turns as there are devices, for
+    no more memory than its own draws take.
+    """
+
+    def __init__(self, name: str | tuple[str, ...]) -> None:
+        try:
+            self.count = jax.lax.axis_size(name)
+        except NameError as error:
+            raise OptionError(
+                f"no mesh axis {name!r} is in scope: call this inside of jax.shard_map over a mesh "
+                "with that axis, or name the axis that your mesh has as the loss's group."
+            ) from error
+        self.name, self.rank, self.turns = name, jax.lax.axis_index(name), self.count
+
+    def first(self, sizes: Sequence[int]) -> Array:
+        return self.rank * sizes[0]
+
+    def own(self, array: Array, sizes: Sequence[int]) -> Array:
+        return jax.lax.dynamic_slice_in_dim(array, self.first(sizes), sizes[0])
+
+    def numbers(self, own: Sequence[int], like: Array) -> list[tuple[int, ...]]:
+        return [tuple(own)] * self.count
+
+    def texts(self, own: str, like: Array) -> list[str]:
+        return [own] * self.count
+
+    def gather(self, arrays: Sequence[Array], sizes: Sequence[int]) -> list[Array]:
+        return [jax.lax.all_gather(array, self.name, tiled=True) for array in arrays]
+
+    def gather_fresh(self, array: Array, sizes: Sequence[int]) -> Array:
+        return jax.lax.all_gather(array, self.name, tiled=True)  # JAX transposes it to a sum
+
+    def parts(self, array: Array, sizes: Sequence[int]) -> Array:
+        received = jax.lax.all_to_all(array, self.name, 0, 0, tiled=True)
+        return received.reshape(self.count, sizes[0], *array.shape[1:])
+
+    def serve(self, arrays: Sequence[Array], route: Route) -> list[Array]:
+        # Every device sends a row for each draw, and the asker takes the owner's. As much is sent
+        # as to sum up masked rows, and any dtype and any value passes.
+        owner, place = self.own(route.owner, route.sizes), jnp.arange(route.sizes[0])
+        return [self.parts(array, route.sizes)[owner, place] for array in arrays]
+
+    def give_back(self, arrays: Sequence[Array], route: Route) -> list[Array]:
+        return self.gather(arrays, route.sizes)
+
+    def entries(self, owner: Array) -> Array:
+        return jnp.arange(owner.shape[0])
