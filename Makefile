@@ -33,6 +33,7 @@ run-benchmarks: $(VENV)/.test
 	done; done
 	$(BIN)/python benchmarks/memory_of_a_step_is_flat_in_capacity.py $(SIZES)
 	$(BIN)/python benchmarks/half_storage_costs_little_accuracy.py
+	$(BIN)/python benchmarks/cost_per_rank_is_flat_as_ranks_grow.py
 
 bench-training: $(VENV)/.test ## compare ways of training on docstrings (an hour); NL2BASH=folder adds that task
 	$(BIN)/python benchmarks/sharing_draws_makes_gradients_less_noisy.py

@@ -67,8 +67,16 @@ def test_names(package):
     shared = {name for name in package.__all__ if name not in MODULES} - {
         "__version__",
         "HandlerState",
+        "DistributedCacheClassificationLoss",
     }
     assert shared == set(negcache_core.__all__)
+
+
+@pytest.mark.parametrize("package", ADAPTERS, ids=package_name)
+def test_a_cache_in_shards_has_its_loss(package):
+    loss = package.DistributedCacheClassificationLoss
+    assert loss is package.losses.DistributedCacheClassificationLoss
+    assert "DistributedCacheClassificationLoss" in package.__all__
 
 
 @pytest.mark.parametrize("package", ADAPTERS, ids=package_name)
