@@ -6,11 +6,13 @@ names. This package runs on NumPy, which is the reference.
 
 from negcache_core.errors import (
     CapacityError,
+    CheckpointError,
     DeviceError,
     DTypeError,
     KeysError,
     KindError,
     NegcacheError,
+    NonFiniteWarning,
     OptionError,
     ShapeError,
 )
@@ -38,6 +40,7 @@ __all__ = [
     "CacheLossReturn",
     "CacheManager",
     "CapacityError",
+    "CheckpointError",
     "DTypeError",
     "DeviceError",
     "FieldSpec",
@@ -49,6 +52,7 @@ __all__ = [
     "MultiCacheLossHandler",
     "NegativeCache",
     "NegcacheError",
+    "NonFiniteWarning",
     "OptionError",
     "Retrieval",
     "Scaling",

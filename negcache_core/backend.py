@@ -42,6 +42,23 @@ class Backend:
         """Return `value` as an array of this library; its own arrays come back as they are."""
         return self.xp.asarray(value)
 
+    def to_host(self, array: Array) -> np.ndarray[Any, Any]:
+        """Return the values as a NumPy array; bfloat16 as that of ml_dtypes."""
+        return np.asarray(array)
+
+    def from_host(self, table: Array, values: np.ndarray[Any, Any]) -> Array:
+        """Replace a table's values by what `to_host` of any library returned; as `overwrite`."""
+        return self.overwrite(table, self.to_array(values))
+
+    def generator_state(self, generator: Any) -> tuple[str, Any]:
+        """Return a noise generator's kind, and its whole state as JSON can hold it."""
+        state = generator.bit_generator.state
+        return state["bit_generator"], state
+
+    def set_generator_state(self, generator: Any, state: Any) -> None:
+        """Put a generator into a state that `generator_state` returned for one of its kind."""
+        generator.bit_generator.state = state
+
     def truth(self, value: Array) -> bool | None:
         """Return a bool scalar's value; None where a trace leaves it open."""
         return bool(value)

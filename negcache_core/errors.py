@@ -39,5 +39,13 @@ class KindError(NegcacheError, TypeError):
     """An argument is of the wrong Python type."""
 
 
+class CheckpointError(NegcacheError, ValueError):
+    """A file is not a whole checkpoint, or not one of this cache."""
+
+
 class DeviceError(NegcacheError, ValueError):
     """Arrays that meet in one operation are on different devices."""
+
+
+class NonFiniteWarning(UserWarning):
+    """A cache that was loaded had embeddings that are not finite; their slots were emptied."""

@@ -4,19 +4,19 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from negcache_core._array import Array, cast, index_dtype, take
+from negcache_core.checkpoint import Checkpointed
 from negcache_core.checks import check_floating, check_rows, check_shape
 from negcache_core.errors import CapacityError, KindError, OptionError
 from negcache_core.manager import UpdatePlan
 from negcache_core.plans import oldest_written, plan_reembed
 from negcache_core.retrieval import SINGLE
 from negcache_core.state import NegativeCache
-from negcache_core.step import BaseHandler
 
 ItemNetwork = Callable[[dict[str, Array]], Array]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
-class Upkeep(BaseHandler):
+class Upkeep(Checkpointed):
     """What a handler does beside its steps. Nothing here is recorded for differentiation.
 
     The item network runs in whatever mode it is in: put a tower with dropout or batch statistics

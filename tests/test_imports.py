@@ -46,6 +46,8 @@ ORDER = (
     "losses",
     "sharded",
     "step",
+    "files",
+    "checkpoint",
     "upkeep",
     "handlers",
     "exact",

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from negcache_core import KindError, OptionError
@@ -34,6 +35,16 @@ class JaxBackend(Backend):
     def to_array(self, value: Any) -> Array:
         return jnp.asarray(value)
 
+    def generator_state(self, generator: KeyStream) -> tuple[str, Any]:
+        data = jax.random.key_data(generator.key)
+        return str(jax.random.key_impl(generator.key)), np.asarray(data).tolist()
+
+    def set_generator_state(self, generator: KeyStream, state: Any) -> None:
+        data = jnp.asarray(state, jnp.uint32)
+        typed = jnp.issubdtype(generator.key.dtype, jax.dtypes.prng_key)
+        impl = jax.random.key_impl(generator.key)
+        generator.key = jax.random.wrap_key_data(data, impl=impl) if typed else data
+
     def truth(self, value: Array) -> bool | None:
         return None if isinstance(value, jax.core.Tracer) else bool(value)
 
@@ -54,6 +65,9 @@ class JaxBackend(Backend):
 
     def overwrite(self, table: Array, values: Array) -> Array:
         return values
+
+    def from_host(self, table: Array, values: np.ndarray[Any, Any]) -> Array:
+        return jax.device_put(values, getattr(table, "sharding", None))
 
     def make_generator(self, seed: Any) -> None:
         if seed is not None:

@@ -2,13 +2,16 @@
 
 import copy
 import math
+import os
 from typing import Any, NamedTuple, Self
 
 import jax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from negcache_core import CapacityError, NegativeCache, OptionError
+from negcache_core import CapacityError, KindError, NegativeCache, OptionError
+from negcache_core.checkpoint import check_layout
+from negcache_core.checks import check_keys
 from negcache_core.handlers import BaseHandler
 from negcache_core.handlers import CacheLossHandler as _CacheLossHandler
 from negcache_core.handlers import MultiCacheLossHandler as _MultiCacheLossHandler
@@ -84,7 +87,21 @@ class _StateHandler(BaseHandler):
         return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
     def bind(self, state: HandlerState) -> Self:
-        """Return this handler holding `state`, for the phases; `.state` is what became of it."""
+        """Return this handler holding `state`, for the phases; `.state` is what became of it.
+
+        Raises KeysError, CapacityError, ShapeError or DTypeError unless it is a state of this
+        handler, and not of one with other fields or another capacity.
+        """
+        if not isinstance(state, HandlerState):
+            raise KindError(
+                f"state is a {type(state).__name__}: expected a HandlerState, as handler.init(key) "
+                "makes. Give that to a checkpoint library as the target to restore."
+            )
+        if not isinstance(self.cache_loss, DistributedCacheClassificationLoss):
+            own = jax.eval_shape(self._init_caches)
+            check_keys(state.caches, own, "the state", exact=True)
+            for name, cache in own.items():
+                check_layout(state.caches[name], cache, f"cache {name!r}")
         bound = copy.copy(self)
         bound._tables, bound._keys = state.caches, KeyStream(state.key)
         if isinstance(self.cache_loss, CacheClassificationLoss):
@@ -118,6 +135,33 @@ class _StateHandler(BaseHandler):
         bound = self.bind(state)
         super(_StateHandler, bound).prefill(*arguments, **options)
         return bound.state
+
+    def save(self, state: HandlerState, path: str | os.PathLike[str]) -> None:
+        """Write the state to a safetensors file, atomically; see `negcache_core`'s handler."""
+        super(_StateHandler, self.bind(state)).save(path)
+
+    def load(
+        self, state: HandlerState, path: str | os.PathLike[str], **options: bool
+    ) -> HandlerState:
+        """Return what `save` wrote, where `state` lies; see `negcache_core`'s handler."""
+        bound = self.bind(state)
+        super(_StateHandler, bound).load(path, **options)
+        return bound.state
+
+    def restore(self, state: HandlerState, *arguments: Any, **options: bool) -> HandlerState:
+        """Return the state with the rows and ages of a cache; see `negcache_core`'s handler."""
+        bound = self.bind(state)
+        super(_StateHandler, bound).restore(*arguments, **options)
+        return bound.state
+
+    def evict_nonfinite(self, state: HandlerState) -> HandlerState:
+        """Return the state without rows that are not finite; see `negcache_core`'s handler."""
+        bound = self.bind(state)
+        super(_StateHandler, bound).evict_nonfinite()
+        return bound.state
+
+    def _generators(self) -> list[KeyStream]:
+        return [self._keys]
 
     def _init_caches(self) -> dict[str, NegativeCache]:
         return {name: manager.init_cache() for name, manager in self._managers.items()}

@@ -28,6 +28,12 @@ class TensorFlowBackend(Backend):
     def to_array(self, value: Any) -> tf.Tensor:
         return value if tf.is_tensor(value) else tf.convert_to_tensor(value)
 
+    def generator_state(self, generator: tf.random.Generator) -> tuple[str, Any]:
+        return f"tf.random {generator.algorithm}", generator.state.numpy().tolist()
+
+    def set_generator_state(self, generator: tf.random.Generator, state: Any) -> None:
+        generator.state.assign(state)
+
     def truth(self, value: tf.Tensor) -> bool | None:
         known = tf.get_static_value(value)
         return None if known is None else bool(known)

@@ -7,11 +7,13 @@ from typing import Any
 import tensorflow as tf
 
 from negcache_core import CacheLossReturn, CapacityError, DTypeError, NegativeCache
+from negcache_core.checkpoint import warn_of_nonfinite
 from negcache_core.handlers import BaseHandler
 from negcache_core.handlers import CacheLossHandler as _CacheLossHandler
 from negcache_core.handlers import MultiCacheLossHandler as _MultiCacheLossHandler
 
 from ._backend import TENSORFLOW
+from ._layout import Layout
 from .losses import DistributedCacheClassificationLoss
 
 __all__ = ["CacheLossHandler", "MultiCacheLossHandler"]
@@ -24,6 +26,7 @@ class _VariableHandler(BaseHandler, tf.Module):
 
     def _hold(self) -> None:
         caches = self._init_caches()
+        self.layout = Layout(caches)
         aggregation = tf.VariableAggregation.ONLY_FIRST_REPLICA
         if isinstance(self.cache_loss, DistributedCacheClassificationLoss):
             aggregation = tf.VariableAggregation.NONE
@@ -57,10 +60,23 @@ class _VariableHandler(BaseHandler, tf.Module):
         return super()._init_caches()
 
     def _caches(self) -> dict[str, NegativeCache]:
+        if self.layout.restored:
+            self._look_into_restored()
         return {
             name: NegativeCache(dict(table["data"]), table["age"])
             for name, table in self._live.tables.items()
         }
+
+    @tf.autograph.experimental.do_not_convert
+    def _look_into_restored(self) -> None:
+        """Leave out rows of a checkpoint that are not finite, where this process sees them."""
+        self.layout.restored = False
+        ages = [table["age"] for table in self._live.tables.values()]
+        with tf.init_scope():  # out of a tf.function that is being traced
+            if tf.executing_eagerly() and not any(
+                isinstance(age, tf.distribute.DistributedValues) for age in ages
+            ):
+                warn_of_nonfinite(int(self.evict_nonfinite()))
 
     def _report(self, result: CacheLossReturn) -> None:
         recording = tf.get_static_value(tf.convert_to_tensor(tf.summary.should_record_summaries()))

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -22,6 +24,25 @@ class TorchBackend(Backend):
 
     def to_array(self, value: Any) -> Tensor:
         return value if isinstance(value, Tensor) else torch.as_tensor(value)
+
+    def to_host(self, array: Any) -> np.ndarray[Any, Any]:
+        if not isinstance(array, Tensor):
+            return np.asarray(array)
+        array = array.detach().cpu()
+        if array.dtype == torch.bfloat16:  # which NumPy knows by ml_dtypes only
+            return array.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return array.numpy()
+
+    def from_host(self, table: Tensor, values: np.ndarray[Any, Any]) -> Tensor:
+        if values.dtype == ml_dtypes.bfloat16:
+            return table.copy_(torch.asarray(values.view(np.int16)).view(torch.bfloat16))
+        return table.copy_(torch.asarray(values))
+
+    def generator_state(self, generator: BufferGenerator) -> tuple[str, Any]:
+        return "SplitMix64", int(generator.state)
+
+    def set_generator_state(self, generator: BufferGenerator, state: Any) -> None:
+        generator.state.fill_(state)
 
     def truth(self, value: Tensor) -> bool | None:
         return None if torch.compiler.is_compiling() else bool(value)

@@ -1,8 +1,11 @@
 """Where a cache's state lives in PyTorch: in buffers."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from negcache_core import NegativeCache
+from negcache_core import EMPTY, KeysError, NegativeCache
+from negcache_core.checkpoint import check_layout, nonfinite_rows, warn_of_nonfinite
 
 
 class CacheTable(nn.Module):
@@ -20,10 +23,45 @@ class CacheTable(nn.Module):
     @property
     def cache(self) -> NegativeCache:
         """The live rows and ages: writing to these tensors writes to the buffers."""
-        data = {key: self.get_buffer(name) for key, name in self._names.items()}
-        return NegativeCache(data, self.age)
+        return self.view(dict(self.named_buffers()))
+
+    def view(self, buffers: dict[str, Any]) -> NegativeCache:
+        """Return buffers, by their names in this module, as a cache."""
+        data = {key: buffers[name] for key, name in self._names.items()}
+        return NegativeCache(data, buffers["age"])
 
 
 def module_name(key: str) -> str:
     """Return `key` without the dots that PyTorch allows in no name; distinct for distinct keys."""
     return key.replace("%", "%25").replace(".", "%2E")
+
+
+def check_loaded(
+    handler: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments: Any
+) -> None:
+    """Refuse a state_dict that does not fit, before `load_state_dict` copies the first tensor.
+
+    PyTorch itself copies what fits, casts, and complains at the end. It does not tell modules
+    whether it is strict: a handler wants all of its state, or, where strict=False lets it, none.
+    """
+    del arguments
+    own = {prefix + key for key in handler.state_dict()}
+    given = {key for key in state_dict if key.startswith(prefix)}
+    if not own & given:
+        return
+    if own != given:
+        raise KeysError(
+            f"the state_dict of the handler at {prefix!r} lacks {sorted(own - given)} and has "
+            f"unknown {sorted(given - own)}: expected the state of one with the same fields and "
+            "options. Make such a one, load into it, and pass its cache to handler.restore."
+        )
+    count = 0
+    for name, key in handler._table_names.items():  # noqa: SLF001 - of its own package
+        table, at = handler.tables[key], f"{prefix}tables.{key}."
+        given = table.view({each: state_dict[at + each] for each, _ in table.named_buffers()})
+        check_layout(given, table.cache, f"cache {name!r}")
+        bad = nonfinite_rows(given, handler.embedding_key, handler.backend)
+        if not given.age.is_meta and bad.any():
+            state_dict[at + "age"] = given.age.masked_fill(bad, EMPTY)  # of load_state_dict's copy
+            count += int(bad.sum())
+    warn_of_nonfinite(count)

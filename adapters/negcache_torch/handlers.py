@@ -8,7 +8,7 @@ from negcache_core.handlers import CacheLossHandler as _CacheLossHandler
 from negcache_core.handlers import MultiCacheLossHandler as _MultiCacheLossHandler
 
 from ._backend import TORCH
-from ._state import CacheTable, module_name
+from ._state import CacheTable, check_loaded, module_name
 from .losses import DistributedCacheClassificationLoss
 
 __all__ = ["CacheLossHandler", "MultiCacheLossHandler"]
@@ -25,6 +25,7 @@ class _ModuleHandler(BaseHandler, nn.Module):
             {"cache_" + module_name(name): CacheTable(cache) for name, cache in caches.items()}
         )
         self._table_names = {name: "cache_" + module_name(name) for name in caches}
+        self.register_load_state_dict_pre_hook(check_loaded)
 
     def distributed_state_dict(self) -> dict[str, Tensor]:
         """Return the state for torch.distributed.checkpoint: each table is one shard of a DTensor.
