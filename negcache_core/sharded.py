@@ -301,6 +301,21 @@ def init_shards(
     return shards
 
 
+def check_equal_shards(
+    managers: Mapping[str, CacheManager], count: int, holder: str = "replica"
+) -> None:
+    """Raise CapacityError unless each cache can be cut into `count` shards of one size.
+
+    holder: what holds a shard, in words
+    """
+    for name, manager in managers.items():
+        if manager.cache_size % count:
+            raise CapacityError(
+                f"cache {name!r} of {manager.cache_size} slots cannot be cut into {count} equal "
+                f"shards, one for each {holder}: choose a cache_size that is a multiple of {count}."
+            )
+
+
 def check_sharded(loss: ShardedLoss, handler: Any) -> None:
     """Refuse a handler's options that do not go with shards; tell the loss what must be alike."""
     if handler.use_cross_replica:

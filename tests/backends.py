@@ -45,6 +45,7 @@ def _tensorflow_run(function, state, batch, *, jit_compile):
     traced = tf.function(
         function,
         jit_compile=jit_compile,
+        autograph=not jit_compile,  # the slow part, and the same for both: tested once
         input_signature=[tf.nest.map_structure(tf.TensorSpec.from_tensor, state), signature],
     )
     return traced(state, batch)
@@ -95,7 +96,8 @@ TENSORFLOW_XLA = _tensorflow(
     "tf.function+xla",
     run=functools.partial(_tensorflow_run, jit_compile=True),
     gradients=functools.partial(
-        _tensorflow_gradients, wrap=functools.partial(tf.function, jit_compile=True)
+        _tensorflow_gradients,
+        wrap=functools.partial(tf.function, jit_compile=True, autograph=False),
     ),
 )
 

@@ -16,6 +16,8 @@ from negcache_core.pool import pool_of
 from negcache_core.state import NegativeCache
 
 IDS = 3  # few, so that items meet themselves
+# The outcomes grow as slots ** queries; PyTorch is the fastest, and goes through the most.
+SLOTS = {"torch": 5, "tensorflow": 3, "jax": 3}
 
 
 class Options:
@@ -174,6 +176,7 @@ def assert_unbiased(name, problem, options, moved=None):
                 **arguments,
             )
             total = total + probability * result.loss
+        now["value"] = total
         return total
 
     given = backend.gradients(
@@ -183,8 +186,7 @@ def assert_unbiased(name, problem, options, moved=None):
         np.testing.assert_allclose(ours, theirs, err_msg=which, **TOLERANCE)
     if moved is not None:
         return  # the value comes from stale scores
-    total = value(*(native(each) for each in (problem.V, problem.W, problem.scale)))
-    np.testing.assert_allclose(float(total), float(value_expected), **TOLERANCE)
+    np.testing.assert_allclose(float(now["value"]), float(value_expected), **TOLERANCE)
 
 
 @pytest.mark.parametrize("in_batch", [False, True], ids=["cache alone", "in-batch"])
@@ -192,7 +194,7 @@ def assert_unbiased(name, problem, options, moved=None):
 @given(data=st.data())
 def test_expected_gradient_is_exact_with_every_option(name, in_batch, data):
     stale = data.draw(st.booleans(), label="stale")
-    problem = data.draw(towers(stale=stale, max_slots=5, min_queries=1 + in_batch))
+    problem = data.draw(towers(stale=stale, max_slots=SLOTS[name], min_queries=1 + in_batch))
     options = Options(data, problem, in_batch=in_batch)
     options.correction = not stale and data.draw(st.booleans(), label="correction")
     assert_unbiased(name, problem, options)
@@ -202,7 +204,7 @@ def test_expected_gradient_is_exact_with_every_option(name, in_batch, data):
 @given(data=st.data())
 def test_the_correction_is_exact_where_all_rows_have_moved_alike(name, data):
     """Stale probabilities are right then, but for the share of the cache, which is corrected."""
-    problem = data.draw(towers(stale=False, max_slots=4, min_queries=2))
+    problem = data.draw(towers(stale=False, max_slots=SLOTS[name], min_queries=2))
     options = Options(data, problem, in_batch=data.draw(st.booleans(), label="in-batch"))
     options.correction = True
     moved = np.random.default_rng(0).normal(size=problem.W.shape[1])

@@ -236,11 +236,13 @@ def donated():
 def two_axes():
     """The shards may lie along several axes of a mesh, and explicit ones."""
     mesh = jax.make_mesh((2, 2), ("a", "b"))
-    _, step = sharded_step(mesh, {"estimator": "shared"}, axis=("a", "b"))
-    handler, flat = sharded_step(mesh_of(4), {"estimator": "shared"})
-    state = other = handler.init(jax.random.key(0))
+    line = mesh_of(4)
     put = functools.partial(jax.device_put, device=NamedSharding(mesh, P(("a", "b"))))
-    state = state._replace(caches=jax.tree.map(put, state.caches))
+    handler, step = sharded_step(mesh, {"estimator": "shared"}, axis=("a", "b"))
+    flat_handler, flat = sharded_step(line, {"estimator": "shared"})
+    state = other = handler.init(jax.random.key(0))
+    state = jax.device_put(state, handler.shardings(mesh))
+    other = jax.device_put(other, flat_handler.shardings(line))
     for number in range(3):
         batch = batch_of(number, 4)
         loss, state, gradients = jax.jit(step)(weights_of(0), state, jax.tree.map(put, batch))
@@ -255,7 +257,12 @@ def verbs():
     dtypes = ["bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "int64", "uint64"]
     dtypes += ["float16", "bfloat16", "float32", "float64"]
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    over_devices = functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P("data")
+    )
+
+    @jax.jit  # otherwise every operation would be compiled by itself
+    @over_devices
     def serve(tables):
         replicas = MeshAxis("data")
         route = Route(owner, replicas.entries(owner), (own,) * count)
@@ -280,7 +287,8 @@ def verbs():
         for each in returned:
             assert np.asarray(each).tobytes() == want.tobytes(), dtype
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    @jax.jit
+    @over_devices
     def gradient(rows, factors):
         replicas = MeshAxis("data")
         return jax.grad(
@@ -295,11 +303,11 @@ def mistakes():
     mesh, batch, weights = mesh_of(4), batch_of(0, 4), weights_of(0)
     handler, step = sharded_step(mesh, {"top_k": 4 * 5})
     with pytest.raises(negcache.OptionError, match=r"Choose 4 times a divisor of 6\."):
-        step(weights, handler.init(jax.random.key(0)), batch)
+        jax.eval_shape(step, weights, handler.init(jax.random.key(0)), batch)
     _, step = sharded_step(mesh, {})
     other = handler_of(weights, {}, 8).init(jax.random.key(0))
     with pytest.raises(negcache.ShapeError, match=r"2 slots on each of 4 devices .* 24 in all"):
-        step(weights, other, batch)
+        jax.eval_shape(step, weights, other, batch)
 
 
 def upkeep():
@@ -309,6 +317,7 @@ def upkeep():
     batches = batch_of(0, 4), batch_of(1, 4)
     corpus = {key: np.concatenate([b[key] for b in batches]) for key in ("x", "id", "log_q")}
 
+    @jax.jit
     @functools.partial(
         jax.shard_map,
         mesh=mesh,
@@ -318,6 +327,7 @@ def upkeep():
     def fill(weights, state, corpus):
         return handler.prefill(state, item_network(weights), corpus, batch_size=3)
 
+    @jax.jit
     @functools.partial(
         jax.shard_map, mesh=mesh, in_specs=(P(), handler.specs()), out_specs=handler.specs()
     )
@@ -411,6 +421,7 @@ def run(devices, case, *arguments, warnings="error"):
         f"--xla_force_host_platform_device_count={devices}",
         "--xla_backend_optimization_level=0",  # nearly all of the time goes into compiling
         "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_use_fusion_emitters=false",
     ]
     environment = {
         **os.environ,

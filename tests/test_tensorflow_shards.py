@@ -1,13 +1,17 @@
 """Replicas of tf.distribute: a cache in shards is the one big cache, in loss, gradient and state.
 
-Every test runs this file in processes of its own, as devices are set up before TensorFlow starts.
+Every test runs this file in processes of its own, as devices are set up before TensorFlow starts:
+one process for as many cases as there can be, as they share what AutoGraph has converted.
 """
 
+import functools
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
+import traceback
 
 import negcache_tensorflow as negcache
 import numpy as np
@@ -149,7 +153,7 @@ def close(ours, theirs, what):
     np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11, err_msg=str(what))
 
 
-def compare_with_one_process(strategy, options, ranks, specs=SPECS, steps=6):
+def compare_with_one_process(strategy, options, ranks, specs=SPECS, steps=6, *, autograph=False):
     """Same noise, same parameters: losses, gradients averaged over replicas, and every shard."""
     count, capacity = strategy.num_replicas_in_sync, 3 * strategy.num_replicas_in_sync
     ours, theirs = parameters(), parameters()
@@ -157,7 +161,7 @@ def compare_with_one_process(strategy, options, ranks, specs=SPECS, steps=6):
         sharded = handler_of(ours[2], options, capacity, specs=specs)
     whole = whole_handler(theirs[2], options, count, capacity, specs)
 
-    @tf.function
+    @tf.function(autograph=autograph)
     def run(given):
         def replica(given):
             loss, gradients = step_of(sharded, ours)(given)
@@ -193,23 +197,24 @@ def equal_shards(strategy, cache, wanted):
                 np.testing.assert_array_equal(shard, other, key)
 
 
-def mirrored(count=REPLICAS):
+@functools.cache
+def mirrored():
     cpu = tf.config.list_physical_devices("CPU")[0]
-    devices = [tf.config.LogicalDeviceConfiguration()] * count
+    devices = [tf.config.LogicalDeviceConfiguration()] * REPLICAS
     tf.config.set_logical_device_configuration(cpu, devices)
-    return tf.distribute.MirroredStrategy([f"CPU:{number}" for number in range(count)])
+    return tf.distribute.MirroredStrategy([f"CPU:{number}" for number in range(REPLICAS)])
 
 
-def every_option(*names):
-    strategy = mirrored()
-    for name in names:
-        compare_with_one_process(strategy, OPTIONS[name], range(REPLICAS))
+def big_cache(name, conversion="plain"):
+    # AutoGraph converts code for longer than all else takes: two cases reach all of the code.
+    converted = conversion == "autograph"
+    compare_with_one_process(mirrored(), OPTIONS[name], range(REPLICAS), autograph=converted)
 
 
-def spawn(function, *arguments, environment=None):
-    """Start a process that calls a function of this file."""
+def spawn(*cases, environment=None):
+    """Start a process that runs cases in turn: a function of this file and its arguments, each."""
     return subprocess.Popen(
-        [sys.executable, __file__, function, *map(str, arguments)],
+        [sys.executable, __file__, *(shlex.join(map(str, case)) for case in cases)],
         env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **(environment or {})},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -217,21 +222,21 @@ def spawn(function, *arguments, environment=None):
     )
 
 
-def finish(*processes, timeout=300):
+def finish(*processes, timeout=550):
     """Wait for processes; one that fails fails the test, and stops the others."""
     try:
         for process in processes:
             _, errors = process.communicate(timeout=timeout)
-            assert process.returncode == 0, errors[-4000:]
+            assert process.returncode == 0, errors[-8000:]
     finally:
         for process in processes:
             process.kill()
             process.wait()
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_shards_are_the_one_big_cache(name):
-    finish(spawn("every_option", name))
+def test_shards_are_the_one_big_cache():
+    converted = [("big_cache", name, "autograph") for name in ("num_samples", "top_k")]
+    finish(spawn(*converted, *(("big_cache", name) for name in ("paper", "shared", "exact_query"))))
 
 
 def verbs():
@@ -277,10 +282,6 @@ def verbs():
     np.testing.assert_array_equal(np.concatenate(local(strategy, gradient)), [12, 24, 36])
 
 
-def test_what_replicas_send_one_another():
-    finish(spawn("verbs"))
-
-
 def own_noise_and_checkpoints(path):
     """Replicas draw unlike negatives, follow the seed, and go on from a checkpoint bit for bit."""
     strategy, weights = mirrored(), parameters()
@@ -290,8 +291,8 @@ def own_noise_and_checkpoints(path):
         with strategy.scope():
             return handler_of(None, {"generator": seed, "num_samples": 4})
 
-    def go(handler, seeds):
-        run = tf.function(lambda given: strategy.run(unnoised, args=(handler, given)))
+    def go(handler, seeds, wrap=lambda function: function):
+        run = wrap(lambda given: strategy.run(unnoised, args=(handler, given)))
         return [local(strategy, run(values(strategy, batch(s, ROWS * REPLICAS)))) for s in seeds]
 
     def unnoised(handler, given):
@@ -302,10 +303,10 @@ def own_noise_and_checkpoints(path):
             {key: given[key] for key in SPECS if key in given},
         )
 
-    def drawn(handler):
+    def drawn(handler, wrap=lambda function: function):
         """What replicas draw for queries that are all the same, 8 each."""
 
-        @tf.function
+        @wrap
         def run(given):
             def replica(given):
                 features = {"x": tf.zeros((8, 2), tf.float64)}
@@ -316,9 +317,10 @@ def own_noise_and_checkpoints(path):
         return local(strategy, run(values(strategy, {"y": everyone})))
 
     first, again, other = made(1), made(1), made(2)
-    for handler in (first, again, other):
+    go(first, range(3), tf.function)
+    for handler in (again, other):
         go(handler, range(3))
-    one, two, three = drawn(first)
+    one, two, three = drawn(first, tf.function)
     assert (one != two).any()
     assert (two != three).any()
     np.testing.assert_array_equal(drawn(again), [one, two, three])
@@ -334,10 +336,6 @@ def own_noise_and_checkpoints(path):
         np.testing.assert_array_equal(local(strategy, ours), local(strategy, theirs))
     shards = local(strategy, first.cache.data["x"])
     assert not np.array_equal(shards[0], shards[1])
-
-
-def test_replicas_draw_unlike_and_checkpoints_hold_every_shard(tmp_path):
-    finish(spawn("own_noise_and_checkpoints", tmp_path))
 
 
 def upkeep(kind):
@@ -416,15 +414,6 @@ def unique():
         assert dict(zip(*held, strict=True)) == model
 
 
-def test_an_item_has_one_slot_in_all_shards():
-    finish(spawn("unique"))
-
-
-@pytest.mark.parametrize("kind", ["sharded", "replicated"])
-def test_prefill_and_refresh(kind):
-    finish(spawn("upkeep", kind))
-
-
 def mistakes():
     """What cannot work says so."""
     strategy = mirrored()
@@ -460,12 +449,14 @@ def mistakes():
         assert (age == negcache.EMPTY).all()
 
 
-def test_mistakes_are_told():
-    finish(spawn("mistakes"))
+def test_exchange_noise_checkpoints_upkeep_unique_items_and_mistakes(tmp_path):
+    upkeeps = ("upkeep", "sharded"), ("upkeep", "replicated")
+    noise = ("own_noise_and_checkpoints", tmp_path)
+    finish(spawn(("verbs",), noise, *upkeeps, ("unique",), ("mistakes",)))
 
 
-def workers(function, each):
-    """Start the workers of a cluster on this machine, with arguments for each."""
+def workers(*each):
+    """Start the workers of a cluster on this machine, with the cases of each."""
     sockets = [socket.socket() for _ in each]
     for one in sockets:
         one.bind(("localhost", 0))
@@ -474,21 +465,23 @@ def workers(function, each):
         one.close()
     return [
         spawn(
-            function,
-            index,
-            *arguments,
+            *cases,
             environment={
                 "TF_CONFIG": json.dumps(
                     {"cluster": cluster, "task": {"type": "worker", "index": index}}
                 )
             },
         )
-        for index, arguments in enumerate(each)
+        for index, cases in enumerate(each)
     ]
 
 
+# A process has one of them.
+cluster = functools.cache(tf.distribute.MultiWorkerMirroredStrategy)
+
+
 def worker(index, path):
-    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    strategy = cluster()
     options = OPTIONS["num_samples"]
     sharded = compare_with_one_process(strategy, options, [int(index)], PLAIN, steps=4)
     with strategy.scope(), pytest.raises(negcache.DTypeError, match="half' is bfloat16"):
@@ -505,30 +498,45 @@ def worker(index, path):
     assert f"handler/tables/cache/age/{index}/.ATTRIBUTES/VARIABLE_VALUE" in names, names
 
 
-def test_two_workers_are_the_one_big_cache(tmp_path):
-    finish(*workers("worker", each=[(tmp_path,)] * 2))
-
-
 def unlike_worker(index, rows, estimator):
     """Each worker traces its own program: that they differ is seen in the first step."""
-    strategy, weights = tf.distribute.MultiWorkerMirroredStrategy(), parameters()
+    strategy, weights = cluster(), parameters()
     with strategy.scope():
         handler = handler_of(None, {"estimator": estimator}, 4, specs=PLAIN)
-    step = tf.function(lambda given: strategy.run(step_of(handler, weights), args=(given,)))
+    step = tf.function(
+        lambda given: strategy.run(step_of(handler, weights), args=(given,)), autograph=False
+    )
     message = "unequal batches" if int(rows) > 1 else "not set up alike"
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
         step(batch(0, 1 + int(index) * (int(rows) - 1)))
     np.testing.assert_array_equal(local(strategy, handler.cache.age), negcache.EMPTY)
 
 
-@pytest.mark.parametrize(
-    ("rows", "estimators"),
-    [(2, ("paper", "paper")), (1, ("paper", "shared"))],
-    ids=["rows", "loss"],
-)
-def test_workers_that_differ_are_told(rows, estimators):
-    finish(*workers("unlike_worker", each=[(rows, name) for name in estimators]), timeout=120)
+def test_two_workers_are_the_one_big_cache_and_are_told_of_unequal_batches(tmp_path):
+    # An error of a step is the last case: it ends the workers' exchange.
+    cases = (
+        [("worker", index, tmp_path), ("unlike_worker", index, 2, "paper")] for index in range(2)
+    )
+    finish(*workers(*cases))
+
+
+def test_workers_that_are_not_set_up_alike_are_told():
+    names = enumerate(("paper", "shared"))
+    finish(*workers(*([("unlike_worker", index, 1, name)] for index, name in names)), timeout=120)
+
+
+def main(cases):
+    """Run all cases, also after one that fails, and say which ones failed."""
+    failed = []
+    for case in cases:
+        name, *arguments = shlex.split(case)
+        try:
+            globals()[name](*arguments)
+        except Exception:  # noqa: BLE001 - told below
+            traceback.print_exc(limit=-8)
+            failed.append(case)
+    sys.exit(f"failed: {failed}" if failed else 0)
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](*sys.argv[2:])
+    main(sys.argv[1:])

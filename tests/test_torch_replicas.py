@@ -1,16 +1,18 @@
 """Real processes over gloo: with use_cross_replica every rank ends each step with one cache."""
 
+import os
+
 import negcache_torch as negcache
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks import run
 
 RANKS = 2
 
 
-def train(rank, store, fail):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+def train(rank):
     specs = {
         "x": negcache.FieldSpec((2,), torch.float32),
         "flag": negcache.FieldSpec((), torch.bool),
@@ -48,9 +50,6 @@ def train(rank, store, fail):
     handler.prefill(unlike, corpus, 4)
     assert_equal_on_all_ranks(handler.cache)
     assert int((handler.cache.data["x"] == 3.0).all(1).sum()) == 9
-    if fail:
-        assert rank != 1, "rank 1 fails on purpose"
-    dist.destroy_process_group()
 
 
 def assert_equal_on_all_ranks(cache):
@@ -60,9 +59,8 @@ def assert_equal_on_all_ranks(cache):
         assert torch.equal(*copies)
 
 
-def average_over_unequal_parts(rank, store):
+def average_over_unequal_parts(rank):
     """The mean over ranks of losses and gradients is that of one process with the whole batch."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     specs = {
         "x": negcache.FieldSpec((2,), torch.float64),
         "embedding": negcache.FieldSpec((2,), torch.float64),
@@ -102,20 +100,24 @@ def average_over_unequal_parts(rank, store):
         for mine, whole in zip(*values, strict=True):
             torch.testing.assert_close(mine / RANKS, whole)
         torch.testing.assert_close(ours.cache.data, theirs.cache.data)
-    dist.destroy_process_group()
 
 
 def test_the_average_over_unequal_parts_is_that_of_the_whole_batch(tmp_path):
-    mp.spawn(average_over_unequal_parts, args=(str(tmp_path / "store"),), nprocs=RANKS)
+    run(tmp_path, average_over_unequal_parts, ranks=RANKS)
 
 
 def test_every_rank_has_the_same_cache(tmp_path):
-    mp.spawn(train, args=(str(tmp_path / "store"), False), nprocs=RANKS)
+    run(tmp_path, train, ranks=RANKS)
+
+
+def fails(rank):
+    assert rank != 1, "rank 1 fails on purpose"
+    os._exit(0)  # nobody waits for it
 
 
 def test_a_failing_rank_fails_the_suite(tmp_path):
     with pytest.raises(mp.ProcessRaisedException, match="rank 1 fails on purpose"):
-        mp.spawn(train, args=(str(tmp_path / "store"), True), nprocs=RANKS)
+        run(tmp_path, fails, ranks=RANKS)
 
 
 def test_one_process_without_a_group_is_told_what_to_do():

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
+from ranks import run, start
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -166,32 +166,13 @@ def compare_with_one_process(rank, options):
         theirs.descend(wanted)
 
 
-def work(rank, store, ranks, function, *arguments):
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(seconds=15 if function is lost else 300),
-    )
-    torch.set_num_threads(1)
-    function(rank, *arguments)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def run(tmp_path, function, *arguments, ranks=RANKS):
-    store = tmp_path / f"store_{function.__name__}_{ranks}"
-    mp.spawn(work, args=(str(store), ranks, function, *arguments), nprocs=ranks)
-
-
 def every_option(rank):
     for options in OPTIONS:
         compare_with_one_process(rank, options)
 
 
 def test_shards_are_the_one_big_cache_with_every_option(tmp_path):
-    run(tmp_path, every_option)
+    run(tmp_path, every_option, ranks=RANKS)
 
 
 def with_ddp(rank):
@@ -252,7 +233,7 @@ class Encoder(torch.nn.Module):
 
 
 def test_under_ddp_the_gradient_is_that_of_the_global_mean(tmp_path):
-    run(tmp_path, with_ddp)
+    run(tmp_path, with_ddp, ranks=RANKS)
 
 
 def unlike(rank, options, capacity, message):
@@ -279,13 +260,13 @@ def unlike(rank, options, capacity, message):
     ids=["estimator", "capacity", "key"],
 )
 def test_ranks_that_are_set_up_differently_are_told(tmp_path, options, capacity, message):
-    run(tmp_path, unlike, options, capacity, message)
+    run(tmp_path, unlike, options, capacity, message, ranks=RANKS)
 
 
 def lost(rank, path, how):
     """Rank 1 dies, or hangs, in a step: within the time-out the others stop, caches as before."""
-    towers = Towers()
-    handler = sharded_handler(towers, {"estimator": "shared"})
+    towers, group = Towers(), dist.new_group(timeout=timedelta(seconds=6))
+    handler = sharded_handler(towers, {"estimator": "shared", "group": group}, group=group)
     for step in range(3):
         given, features, more = towers.arguments(Batch(3 + 5 * step).part(rank))
         before = {key: value.clone() for key, value in handler.state_dict().items()}
@@ -309,9 +290,7 @@ def lost(rank, path, how):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
 def test_a_rank_that_is_lost_stops_the_others(tmp_path, how):
-    context = mp.spawn(
-        work, args=(str(tmp_path / "store"), RANKS, lost, tmp_path, how), nprocs=RANKS, join=False
-    )
+    context = start(tmp_path / "store", lost, tmp_path, how, ranks=RANKS)
     for rank in (0, 2, 1):
         if (rank, how) == (1, signal.SIGSTOP):
             context.processes[1].kill()
@@ -404,7 +383,7 @@ def with_fsdp(rank):
 
 
 def test_towers_that_fsdp_shards_work(tmp_path):
-    run(tmp_path, with_fsdp)
+    run(tmp_path, with_fsdp, ranks=RANKS)
 
 
 def in_a_subgroup(rank):
@@ -441,7 +420,7 @@ def in_a_subgroup(rank):
 
 
 def test_a_subgroup_has_a_cache_of_its_own(tmp_path):
-    run(tmp_path, in_a_subgroup)
+    run(tmp_path, in_a_subgroup, ranks=RANKS)
 
 
 def refused(rank):
@@ -469,7 +448,7 @@ def refused(rank):
 
 
 def test_what_does_not_go_with_shards_is_refused(tmp_path):
-    run(tmp_path, refused)
+    run(tmp_path, refused, ranks=RANKS)
 
 
 def test_shards_without_a_process_group_are_refused():
@@ -512,4 +491,4 @@ def one_slot_for_an_item(rank):
 
 
 def test_an_item_has_one_slot_in_all_shards(tmp_path):
-    run(tmp_path, one_slot_for_an_item)
+    run(tmp_path, one_slot_for_an_item, ranks=RANKS)

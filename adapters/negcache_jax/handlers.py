@@ -9,13 +9,14 @@ import jax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from negcache_core import CapacityError, KindError, NegativeCache, OptionError
+from negcache_core import KindError, NegativeCache, OptionError
 from negcache_core.checkpoint import check_layout
 from negcache_core.checks import check_keys
 from negcache_core.handlers import BaseHandler
 from negcache_core.handlers import CacheLossHandler as _CacheLossHandler
 from negcache_core.handlers import MultiCacheLossHandler as _MultiCacheLossHandler
 from negcache_core.results import CacheLossReturn
+from negcache_core.sharded import check_equal_shards
 
 from ._backend import JAX, KeyStream
 from .losses import CacheClassificationLoss, DistributedCacheClassificationLoss
@@ -77,13 +78,7 @@ class _StateHandler(BaseHandler):
                 "one of these, or several in a tuple."
             )
         count = math.prod(mesh.shape[axis] for axis in axes)
-        for name, manager in self._managers.items():
-            if manager.cache_size % count:
-                raise CapacityError(
-                    f"cache {name!r} of {manager.cache_size} slots cannot be cut into {count} "
-                    f"equal shards, one for each device along {group!r}: choose a cache_size that "
-                    f"is a multiple of {count}."
-                )
+        check_equal_shards(self._managers, count, f"device along {group!r}")
         return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
     def bind(self, state: HandlerState) -> Self:

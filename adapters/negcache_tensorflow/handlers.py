@@ -6,11 +6,12 @@ from typing import Any
 
 import tensorflow as tf
 
-from negcache_core import CacheLossReturn, CapacityError, DTypeError, NegativeCache
+from negcache_core import CacheLossReturn, DTypeError, NegativeCache
 from negcache_core.checkpoint import warn_of_nonfinite
 from negcache_core.handlers import BaseHandler
 from negcache_core.handlers import CacheLossHandler as _CacheLossHandler
 from negcache_core.handlers import MultiCacheLossHandler as _MultiCacheLossHandler
+from negcache_core.sharded import check_equal_shards
 
 from ._backend import TENSORFLOW
 from ._layout import Layout
@@ -49,14 +50,7 @@ class _VariableHandler(BaseHandler, tf.Module):
 
     def _init_caches(self) -> dict[str, NegativeCache]:
         if isinstance(self.cache_loss, DistributedCacheClassificationLoss):
-            count = self.cache_loss.replicas.count
-            for name, manager in self._managers.items():
-                if manager.cache_size % count:
-                    raise CapacityError(
-                        f"cache {name!r} of {manager.cache_size} slots cannot be cut into {count} "
-                        "equal shards, one for each replica: make cache_size a multiple of "
-                        f"{count}."
-                    )
+            check_equal_shards(self._managers, self.cache_loss.replicas.count)
         return super()._init_caches()
 
     def _caches(self) -> dict[str, NegativeCache]:
