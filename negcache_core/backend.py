@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from negcache_core._array import Array, concat_rows, numpy_namespace
-from negcache_core.errors import OptionError
+from negcache_core.errors import KindError, OptionError
 from negcache_core.scoring import (
     block_log_sum_exp_in_place,
     exclude_in_place,
@@ -58,6 +58,10 @@ class Backend:
     def set_generator_state(self, generator: Any, state: Any) -> None:
         """Put a generator into a state that `generator_state` returned for one of its kind."""
         generator.bit_generator.state = state
+
+    def owns(self, value: Any) -> bool:
+        """Return whether `value` is an array of this library."""
+        return hasattr(value, "shape") and hasattr(value, "dtype")
 
     def truth(self, value: Array) -> bool | None:
         """Return a bool scalar's value; None where a trace leaves it open."""
@@ -157,7 +161,24 @@ class Backend:
 
     def make_generator(self, seed: Any) -> Any:
         """Return a noise generator from None, an int, or a generator of the library."""
-        return np.random.default_rng(seed)
+        try:
+            return np.random.default_rng(seed)
+        except (TypeError, ValueError) as error:
+            raise KindError(
+                f"generator is {seed!r}: expected None, an int seed of at least 0, or a "
+                "numpy.random.Generator."
+            ) from error
+
+    def remember(self, generator: Any) -> Callable[[], Any] | None:
+        """Return a function that undoes all draws from here on.
+
+        None where there is nothing to undo, as in a trace: it has drawn nothing yet.
+        """
+        if not isinstance(generator, np.random.Generator):
+            return None
+        bits = generator.bit_generator
+        before = bits.state
+        return lambda: setattr(bits, "state", before)
 
     def uniform(self, generator: Any, shape: tuple[Any, ...], like: Array) -> Array:
         """Draw float64 uniforms in [0, 1) on the device of `like`, and advance the generator."""
@@ -173,6 +194,10 @@ class Backend:
 
 class NumpyBackend(Backend):
     """NumPy, the reference: the defaults, and scores that are overwritten in place."""
+
+    def owns(self, value: Any) -> bool:
+        """Return whether it is an array; NumPy's scalars become some."""
+        return isinstance(value, np.ndarray)
 
     def block_log_sum_exp(self, scores: Array, written: Array, block: int) -> Array:
         """Do it in place; rows to leave out are found and filled."""

@@ -9,8 +9,8 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from negcache_core._array import Array, cast, dtype_name, index_dtype
+from negcache_core.arguments import check_keys
 from negcache_core.backend import NUMPY, Backend
-from negcache_core.checks import check_keys
 from negcache_core.errors import (
     CapacityError,
     DTypeError,

@@ -1,111 +1,48 @@
-"""Checks of what a caller hands in, on keys, shapes and dtypes alone: no value is read.
+"""Checks of what a caller hands in as rows of a cache; see `negcache_core.arguments`."""
 
-So they cost no device synchronisation and work while a function is being traced. A size that is
-unknown while tracing (None) fits any other.
-"""
-
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from negcache_core._array import Array, cast, dtype_kind, dtype_name, length
+from negcache_core.arguments import (
+    array_of,
+    check_device,
+    check_keys,
+    check_mapping,
+    check_shape,
+    shape_of,
+)
 from negcache_core.backend import Backend
-from negcache_core.errors import DeviceError, DTypeError, KeysError, KindError, ShapeError
+from negcache_core.errors import CapacityError, DTypeError, KeysError, ShapeError
+from negcache_core.plans import too_many_rows
 from negcache_core.state import NegativeCache
 
 
-def shape_of(array: Array, what: str) -> tuple[Any, ...]:
-    """Return an array's shape as a tuple, None where a size is unknown."""
-    try:
-        return tuple(array.shape)
-    except ValueError as error:  # TensorFlow: unknown rank
-        raise ShapeError(
-            f"{what} has unknown rank: set its static shape before this call."
-        ) from error
-
-
-def check_shape(array: Array, expected: tuple[Any, ...], what: str, advice: str = "") -> Array:
-    """Raise ShapeError unless `array` has the expected shape; a str in it names a free size."""
-    given = shape_of(array, what)
-    fits = len(given) == len(expected) and all(
-        isinstance(want, str) or want is None or size is None or size == want
-        for size, want in zip(given, expected, strict=False)
-    )
-    if not fits:
-        wanted = ", ".join(str(size) for size in expected) + ("," if len(expected) == 1 else "")
-        raise ShapeError(f"{what} has shape {given}: expected ({wanted}). {advice}".rstrip())
-    return array
-
-
-def check_floating(array: Array, what: str) -> Array:
-    """Raise DTypeError unless `array` is of a real floating dtype."""
-    if dtype_kind(array.dtype) != "floating":
-        raise DTypeError(
-            f"{what} has dtype {dtype_name(array.dtype)}: expected float16, bfloat16, float32 or "
-            "float64. Pass the network's output, not its input."
-        )
-    return array
-
-
-def check_field_names(embedding_key: Any, data_keys: Any) -> tuple[str, tuple[str, ...]]:
-    """Return the names of the embedding field and of the item network's fields, checked."""
-    if not isinstance(embedding_key, str):
-        raise KindError(f"embedding_key is {embedding_key!r}: expected a field name.")
-    if isinstance(data_keys, str) or not isinstance(data_keys, Iterable):
-        raise KindError(
-            f"data_keys is {data_keys!r}: expected several field names, such as ('token_ids',)."
-        )
-    keys = tuple(data_keys)
-    if not keys:
-        raise KeysError("data_keys is empty: name the fields that the item network takes.")
-    for key in keys:
-        if not isinstance(key, str):
-            raise KindError(f"data_keys has {key!r}: expected field names.")
-    return embedding_key, keys
-
-
-def check_mapping(value: Any, what: str) -> Mapping[str, Any]:
-    """Raise KindError unless `value` is a mapping of field name -> array."""
-    if not isinstance(value, Mapping):
-        raise KindError(
-            f"{what} is a {type(value).__name__}: expected a dict of field name -> array."
-        )
-    return value
-
-
-def check_keys(given: Iterable[str], known: Iterable[str], what: str, *, exact: bool) -> None:
-    """Raise KeysError unless `given` is all of `known`, or (exact=False) some of it."""
-    given_set, known_set = set(given), set(known)
-    missing = sorted(known_set - given_set) if exact else []
-    unknown = sorted(given_set - known_set, key=str)
-    if missing or unknown:
-        kind = "exactly" if exact else "some of"
-        raise KeysError(
-            f"{what} has keys {sorted(given_set, key=str)}: expected {kind} {sorted(known_set)}"
-            + (f"; missing: {missing}" if missing else "")
-            + (f"; unknown: {unknown}" if unknown else "")
-            + "."
-        )
-
-
 def check_rows(
-    rows: Mapping[str, Any], cache: NegativeCache, what: str, backend: Backend
+    rows: Mapping[str, Any],
+    cache: NegativeCache,
+    what: str,
+    backend: Backend,
+    too_many: Callable[[int, int], CapacityError] | None = None,
 ) -> tuple[dict[str, Array], Any]:
-    """Check rows by field against a cache's tables; return them as arrays, and their number."""
+    """Check rows by field against a cache's tables; return them as arrays, and their number.
+
+    too_many: makes the error for more rows than slots; None where any number will do
+    """
     arrays: dict[str, Array] = {}
     for key, value in rows.items():
         table, name = cache.data[key], f"{what}[{key!r}]"
-        array = backend.to_array(value)
+        expected = ("n", *shape_of(table, name)[1:])
+        advice = "One row per item, each of the field's shape."
+        if too_many is not None and hasattr(value, "shape"):  # before anything is copied
+            size = check_shape(value, expected, name, advice).shape[0]
+            if isinstance(size, int) and size > table.shape[0]:
+                raise too_many(size, table.shape[0])
+        array = array_of(value, expected, name, backend, advice)
         if not hasattr(value, "dtype") and _literal_fits(array, table.dtype):
             array = backend.xp.astype(array, table.dtype)
-        row_shape = shape_of(table, name)[1:]
-        check_shape(array, ("n", *row_shape), name, "One row per item, each of the field's shape.")
         check_castable(array.dtype, table.dtype, name)
-        if backend.device(array) != backend.device(table):
-            raise DeviceError(
-                f"{name} is on {backend.device(array)} and the cache on {backend.device(table)}: "
-                "move one of them."
-            )
-        arrays[key] = array
+        arrays[key] = check_device(array, table, name, backend)
     counts = {key: array.shape[0] for key, array in arrays.items() if array.shape[0] is not None}
     if any(count != next(iter(counts.values())) for count in counts.values()):
         raise ShapeError(
@@ -114,7 +51,11 @@ def check_rows(
     if not arrays:
         return {}, 0
     sized = next((array for key, array in arrays.items() if key in counts), None)
-    return arrays, length(next(iter(arrays.values())) if sized is None else sized, backend.xp)
+    count = length(next(iter(arrays.values())) if sized is None else sized, backend.xp)
+    capacity = cache.age.shape[0]
+    if too_many is not None and isinstance(count, int) and count > capacity:
+        raise too_many(count, capacity)
+    return arrays, count
 
 
 def _literal_fits(array: Array, stored: Any) -> bool:
@@ -152,7 +93,7 @@ def check_new_rows(
     """Check rows that are to be inserted: every field of the cache, one number of rows."""
     rows = check_mapping(new_items, "new_items")
     check_keys(rows, cache.data, "new_items", exact=True)
-    return check_rows(rows, cache, "new_items", backend)
+    return check_rows(rows, cache, "new_items", backend, too_many_rows)
 
 
 def check_refresh(
@@ -166,17 +107,20 @@ def check_refresh(
         )
     rows = check_mapping(data, "updated_item_data")
     check_keys(rows, cache.data, "updated_item_data", exact=False)
-    slots = backend.to_array(indices)
-    count = shape_of(slots, "updated_item_indices")[:1] or (None,)
-    arrays, rows_count = check_rows(rows, cache, "updated_item_data", backend)
-    if arrays and isinstance(rows_count, int):
-        count = (rows_count,)
-    check_shape(slots, count, "updated_item_indices", "One slot for each row of updated_item_data.")
+    arrays, count = check_rows(rows, cache, "updated_item_data", backend)
+    what, advice = "updated_item_indices", "One slot for each row of updated_item_data."
+    known = arrays and isinstance(count, int)
+    slots = array_of(indices, (count if known else "n",), what, backend, advice)
+    check_device(slots, cache.age, what, backend)
     if dtype_kind(slots.dtype) != "integer" and slots.shape[0] != 0:
         raise DTypeError(
             f"updated_item_indices has dtype {dtype_name(slots.dtype)}: expected integers."
         )
-    return arrays, slots, check_mask(mask, slots.shape[0], "updated_item_mask", backend)
+    return (
+        arrays,
+        slots,
+        check_mask(mask, slots.shape[0], "updated_item_mask", backend, like=cache.age),
+    )
 
 
 def check_stand_in(
@@ -195,14 +139,16 @@ def check_stand_in(
     return {key: cast(value, cache.data[key].dtype, backend.xp) for key, value in rows.items()}
 
 
-def check_mask(mask: Any, count: Any, what: str, backend: Backend) -> Array | None:
+def check_mask(
+    mask: Any, count: Any, what: str, backend: Backend, *, like: Array = None
+) -> Array | None:
     """Check a mask of `count` rows and return it as a bool array, or None."""
     if mask is None:
         return None
-    array = backend.to_array(mask)
-    check_shape(array, (count if isinstance(count, int) else "n",), what, "One bool for each row.")
+    expected = (count if isinstance(count, int) else "n",)
+    array = array_of(mask, expected, what, backend, "One bool for each row.")
     if dtype_kind(array.dtype) != "bool":
         if array.shape[0] == 0:
             return backend.xp.astype(array, backend.xp.bool)
         raise DTypeError(f"{what} has dtype {dtype_name(array.dtype)}: expected bool.")
-    return array
+    return array if like is None else check_device(array, like, what, backend)

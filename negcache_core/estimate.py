@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from negcache_core._array import Array, cast
 from negcache_core.backend import Backend
+from negcache_core.embedded import Embedded, Usable, of_usable_queries, without_poison
 from negcache_core.estimators import ESTIMATORS, Law, Weights, corrected
 from negcache_core.metrics import finite_rows, staleness, step_metrics, weight_metrics
 from negcache_core.retrieval import Retrieval
@@ -17,25 +18,12 @@ from negcache_core.surrogates import (
 )
 
 
-class Embedded(NamedTuple):
-    """Fresh embeddings, differentiable: queries, positives (B, D); drawn (n, D); hard (B, H, D).
-
-    every_positive, every_drawn: those of all replicas, where there are several; else None
-    """
-
-    queries: Array
-    positives: Array
-    drawn: Array
-    hard: Array | None = None
-    every_positive: Array | None = None
-    every_drawn: Array | None = None
-
-
 class Estimate(NamedTuple):
     """What a step estimates, by query or by drawn row; only `training` is differentiable.
 
     training:      (B,) the surrogate
-    interpretable: (B,) the cross-entropy, in nats
+    interpretable: (B,) the cross-entropy, in nats; both are NaN, without a gradient, where the
+                   query or its positive is not finite
     fresh:         (n, D) the drawn rows' embeddings in the cache's dtype; finite: bool (n,)
     staleness:     (B,) mean of a query's drawn rows
     metrics:       scalars, see `step_metrics` and `weight_metrics`
@@ -60,83 +48,77 @@ def estimate(
 ) -> Estimate:
     """Return the estimate of one step; see `CacheClassificationLoss.loss_from_negatives`."""
     xp, constant = backend.xp, backend.stop_gradient
-    queries, stale = embedded.queries, retrieval.stale_embeddings
+    given, stored = embedded, retrieval.stale_embeddings
+    embedded, usable = without_poison(given, stored, scorer, backend)
+    queries, weighed = embedded.queries, embedded.pool()
+    known = of_usable_queries(retrieval, usable.queries, xp=xp)
+    stale = stored if known.pool is None else known.pool.stale
     positive = scorer.pairs(queries, embedded.positives)
-    parts = _exact_negatives(embedded, retrieval, scorer)
+    parts = _exact_negatives(embedded, retrieval, usable, scorer)
     law = Law(
         constant(positive),
-        cast(retrieval.log_partition, scorer.dtype, xp),
-        retrieval.drawn,
+        cast(known.log_partition, scorer.dtype, xp),
+        known.drawn,
         log_partition_of(parts, constant, xp),
-        retrieval.pool,
+        known.pool,
     )
     log_odds = law.log_odds(xp=xp)
-    weights, drawn, pool = ESTIMATORS[estimator](law, xp=xp), embedded.drawn, retrieval.pool
-    with backend.no_gradient():
-        fresh = cast(constant(drawn), stale.dtype, xp)
-        finite = finite_rows(fresh, xp=xp)
-    weighed, stale_weighed = drawn, stale
-    if pool is not None:
-        every, stale_weighed = embedded.every_drawn, pool.stale
-        weighed = drawn if every is None else every
-        # A row that is not finite would reach every query: it counts as not drawn.
-        usable = finite_rows(cast(constant(weighed), stale.dtype, xp), xp=xp)
-        weights = weights.without(~usable, xp=xp)
-        weighed = xp.where(usable[:, None], weighed, 0.0)
+    interpretable = xp.where(usable.queries, soft_plus(log_odds, xp=xp), float("nan"))
+    weights = ESTIMATORS[estimator](law, xp=xp).without(~usable.pool, xp=xp)
     if staleness_correction:
         with backend.no_gradient():
-            moved = _moved(weights, scorer, constant(queries), constant(weighed), stale_weighed)
+            moved = _moved(weights, scorer, constant(queries), constant(weighed), stale)
             law, weights = corrected(law, weights, constant(moved), xp=xp)
     training = cache_term(
-        weights,
-        scorer,
-        queries,
-        weighed,
-        readout=retrieval.readout,
-        stale=stale_weighed,
-        constant=constant,
+        weights, scorer, queries, weighed, readout=known.readout, stale=stale, constant=constant
     )
     training = training - positive_weight(law, weights, xp=xp) * positive
     if parts:
         training = training + exact_terms(parts, law, constant, xp)
 
     with backend.no_gradient():
-        kept = finite_rows(cast(constant(embedded.positives), stale.dtype, xp), xp=xp)
         was_drawn = xp.reshape(retrieval.drawn, (-1,))
-        wide = cast(fresh, scorer.dtype, xp)
-        row_staleness = staleness(cast(stale, scorer.dtype, xp), wide, xp=xp)
-        row_staleness = xp.where(was_drawn & finite, row_staleness, 0.0)
+        clean = cast(constant(embedded.drawn), scorer.dtype, xp)
+        row_staleness = staleness(cast(stored, scorer.dtype, xp), clean, xp=xp)
+        row_staleness = xp.where(was_drawn & usable.drawn, row_staleness, 0.0)
+        kept = finite_rows(cast(constant(given.positives), stored.dtype, xp), xp=xp)
+        left_out = [was_drawn & ~usable.drawn, ~kept]
+        if usable.hard is not None:
+            left_out.append(xp.reshape(~usable.hard, (-1,)))
         metrics = step_metrics(
             retrieval,
-            soft_plus(log_odds, xp=xp),
+            interpretable,
             sigmoid(log_odds, xp=xp),
+            usable.queries,
             row_staleness,
-            xp.concat([was_drawn & ~finite, ~kept]),
+            xp.concat(left_out),
             xp=xp,
         )
         constants = cast(constant(weighed), scorer.dtype, xp)
         metrics.update(weight_metrics(weights, constants, xp=xp))
         by_query = xp.reshape(row_staleness, (-1, retrieval.drawn.shape[1]))
+        fresh = cast(constant(given.drawn), stored.dtype, xp)
     return Estimate(
-        training,
-        soft_plus(log_odds, xp=xp),
+        xp.where(usable.queries, training, float("nan")),
+        interpretable,
         fresh,
-        finite,
+        usable.drawn,
         xp.mean(by_query, axis=1),
         metrics,
     )
 
 
-def _exact_negatives(embedded: Embedded, retrieval: Retrieval, scorer: Scorer) -> list[Exact]:
+def _exact_negatives(
+    embedded: Embedded, retrieval: Retrieval, usable: Usable, scorer: Scorer
+) -> list[Exact]:
     """Return what competes in full: in-batch positives and hard negatives, where there are such."""
     parts = []
     if retrieval.others is not None:
-        every = embedded.every_positive
-        every = embedded.positives if every is None else every
-        scores = scorer.cross(embedded.queries, every)
-        parts.append(Exact(scores, retrieval.others, retrieval.positive_bias))
+        scores = scorer.cross(embedded.queries, embedded.batch())
+        counts = retrieval.others & usable.batch[None, :]
+        parts.append(Exact(scores, counts, retrieval.positive_bias))
     if embedded.hard is not None:
-        parts.append(Exact(scorer.pairs(embedded.queries, embedded.hard), None))
+        parts.append(Exact(scorer.pairs(embedded.queries, embedded.hard), usable.hard))
     return parts
 
 

@@ -69,7 +69,10 @@ class Weights(NamedTuple):
         return self.every if self.own is None else self.own
 
     def without(self, dropped: Array, *, xp: Any) -> "Weights":
-        """Return these weights with 0 for rows (n,) of the batch where `dropped` is True."""
+        """Return these weights with 0 for drawn rows (n,) where `dropped` is True."""
+        if self.own is not None:
+            own = xp.where(xp.reshape(dropped, (-1, self.own.shape[1])), 0.0, self.own)
+            return self._replace(own=own)
         every, stale = (
             None if each is None else xp.where(dropped[None, :], 0.0, each)
             for each in (self.every, self.stale)
@@ -168,7 +171,7 @@ def check_estimator(
     name: Any, *, transform: bool, top_k: bool, retrieval_fn: bool, correction: bool
 ) -> str:
     """Return `name` if it names an estimator that works with the other options, or raise."""
-    if name not in ESTIMATORS:
+    if not isinstance(name, str) or name not in ESTIMATORS:
         raise OptionError(f"estimator is {name!r}: expected one of {sorted(ESTIMATORS)}.")
     if retrieval_fn and name != "paper":
         raise OptionError(
@@ -190,4 +193,4 @@ def check_estimator(
             "estimator 'exact_query' reads out the whole cache, and top_k has a query compete with "
             "k slots only: leave top_k out, or use estimator='shared'."
         )
-    return str(name)
+    return name

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from negcache_core._array import Array, cast
+from negcache_core.arguments import array_of, check_device, check_mapping, in_order, names_of
 from negcache_core.backend import NUMPY, Backend
-from negcache_core.checks import check_castable, check_shape
-from negcache_core.errors import KeysError, KindError
+from negcache_core.checks import check_castable
+from negcache_core.errors import KeysError
 from negcache_core.matching import check_identifies, equal_rows
 from negcache_core.state import NegativeCache, check_cache, is_written
 
@@ -39,30 +40,26 @@ class IsInCacheFilterFn(CacheFilterFn):
     """
 
     def __init__(self, keys: Iterable[str]) -> None:
-        if isinstance(keys, str) or not isinstance(keys, Iterable):
-            raise KindError(
-                f"keys is {keys!r}: expected several field names, such as ('item_id',)."
-            )
-        self.keys = tuple(keys)
-        if not self.keys:
-            raise KeysError("keys is empty: name the fields that identify an item.")
+        self.keys = names_of(keys, "keys", "item_id", "identify an item")
 
     def __call__(self, cache: NegativeCache, new_items: Mapping[str, Any]) -> Array:
         """Return bool (n,). Raises KeysError, ShapeError, or DTypeError for a floating field."""
         xp = self.backend.xp
         cache = check_cache(cache, self.backend)
+        check_mapping(new_items, "new_items")
         equal = is_written(cache.age)[None, :]
         for key in self.keys:
             for what, fields in (("the cache", cache.data), ("new_items", new_items)):
                 if key not in fields:
                     raise KeysError(
-                        f"key {key!r} is not in {what}, which has {sorted(fields)}: correct the "
+                        f"key {key!r} is not in {what}, which has {in_order(fields)}: correct the "
                         "filter's keys."
                     )
-            table, rows = cache.data[key], self.backend.to_array(new_items[key])
+            table, what = cache.data[key], f"new_items[{key!r}]"
             check_identifies(table.dtype, f"key {key!r}")
-            what = f"new_items[{key!r}]"
+            expected = ("n", *tuple(table.shape)[1:])
+            rows = array_of(new_items[key], expected, what, self.backend)
             check_castable(rows.dtype, table.dtype, what)
-            check_shape(rows, ("n", *tuple(table.shape)[1:]), what)
+            check_device(rows, table, what, self.backend)
             equal = equal & equal_rows(cast(rows, table.dtype, xp), table, xp=xp)
         return ~xp.any(equal, axis=1)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from negcache_core._array import Array
-from negcache_core.checks import check_keys, check_mapping
+from negcache_core.arguments import check_keys, check_mapping
 from negcache_core.errors import KindError
 from negcache_core.losses import CacheClassificationLoss
 from negcache_core.manager import CacheManager
@@ -205,7 +205,9 @@ class MultiCacheLossHandler(Upkeep):
 
         cache_name: the cache to refresh; None for all, n rows of each
         """
-        names = self._managers if cache_name is None else [cache_name]
+        names = list(self._managers) if cache_name is None else [cache_name]
+        if not all(isinstance(name, str) for name in names):
+            raise KindError(f"cache_name is {cache_name!r}: expected the name of a cache, or None.")
         check_keys(names, self._managers, "cache_name", exact=False)
         return self._refresh(names, item_network, n)
 

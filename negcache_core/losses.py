@@ -6,20 +6,30 @@ embedded anew. `retrieve` and `loss_from_negatives` are the two phases of callin
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
-from negcache_core._array import Array, accumulation_dtype, cast, length
-from negcache_core.backend import NUMPY, Backend
-from negcache_core.checks import (
+from negcache_core._array import Array, accumulation_dtype, cast, dtype_kind, dtype_name, length
+from negcache_core.arguments import (
+    array_of,
+    as_whole,
+    check_device,
     check_field_names,
+    check_flag,
     check_floating,
+    check_function,
     check_shape,
-    check_stand_in,
+    embeddings_of,
     shape_of,
 )
-from negcache_core.errors import KindError, OptionError
-from negcache_core.estimate import Embedded, estimate
+from negcache_core.backend import NUMPY, Backend
+from negcache_core.checks import check_stand_in
+from negcache_core.embedded import Embedded
+from negcache_core.errors import DTypeError, KindError, OptionError
+from negcache_core.estimate import estimate
 from negcache_core.estimators import check_estimator
+from negcache_core.functions import UndoneOnError, check_scale, reduced, scale_for, transformed
 from negcache_core.metrics import mean
 from negcache_core.pool import Pool, cross_scores, pool_of
 from negcache_core.positives import Positives, others_of, positives_of
@@ -34,6 +44,7 @@ from negcache_core.retrieval import (
     scores_of,
     with_stand_ins,
 )
+from negcache_core.retrieved import check_retrieval
 from negcache_core.scoring import Scorer
 from negcache_core.state import NegativeCache
 from negcache_core.streaming import CacheScores
@@ -111,31 +122,30 @@ class CacheClassificationLoss(CacheLoss):
             ("reducer", reducer),
             ("retrieval_fn", retrieval_fn),
         ):
-            if function is not None and not callable(function):
-                raise KindError(f"{name} is {function!r}: expected a function, or None.")
-        for name, number in (("num_samples", num_samples), ("tile_bytes", tile_bytes or 1)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise OptionError(f"{name} is {number!r}: expected a positive int.")
+            if function is not None:
+                check_function(function, name, "a function, or None")
+        self.num_samples = _positive(num_samples, "num_samples", MOST_DRAWS)
+        self.tile_bytes = tile_bytes
+        if tile_bytes is not None:
+            self.tile_bytes = _positive(tile_bytes, "tile_bytes", None)
         self.score_transform = score_transform
         self.top_k = check_top_k(top_k)
         self.reducer = reducer
         self.retrieval_fn = retrieval_fn
-        self.scale = scale
+        self.scale = check_scale(scale)
+        self.staleness_correction = check_flag(staleness_correction, "staleness_correction")
+        self.in_batch_negatives = check_flag(in_batch_negatives, "in_batch_negatives")
         self.estimator = check_estimator(
             estimator,
             transform=score_transform is not None,
             top_k=top_k is not None,
             retrieval_fn=retrieval_fn is not None,
-            correction=bool(staleness_correction),
+            correction=self.staleness_correction,
         )
-        self.staleness_correction = bool(staleness_correction)
-        self.in_batch_negatives = bool(in_batch_negatives)
         for name, key in (("id_key", id_key), ("log_frequency_key", log_frequency_key)):
             if key is not None and not isinstance(key, str):
                 raise KindError(f"{name} is {key!r}: expected a field name, or None.")
         self.id_key, self.log_frequency_key = id_key, log_frequency_key
-        self.num_samples = num_samples
-        self.tile_bytes = tile_bytes
         self.generator = self.backend.make_generator(generator)
 
     @property
@@ -162,19 +172,22 @@ class CacheClassificationLoss(CacheLoss):
                           with id_key or log_frequency_key these fields too, (B,)
         positive_ids:     (B, P) integers, all items that are positives of a query; by default the
                           id of its one positive. Fill up rows with an id twice, or one of no item.
-        noise:            (B, S, 2) uniforms in [0, 1); drawn from the generator where it is None
+        noise:            (B, S, 2) floating uniforms in [0, 1); drawn from the generator where None
         """
         backend = self.backend
         caches = named_caches(
             cache, (self.embedding_key, *self.data_keys, *self.item_keys.values()), backend
         )
         table = next(iter(caches.values())).data[self.embedding_key]
-        check_floating(
-            check_shape(query_embeddings, ("B", table.shape[1]), "query_embeddings"),
-            "query_embeddings",
+        what = f"field {self.embedding_key!r}"
+        check_floating(check_shape(table, ("C", "D"), what, "Embeddings are vectors."), what)
+        query_embeddings = embeddings_of(
+            query_embeddings, ("B", table.shape[1]), "query_embeddings", backend, like=table
         )
         if noise is not None:
-            check_shape(noise, (query_embeddings.shape[0], "S", 2), "noise", "Uniforms in [0, 1).")
+            expected = (query_embeddings.shape[0], self.num_samples, 2)
+            noise = array_of(noise, expected, "noise", backend, "Uniforms in [0, 1).")
+            check_device(check_floating(noise, "noise"), table, "noise", backend)
         stand_in = None
         if pos_features is not None:
             stand_in = check_stand_in(pos_features, self.data_keys, caches, backend)
@@ -189,7 +202,7 @@ class CacheClassificationLoss(CacheLoss):
             backend,
             in_batch=self.in_batch_negatives,
         )
-        with backend.no_gradient():
+        with backend.no_gradient(), self.undone_on_error():
             queries = backend.stop_gradient(query_embeddings)
             found = self._draw(queries, caches, batch, stand_in, noise)
         if not isinstance(cache, Mapping):
@@ -297,32 +310,40 @@ class CacheClassificationLoss(CacheLoss):
 
         query_embeddings, pos_doc_embeddings: (B, D); neg_doc_embeddings: (B * S, D)
         hard_negative_embeddings: (B, H, D), negatives of each query that compete exactly, with
-                                  gradients; they do not enter the cache
+                                  gradients; they do not enter the cache, and those that are not
+                                  finite do not count
         sample_weight:            (B,) factors on the queries' losses, before they are reduced
         """
         backend = self.backend
-        draws, width = retrieval.drawn.shape[1], retrieval.stale_embeddings.shape[1]
-        rows = retrieval.drawn.shape[0]
-        total = None if rows is None else rows * draws
-        for what, array, count in (
-            ("query_embeddings", query_embeddings, rows),
-            ("pos_doc_embeddings", pos_doc_embeddings, rows),
-            ("the item network's output", neg_doc_embeddings, total),
-        ):
-            check_floating(check_shape(array, (count, width), what), what)
-        if hard_negative_embeddings is not None:
-            what = "hard_negative_embeddings"
-            check_floating(check_shape(hard_negative_embeddings, (rows, "H", width), what), what)
-        if sample_weight is not None:
-            sample_weight = backend.to_array(sample_weight)
-            check_shape(sample_weight, (rows,), "sample_weight", "One factor for each query.")
-        embedded = self._embedded(
+        check_retrieval(
             retrieval,
-            query_embeddings,
-            pos_doc_embeddings,
-            neg_doc_embeddings,
-            hard_negative_embeddings,
+            backend,
+            pool=self.estimator != "paper",
+            readout=self.estimator == "exact_query",
+            others=self.in_batch_negatives,
         )
+        (rows, draws), like = retrieval.drawn.shape, retrieval.stale_embeddings
+        total, width = None if rows is None else rows * draws, like.shape[1]
+        given = [
+            embeddings_of(array, shape, what, backend, like=like)
+            for what, array, shape in (
+                ("query_embeddings", query_embeddings, (rows, width)),
+                ("pos_doc_embeddings", pos_doc_embeddings, (rows, width)),
+                ("the item network's output", neg_doc_embeddings, (total, width)),
+                ("hard_negative_embeddings", hard_negative_embeddings, (rows, "H", width)),
+            )
+            if array is not None or what != "hard_negative_embeddings"
+        ]
+        if sample_weight is not None:
+            what, advice = "sample_weight", "One factor for each query."
+            sample_weight = array_of(sample_weight, (rows,), what, backend, advice)
+            check_device(sample_weight, like, what, backend)
+            if dtype_kind(sample_weight.dtype) not in {"floating", "integer", "bool"}:
+                raise DTypeError(
+                    f"sample_weight has dtype {dtype_name(sample_weight.dtype)}: expected floating "
+                    "factors."
+                )
+        embedded = self._embedded(retrieval, *given, *[None] * (4 - len(given)))
         scorer = self._scorer(*embedded[:3], retrieval.stale_embeddings)
         found = estimate(
             embedded,
@@ -367,22 +388,34 @@ class CacheClassificationLoss(CacheLoss):
         ShapeError on its output.
         """
         _check_positives(query_embeddings, pos_doc_embeddings)
-        retrieval = self.retrieve(
-            query_embeddings,
-            cache,
-            pos_features=pos_features,
-            positive_ids=positive_ids,
-            noise=noise,
-        )
-        negatives = doc_network(retrieval.features)
-        return self.loss_from_negatives(
-            query_embeddings,
-            pos_doc_embeddings,
-            negatives,
-            retrieval,
-            hard_negative_embeddings=hard_negative_embeddings,
-            sample_weight=sample_weight,
-        )
+        check_function(doc_network, "doc_network", "a function of features")
+        with self.undone_on_error():
+            retrieval = self.retrieve(
+                query_embeddings,
+                cache,
+                pos_features=pos_features,
+                positive_ids=positive_ids,
+                noise=noise,
+            )
+            negatives = doc_network(retrieval.features)
+            return self.loss_from_negatives(
+                query_embeddings,
+                pos_doc_embeddings,
+                negatives,
+                retrieval,
+                hard_negative_embeddings=hard_negative_embeddings,
+                sample_weight=sample_weight,
+            )
+
+    def undone_on_error(self) -> AbstractContextManager[None]:
+        """Return a context that undoes its draws if an error passes it."""
+        undo = [each for each in self._remembered() if each is not None]
+        return UndoneOnError(undo) if undo else nullcontext()
+
+    def _remembered(self) -> list[Callable[[], Any] | None]:
+        """Return functions that put back what draws change; None for nothing."""
+        drawing = (self.generator, getattr(self.retrieval_fn, "generator", None))
+        return [self.backend.remember(each) for each in drawing]
 
     def _embedded(self, retrieval: Retrieval, *embeddings: Array | None) -> Embedded:
         """Return all that a loss needs embedded."""
@@ -390,14 +423,19 @@ class CacheClassificationLoss(CacheLoss):
         return Embedded(*embeddings)
 
     def _scorer(self, *arrays: Array) -> Scorer:
-        xp = self.backend.xp
-        return Scorer(self.scale, self.score_transform, accumulation_dtype(*arrays, xp=xp), xp)
+        xp, scale, transform = self.backend.xp, self.scale, self.score_transform
+        dtype = accumulation_dtype(*arrays, xp=xp)
+        if scale is not None and not isinstance(scale, (int, float)):
+            scale = partial(scale_for, scale, arrays[0], self.backend)
+        if transform is not None:
+            transform = partial(transformed, transform, dtype=dtype, backend=self.backend)
+        return Scorer(scale, transform, dtype, xp)
 
     def _reduce(self, values: Array, retrieval: Retrieval) -> Array:
         del retrieval
         if self.reducer is mean:
             return mean(values, xp=self.backend.xp)
-        return values if self.reducer is None else self.reducer(values)
+        return values if self.reducer is None else reduced(self.reducer, values, self.backend)
 
     def _refresh(self, retrieval: Retrieval, fresh: Array, finite: Array) -> dict[str, Any]:
         """Return the updated_item_* fields, by cache name where the caches were named."""
@@ -413,6 +451,20 @@ class CacheClassificationLoss(CacheLoss):
             "updated_item_indices": retrieval.slots,
             "updated_item_mask": {key: mask & finite for key, mask in retrieval.owned.items()},
         }
+
+
+MOST_DRAWS = 2**31 - 1
+"""Draws per query: their positions fit an int32."""
+
+
+def _positive(number: Any, what: str, most: int | None) -> int:
+    """Return a positive int, or raise OptionError."""
+    whole = as_whole(number)
+    if whole is None or whole < 1:
+        raise OptionError(f"{what} is {number!r}: expected a positive int.")
+    if most is not None and whole > most:
+        raise OptionError(f"{what} is {number}: expected at most {most}.")
+    return whole
 
 
 def _check_positives(query_embeddings: Array, pos_doc_embeddings: Array) -> None:

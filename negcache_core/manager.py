@@ -1,9 +1,11 @@
 """The cache manager: which rows enter, stay, are refreshed, and leave."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from negcache_core._array import Array, cast, native_dtype, put_rows
+from negcache_core.arguments import as_whole, check_flag, in_order
 from negcache_core.backend import NUMPY, Backend
 from negcache_core.checks import check_mask, check_new_rows, check_refresh
 from negcache_core.errors import CapacityError, KeysError, KindError
@@ -15,7 +17,6 @@ from negcache_core.plans import (
     plan_refresh,
     plan_unique_insert,
     rows_to_write,
-    too_many_rows,
 )
 from negcache_core.specs import as_field_specs
 from negcache_core.state import EMPTY, NegativeCache, check_cache
@@ -35,6 +36,10 @@ class UpdatePlan(NamedTuple):
     def writes(self) -> list[tuple[WritePlan, dict[str, Array]]]:
         """Return the writes in the order in which they count."""
         return [write for write in (self.refresh, self.new_items) if write is not None]
+
+
+MOST_VALUES = 2**59
+"""Values in one table, of up to eight bytes each: what a signed 64-bit size can address."""
 
 
 class CacheManager:
@@ -71,15 +76,22 @@ class CacheManager:
         *,
         unique_key: str | None = None,
     ) -> None:
-        if isinstance(cache_size, bool) or not hasattr(cache_size, "__index__"):
+        slots = as_whole(cache_size)
+        if slots is None:
             raise KindError(
                 f"cache_size is {cache_size!r}: expected a positive int, the number of slots."
             )
-        if cache_size.__index__() < 1:
+        if slots < 1:
             raise CapacityError(f"cache_size is {cache_size}: a cache needs at least one slot.")
         self.specs = as_field_specs(specs)
-        self.cache_size = cache_size.__index__()
-        self.use_lru = bool(use_lru)
+        for key, spec in self.specs.items():
+            if slots * max(1, math.prod(spec.shape)) > MOST_VALUES:
+                raise CapacityError(
+                    f"field {key!r} would have {slots} rows of shape {spec.shape}, more values "
+                    "than any array can: lower cache_size, or make the rows smaller."
+                )
+        self.cache_size = slots
+        self.use_lru = check_flag(use_lru, "use_lru")
         self.unique_key = unique_key
         for spec in self.specs.values():
             native_dtype(spec.dtype, self.backend.xp)  # raises where the library lacks the dtype
@@ -137,13 +149,13 @@ class CacheManager:
         xp, key, cache = self.backend.xp, self.unique_key, self._own(cache)
         age = cache.age if refresh is None else refresh[0].age
         rows, count = self.check_new_items(cache, new_items)
-        mask = check_mask(mask, count, "new_items_mask", self.backend)
+        mask = check_mask(mask, count, "new_items_mask", self.backend, like=cache.age)
         if key is None:
             return plan_insert(age, count, mask, xp=xp), rows
         if key not in cache.data:
             raise KeysError(
-                f"unique_key {key!r} is not in the cache, which has {sorted(cache.data)}: make it "
-                "with this manager's init_cache()."
+                f"unique_key {key!r} is not in the cache, which has {in_order(cache.data)}: make "
+                "it with this manager's init_cache()."
             )
         held = cache.data[key]
         if refresh is not None and key in refresh[1]:  # an item may have become another one
@@ -155,11 +167,7 @@ class CacheManager:
         self, cache: NegativeCache, new_items: Mapping[str, Any]
     ) -> tuple[dict[str, Array], Any]:
         """Raise unless `new_items` could be inserted; return them as arrays, and their number."""
-        rows, count = check_new_rows(new_items, cache, self.backend)
-        capacity = cache.age.shape[0]
-        if isinstance(count, int) and count > capacity:
-            raise too_many_rows(count, capacity)
-        return rows, count
+        return check_new_rows(new_items, cache, self.backend)
 
     def update_cache(
         self,

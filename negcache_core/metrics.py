@@ -35,8 +35,8 @@ def mean(values: Array, *, xp: Any = None) -> Array:
 
 
 def finite_rows(rows: Array, *, xp: Any) -> Array:
-    """Return bool (n,): True where all of a row of (n, D) is finite."""
-    return xp.all(xp.isfinite(rows), axis=1)
+    """Return bool (n,): True where all of a row of (n, D) is finite; (n, m) for (n, m, D)."""
+    return xp.all(xp.isfinite(rows), axis=-1)
 
 
 def weight_metrics(weights: Weights, fresh: Array, *, xp: Any) -> dict[str, Array]:
@@ -82,6 +82,7 @@ def step_metrics(
     retrieval: Retrieval,
     interpretable_loss: Array,
     miss: Array,
+    usable: Array,
     row_staleness: Array,
     nonfinite: Array,
     *,
@@ -89,20 +90,21 @@ def step_metrics(
 ) -> dict[str, Array]:
     """Return the scalars that a training loop should log.
 
-    interpretable_loss:   mean cross-entropy estimate, in nats
-    positive_probability: mean p+ of the softmax over the positive and the cache
+    interpretable_loss:   mean cross-entropy estimate, in nats, of the queries that have one
+    positive_probability: mean p+ of the softmax over the positive and the cache, of these
     effective_negatives:  exp of the mean entropy of the draw: how many slots compete
     fill:                 share of slots that hold a row
     mean_age_drawn:       mean age of the drawn rows, in update steps
     staleness:            mean |stale - fresh|^2 / |fresh|^2 of the drawn rows
     masked_count:         draws without a usable slot, which got weight 0
-    nonfinite_count:      embeddings kept out of the cache for a NaN or an infinity
+    nonfinite_count:      positives, drawn rows and hard negatives left out, of the cache and of
+                          other queries' losses, for a NaN or an infinity
     """
     dtype = miss.dtype
     drawn = xp.reshape(retrieval.drawn, (-1,))
     return {
-        "interpretable_loss": mean(interpretable_loss, xp=xp),
-        "positive_probability": mean(1.0 - miss, xp=xp),
+        "interpretable_loss": masked_mean(interpretable_loss, usable, xp=xp),
+        "positive_probability": masked_mean(1.0 - miss, usable, xp=xp),
         "effective_negatives": xp.exp(
             masked_mean(cast(retrieval.entropy, dtype, xp), xp.any(retrieval.drawn, axis=1), xp=xp)
         ),

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from negcache_core._array import Array, cast, dtype_kind, dtype_name, positions
+from negcache_core.arguments import array_of, as_array, check_device, check_shape, shape_of
 from negcache_core.backend import Backend
-from negcache_core.checks import check_castable, check_shape
-from negcache_core.errors import DTypeError, KeysError, OptionError
+from negcache_core.checks import check_castable
+from negcache_core.errors import DTypeError, KeysError, OptionError, ShapeError
 from negcache_core.scoring import is_among
 from negcache_core.state import NegativeCache
 
@@ -49,7 +50,8 @@ def positives_of(
                 f"pos_features lack {key!r}: pass the field {key!r} of the batch's positives, (B,)."
             )
         what = f"pos_features[{key!r}]"
-        array = check_shape(backend.to_array(features[key]), (rows,), what, "One for each query.")
+        array = array_of(features[key], (rows,), what, backend, "One for each query.")
+        check_device(array, table[key], what, backend)
         check_castable(array.dtype, table[key].dtype, what)
         return cast(array, table[key].dtype, xp)
 
@@ -60,7 +62,11 @@ def positives_of(
         _check_field(table, id_key, "integer", "id_key")
         if positive_ids is None or in_batch:
             items = column(id_key)
-        own = items[:, None] if positive_ids is None else _ids(positive_ids, rows, backend)
+        own = (
+            items[:, None]
+            if positive_ids is None
+            else _ids(positive_ids, rows, table[id_key], backend)
+        )
         own = cast(own, table[id_key].dtype, xp)
     if bias_key is not None:
         _check_field(table, bias_key, "floating", "log_frequency_key")
@@ -82,10 +88,15 @@ def others_of(
     return others & ~xp.matrix_transpose(is_among(items, own))
 
 
-def _ids(positive_ids: Any, rows: Any, backend: Backend) -> Array:
-    ids = backend.to_array(positive_ids)
-    ids = ids[:, None] if len(ids.shape) == 1 else ids
-    check_shape(ids, (rows, "P"), "positive_ids", "The ids of each query's positives.")
+def _ids(positive_ids: Any, rows: Any, table: Array, backend: Backend) -> Array:
+    what, advice = "positive_ids", "The ids of each query's positives."
+    if not hasattr(positive_ids, "shape"):
+        positive_ids = as_array(positive_ids, what, backend)
+    single = len(shape_of(positive_ids, what)) == 1
+    ids = array_of(positive_ids, (rows,) if single else (rows, "P"), what, backend, advice)
+    ids = check_device(ids[:, None] if single else ids, table, what, backend)
+    if ids.shape[1] == 0:
+        raise ShapeError("positive_ids has no columns: expected one id or more for each query.")
     if dtype_kind(ids.dtype) != "integer":
         raise DTypeError(f"positive_ids has dtype {dtype_name(ids.dtype)}: expected integers.")
     return ids

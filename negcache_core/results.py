@@ -10,7 +10,8 @@ class CacheLossReturn(NamedTuple):
     """What a cache loss returns. The first six fields are the published ones.
 
     training_loss:        the surrogate: its gradient counts, its value means nothing
-    interpretable_loss:   the cross-entropy estimate from stale scores, in nats; never infinite
+    interpretable_loss:   the cross-entropy estimate from stale scores, in nats; never infinite.
+                          NaN, without a gradient, where a query or its positive is not finite
     updated_item_data:    {embedding_key: (n, D)} fresh embeddings of the drawn rows, constants
     updated_item_indices: (n,) their slots
     updated_item_mask:    bool (n,); False: no row was drawn, or its embedding is not finite

@@ -19,11 +19,15 @@ from negcache_core._array import (
     take,
     take_columns,
 )
+from negcache_core.arguments import (
+    check_device,
+    shape_of,
+)
 from negcache_core.backend import Backend
-from negcache_core.checks import shape_of
 from negcache_core.errors import KeysError, ShapeError
+from negcache_core.functions import choice
 from negcache_core.pool import Pool
-from negcache_core.sampling import check_choice, draw_from_softmax
+from negcache_core.sampling import draw_from_softmax
 from negcache_core.scoring import Scorer, log_sum_exp
 from negcache_core.state import NegativeCache, check_cache, is_written
 from negcache_core.streaming import (
@@ -81,6 +85,9 @@ def named_caches(cache: Any, fields: tuple[str, ...], backend: Backend) -> dict[
     given = {SINGLE: cache} if single else dict(cache)
     if not given:
         raise KeysError("cache is an empty dict: expected at least one NegativeCache.")
+    for name in given:
+        if not isinstance(name, str):
+            raise KeysError(f"cache has key {name!r}: the names of caches are strings.")
     caches = {name: check_cache(given[name], backend, f"cache {name!r}") for name in sorted(given)}
     first = next(iter(caches.values()))
     for name, each in caches.items():
@@ -100,6 +107,7 @@ def named_caches(cache: Any, fields: tuple[str, ...], backend: Backend) -> dict[
                 )
         if each.age.shape[0] is None:
             raise ShapeError(f"cache {name!r} has an unknown capacity: set its static shape.")
+        check_device(each.age, first.age, f"cache {name!r}", backend)
     return caches
 
 
@@ -189,7 +197,7 @@ def draw(
         if retrieval_fn is None:
             slots, log_partition = draw_from_softmax(matrix, noise, xp=xp)
         else:
-            slots = check_choice(retrieval_fn(matrix), matrix.shape[0], backend)
+            slots = choice(retrieval_fn(matrix), matrix.shape[0], backend)
             log_partition = log_sum_exp(matrix, xp=xp)
         inside = (slots >= 0) & (slots < matrix.shape[1])
         slots = xp.where(inside, slots, 0)

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 from negcache_core._array import (
     Array,
     cast,
-    dtype_kind,
     fill,
     index_dtype,
     length,
@@ -16,8 +15,15 @@ from negcache_core._array import (
     take,
     take_columns,
 )
+from negcache_core.arguments import (
+    array_of,
+    check_device,
+    check_floating,
+    check_number,
+    shape_of,
+)
 from negcache_core.backend import NUMPY, Backend
-from negcache_core.errors import OptionError
+from negcache_core.errors import CapacityError
 from negcache_core.scoring import log_sum_exp
 
 BLOCK = 128
@@ -95,6 +101,14 @@ def draw_in_blocks(
     return block, inside, chosen, log_sum_exp(weights, xp=xp)
 
 
+def scores_matrix(scores: Any, backend: Backend) -> Array:
+    """Return scores as a floating array (B, C) with at least one column, or raise."""
+    scores = check_floating(array_of(scores, ("B", "C"), "scores", backend), "scores")
+    if scores.shape[1] == 0:
+        raise CapacityError(f"scores has shape {tuple(scores.shape)}: there is no slot to choose.")
+    return scores
+
+
 class AbstractRetrievalFn(ABC):
     """A function of the score matrix: scores (B, C) -> slots (B, 1) or (B, S)."""
 
@@ -115,6 +129,7 @@ class MaxScoreRetrievalFn(AbstractRetrievalFn):
 
     def __call__(self, scores: Array) -> Array:
         """Return (B, 1): the first slot of the highest score."""
+        scores = scores_matrix(scores, self.backend)
         return self.backend.xp.argmax(scores, axis=1)[:, None]
 
 
@@ -136,13 +151,19 @@ class GumbelMaxRetrievalFn(AbstractRetrievalFn):
 
     def __init__(self, inv_temp: float = 1.0, *, generator: Any = None) -> None:
         super().__init__()
+        check_number(inv_temp, "inv_temp")
         self.inv_temp = inv_temp
         self.generator = self.backend.make_generator(generator)
 
     def __call__(self, scores: Array, noise: Array | None = None) -> Array:
         """Return (B, 1) slots; `noise` (B, C) are Gumbel variates, drawn where it is None."""
-        xp = self.backend.xp
-        if noise is None:
+        xp, scores = self.backend.xp, scores_matrix(scores, self.backend)
+        if noise is not None:
+            noise = check_floating(
+                array_of(noise, shape_of(scores, "scores"), "noise", self.backend), "noise"
+            )
+            check_device(noise, scores, "noise", self.backend)
+        else:
             shape = (length(scores, xp), length(scores, xp, 1))
             noise = gumbel(self.backend.uniform(self.generator, shape, scores), xp=xp)
         return xp.argmax(self.inv_temp * scores + cast(noise, scores.dtype, xp), axis=1)[:, None]
@@ -153,18 +174,3 @@ def gumbel(uniforms: Array, *, xp: Any = None) -> Array:
     xp = namespace(uniforms, xp=xp)
     tiny = 1e-300 if uniforms.dtype == xp.float64 else 1e-37
     return -xp.log(-xp.log(xp.maximum(uniforms, tiny)))
-
-
-def check_choice(chosen: Any, rows: Any, backend: Backend) -> Array:
-    """Check what a user's retrieval function returned, and return it as (B, S) integers."""
-    xp = backend.xp
-    chosen = backend.to_array(chosen)
-    if len(chosen.shape) == 1:
-        chosen = chosen[:, None]
-    sized = len(chosen.shape) == 2 and (rows in (None, chosen.shape[0]) or chosen.shape[0] is None)
-    if not sized or dtype_kind(chosen.dtype) != "integer":
-        raise OptionError(
-            f"retrieval_fn returned shape {tuple(chosen.shape)} and dtype {chosen.dtype} for "
-            f"{rows} queries: expected integer slots of shape (B, 1), or (B, S) for S draws each."
-        )
-    return cast(chosen, index_dtype(xp), xp)

@@ -2,13 +2,16 @@
 
 from typing import Any, NamedTuple
 
+from negcache_core.arguments import check_flag
 from negcache_core.backend import ACCELERATOR_TILE
 from negcache_core.errors import CapacityError, DTypeError, KindError, OptionError
 from negcache_core.estimators import check_estimator
-from negcache_core.replicas import shard_slots
 from negcache_core.sampling import BLOCK
 from negcache_core.streaming import tile_slots
 from negcache_core.topk import check_groups, check_top_k
+
+MOST = 2**63 - 1
+"""No size is larger: what a signed 64-bit number holds."""
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 """Bytes of one number of the dtypes that embeddings may have."""
@@ -149,8 +152,8 @@ def scaling(
     )
     groups = check_top_k(top_k) or 0
     check_groups(groups, cache_size)
-    shards = shard_slots(cache_size, world_size)
-    if 0 in shards:
+    longest = -(-cache_size // world_size)
+    if longest * (world_size - 1) >= cache_size:  # the last shard's slots come after these
         raise CapacityError(
             f"cache_size {cache_size} leaves a rank of {world_size} without a slot: raise "
             "cache_size, or lower world_size."
@@ -172,7 +175,7 @@ def scaling(
             f"draws_elsewhere is {elsewhere} of {draws} draws in a step: expected at most those."
         )
     step = _Step(
-        slots=shards[0],
+        slots=longest,
         width=width,
         queries=batch_size,
         draws=draws,
@@ -188,7 +191,7 @@ def scaling(
         groups=groups,
         shares=estimator != "paper",
         readout=estimator == "exact_query",
-        in_batch=bool(in_batch_negatives),
+        in_batch=check_flag(in_batch_negatives, "in_batch_negatives"),
     )
     fields = feature_bytes + id_bytes + log_frequency_bytes
     return Scaling(
@@ -309,10 +312,12 @@ def _check_numbers(least: int, **numbers: Any) -> None:
             raise KindError(f"{name} is {number!r}: expected an int.")
         if number < least:
             raise OptionError(f"{name} is {number}: expected at least {least}.")
+        if number > MOST:
+            raise OptionError(f"{name} is {number}: expected at most {MOST}.")
 
 
 def _itemsize(name: Any, what: str) -> int:
-    if name not in ITEMSIZE:
+    if not isinstance(name, str) or name not in ITEMSIZE:
         raise DTypeError(f"{what} is {name!r}: expected one of {sorted(ITEMSIZE)}.")
     return ITEMSIZE[name]
 

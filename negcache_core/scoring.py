@@ -4,14 +4,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from negcache_core._array import Array, cast, matmul_transposed, namespace, positions
-from negcache_core.errors import ShapeError
 
 
 class Scorer(NamedTuple):
     """score(q, d) = transform(scale * <q, d>), computed in `dtype`.
 
-    scale:     None, a number, a scalar tensor that may be trained, or a function returning one
-    transform: None, or an elementwise function of scores, which may hold trained values
+    scale:     None, a number, or a function returning one or an array of one value, perhaps trained
+    transform: None, or an elementwise function of scores, which may hold trained values; it
+               returns the same shape and dtype
     dtype:     the dtype to compute in; half types are raised to float32 before the product
     """
 
@@ -54,13 +54,7 @@ class Scorer(NamedTuple):
     def _transformed(self, scores: Array) -> Array:
         if self.transform is None:
             return scores
-        transformed = self.transform(scores)
-        if tuple(transformed.shape) != tuple(scores.shape):
-            raise ShapeError(
-                f"score_transform returned shape {tuple(transformed.shape)} for scores of shape "
-                f"{tuple(scores.shape)}: expected the same shape, as it acts on each score alone."
-            )
-        return transformed
+        return self.transform(scores)
 
     def _scale(self) -> Any:
         scale = self.scale() if callable(self.scale) else self.scale

@@ -4,12 +4,12 @@ The law and the loss are those of the one big cache and the whole batch: every q
 every shard, and where an estimator shares drawn rows or the batch's positives, it is all of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from negcache_core._array import Array, cast, dtype_name, take
+from negcache_core.embedded import Embedded
 from negcache_core.errors import CapacityError, OptionError, ShapeError
-from negcache_core.estimate import Embedded
 from negcache_core.losses import CacheClassificationLoss
 from negcache_core.manager import CacheManager
 from negcache_core.metrics import mean
@@ -62,6 +62,14 @@ class ShardedLoss(CacheClassificationLoss):
             )
         self.facts: dict[str, Any] = {}
         self._agreed = False
+
+    def _remembered(self) -> list[Callable[[], Any] | None]:
+        agreed = self._agreed
+
+        def undo() -> None:
+            self._agreed = agreed  # a generator that is put back is no longer shared
+
+        return [*super()._remembered(), undo]
 
     @property
     def replicas(self) -> Replicas:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from negcache_core._array import dtype_kind, dtype_name
+from negcache_core.arguments import as_whole
 from negcache_core.errors import DTypeError, KeysError, KindError, ShapeError
 
 
@@ -38,9 +39,9 @@ def as_field_spec(key: str, spec: Any) -> FieldSpec:
         )
     try:
         shape = (spec.shape,) if isinstance(spec.shape, int) else tuple(spec.shape)
-        sizes = tuple(size.__index__() for size in shape)
-    except (TypeError, ValueError, AttributeError):
-        sizes = (-1,)
+    except (TypeError, ValueError):  # TensorFlow has shapes of unknown rank
+        shape = (None,)
+    sizes = tuple(-1 if (whole := as_whole(size)) is None else whole for size in shape)
     if any(size < 0 for size in sizes):
         raise ShapeError(
             f"field {key!r} has row shape {spec.shape}: every size must be a known, non-negative "

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from negcache_core._array import Array
+from negcache_core._array import Array, dtype_kind, dtype_name
+from negcache_core.arguments import as_array, check_device, shape_of
 from negcache_core.backend import Backend
-from negcache_core.errors import KeysError, KindError, ShapeError
+from negcache_core.errors import CapacityError, DTypeError, KeysError, KindError, ShapeError
 
 EMPTY = 2**31 - 1
 """Age of a slot whose row was never written: larger than any other, so empty slots fill first."""
@@ -42,18 +43,29 @@ def check_cache(cache: Any, backend: Backend, what: str = "cache") -> NegativeCa
         )
     if not cache.data:
         raise KeysError(f"{what} has no fields: make it with CacheManager.init_cache().")
-    data, age = (
-        {key: _array(value, backend) for key, value in cache.data.items()},
-        _array(cache.age, backend),
-    )
-    capacities = {key: value.shape[0] for key, value in data.items()}
-    if len(age.shape) != 1 or any(size != age.shape[0] for size in capacities.values()):
+    data = {}
+    for key, value in cache.data.items():
+        if not isinstance(key, str):
+            raise KeysError(f"{what} has key {key!r}: field names are strings.")
+        data[key] = as_array(value, f"field {key!r} of {what}", backend)
+        if dtype_kind(data[key].dtype) not in {"bool", "integer", "floating"}:
+            raise DTypeError(
+                f"field {key!r} of {what} has dtype {dtype_name(data[key].dtype)}: expected bool, "
+                "an integer or a real floating dtype."
+            )
+    age = as_array(cache.age, f"age of {what}", backend)
+    capacities = {key: (*shape_of(value, key), None)[0] for key, value in data.items()}
+    shape = shape_of(age, "age")
+    ranked = len(shape) == 1 and all(len(value.shape) for value in data.values())
+    if not ranked or any(size != shape[0] for size in capacities.values()):
         raise ShapeError(
-            f"{what} has age of shape {tuple(age.shape)} and rows by field {capacities}: "
+            f"{what} has age of shape {shape} and rows by field {capacities}: "
             "expected one age, and one row of every field, for each slot."
         )
+    if shape == (0,):
+        raise CapacityError(f"{what} has no slots: a cache needs at least one.")
+    if dtype_kind(age.dtype) != "integer":
+        raise DTypeError(f"age of {what} has dtype {dtype_name(age.dtype)}: expected int32.")
+    for key, value in data.items():
+        check_device(value, age, f"field {key!r} of {what}", backend)
     return NegativeCache(data, age)
-
-
-def _array(value: Any, backend: Backend) -> Array:
-    return value if hasattr(value, "shape") else backend.to_array(value)

@@ -9,9 +9,18 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 from negcache_core._array import Array, cast, dtype_kind, length
+from negcache_core.arguments import (
+    as_array,
+    check_field_names,
+    check_flag,
+    check_function,
+    check_keys,
+    check_mapping,
+    in_order,
+)
 from negcache_core.backend import NUMPY, Backend
-from negcache_core.checks import check_field_names, check_keys, check_mapping
-from negcache_core.errors import DTypeError, KeysError, KindError, OptionError, ShapeError
+from negcache_core.checks import check_mask, check_rows
+from negcache_core.errors import DTypeError, KeysError, KindError, OptionError
 from negcache_core.losses import CacheClassificationLoss
 from negcache_core.manager import CacheManager, UpdatePlan
 from negcache_core.metrics import finite_rows, mean
@@ -38,9 +47,11 @@ class BaseHandler:
     ) -> None:
         super().__init__()
         embedding_key, keys = check_field_names(embedding_key, data_keys)
+        if not check_mapping(cache_managers, "cache_managers"):
+            raise KeysError("cache_managers is empty: expected at least one CacheManager.")
         for name, manager in cache_managers.items():
-            _check_manager(name, manager, embedding_key, keys)
-            _check_loss(cache_loss, embedding_key, keys, manager)
+            _check_manager(name, manager, embedding_key, keys, self.backend)
+            _check_loss(cache_loss, embedding_key, keys, manager, self.backend)
         if new_items_filter is not None and not callable(new_items_filter):
             raise KindError(
                 f"new_items_filter is {new_items_filter!r}: expected a function (cache, new_items) "
@@ -48,7 +59,7 @@ class BaseHandler:
             )
         self.embedding_key, self.data_keys = embedding_key, keys
         self.cache_loss = cache_loss
-        self.use_cross_replica = bool(use_cross_replica)
+        self.use_cross_replica = check_flag(use_cross_replica, "use_cross_replica")
         self.new_items_filter = new_items_filter
         self.group = group
         self._managers = dict(cache_managers)
@@ -82,7 +93,8 @@ class BaseHandler:
     def _report(self, result: CacheLossReturn) -> None:
         """Keep a step's metrics for the user to read."""
         self.metrics = {
-            key: self.backend.stop_gradient(value) for key, value in (result.metrics or {}).items()
+            key: self.backend.stop_gradient(as_array(value, f"metrics[{key!r}]", self.backend))
+            for key, value in _mapping_or_none(result.metrics, "metrics").items()
         }
 
     def _step(
@@ -105,11 +117,16 @@ class BaseHandler:
             "cache": self._caches(),
             **options,
         }
+        check_function(item_network, "item_network", "a function of features")
         self._check(embeddings, features)
-        if isinstance(self.cache_loss, CacheClassificationLoss):
+        if not isinstance(self.cache_loss, CacheClassificationLoss):
+            result = self._weighted(self.cache_loss(**arguments), query_embeddings)
+            self._commit(result, embeddings, features)
+        else:
             arguments["pos_features"] = self._stand_in(features)
-        result = self._weighted(self.cache_loss(**arguments), query_embeddings)
-        self._commit(result, embeddings, features)
+            with self.cache_loss.undone_on_error():
+                result = self._weighted(self.cache_loss(**arguments), query_embeddings)
+                self._commit(result, embeddings, features)
         return result.training_loss if result.loss is None else result.loss
 
     def _stand_in(self, features: Mapping[str, Mapping[str, Array]]) -> dict[str, Array] | None:
@@ -118,15 +135,17 @@ class BaseHandler:
         They stand in for queries without a usable slot.
         """
         rows, keys = None, (*self.data_keys, *_item_keys(self.cache_loss))
+        check_keys(check_mapping(features, "features"), self._managers, "features", exact=False)
         for name in sorted(features):
             missing = [key for key in keys if key not in check_mapping(features[name], "features")]
             if missing:
                 raise KeysError(
                     f"features lack {missing}: the loss needs {list(keys)} of each positive, and "
-                    f"features have {sorted(features[name])}."
+                    f"features have {in_order(features[name])}."
                 )
-            rows = {key: self.backend.to_array(features[name][key]) for key in keys}
-            if all(each.shape[0] != 0 for each in rows.values()):
+            given = {key: features[name][key] for key in keys}
+            rows, count = check_rows(given, self._caches()[name], "features", self.backend)
+            if not isinstance(count, int) or count:
                 return rows
         return rows
 
@@ -137,9 +156,8 @@ class BaseHandler:
         caches = self._caches()
         for what, given in (("new_item_embeddings", embeddings), ("new_item_features", features)):
             check_keys(check_mapping(given, what), caches, what, exact=True)
-        for name, cache in caches.items():
-            new_items = self._new_items(cache, embeddings[name], features[name])
-            self._managers[name].check_new_items(cache, new_items)
+        for name in caches:
+            self._new_items(name, embeddings[name], features[name])
 
     def _plan(
         self,
@@ -150,7 +168,7 @@ class BaseHandler:
     ) -> UpdatePlan:
         """Plan the update of one cache; nothing is written."""
         cache = self._caches()[name]
-        new_items = self._new_items(cache, embeddings, features)
+        new_items = self._new_items(name, embeddings, features)
         mask, key = self._new_items_mask(cache, new_items), self._managers[name].unique_key
         if key is not None and isinstance(self.cache_loss, ShardedLoss):
             new_items, mask = self.cache_loss.bring_home(cache, key, new_items, mask)
@@ -189,13 +207,14 @@ class BaseHandler:
         return None if value is None else self.backend.all_gather(value, self.group)
 
     def _new_items(
-        self, cache: NegativeCache, embeddings: Array, features: Mapping[str, Array]
+        self, name: str, embeddings: Array, features: Mapping[str, Array]
     ) -> dict[str, Array]:
-        """Return the rows to insert, one array for each field of the cache."""
-        features = self._stored_features(cache, features)
-        rows = {key: self.backend.to_array(value) for key, value in features.items()}
-        embeddings = self.backend.to_array(embeddings)
-        return {self.embedding_key: self.backend.stop_gradient(embeddings), **rows}
+        """Return the rows to insert, checked: one array for each field of the cache."""
+        cache = self._caches()[name]
+        given = {self.embedding_key: embeddings, **self._stored_features(cache, features)}
+        rows, _ = self._managers[name].check_new_items(cache, given)
+        rows[self.embedding_key] = self.backend.stop_gradient(rows[self.embedding_key])
+        return rows
 
     def _stored_features(self, cache: NegativeCache, features: Mapping[str, Any]) -> dict[str, Any]:
         """Return those of `features` that the cache stores: all its fields but the embedding."""
@@ -205,21 +224,18 @@ class BaseHandler:
         if missing:
             raise KeysError(
                 f"features lack {missing}: the cache stores {wanted} of each item, and features "
-                f"have {sorted(features)}."
+                f"have {in_order(features)}."
             )
         return {key: features[key] for key in wanted}
 
     def _new_items_mask(self, cache: NegativeCache, new_items: dict[str, Array]) -> Array:
         """Return which rows enter: those with a finite embedding that the filter lets through."""
-        rows, table = new_items[self.embedding_key], cache.data[self.embedding_key]
-        if dtype_kind(rows.dtype) != "floating" or len(rows.shape) != 2:
-            raise ShapeError(
-                f"item embeddings have shape {tuple(rows.shape)} and dtype {rows.dtype}: expected "
-                f"floating rows (n, {table.shape[1]})."
-            )
+        rows = new_items[self.embedding_key]
         mask = self._finite(rows, cache)
         if self.new_items_filter is not None:
-            mask = mask & self.new_items_filter(cache, new_items)
+            what, found = "what new_items_filter returned", self.new_items_filter(cache, new_items)
+            passed = check_mask(found, rows.shape[0], what, self.backend, like=cache.age)
+            mask = mask if passed is None else mask & passed
         return mask
 
     def _finite(self, embeddings: Array, cache: NegativeCache) -> Array:
@@ -234,14 +250,19 @@ class BaseHandler:
         features: Mapping[str, Mapping[str, Array]],
     ) -> None:
         """Write what a step leaves behind; the new rows were checked."""
+        if not isinstance(result, CacheLossReturn):
+            raise KindError(
+                f"the loss returned, or commit was given, a {type(result).__name__}: expected a "
+                "CacheLossReturn."
+            )
         with self.backend.no_gradient():
             caches = self._caches()
             # All plans before the first write: a refused update leaves every cache as it was.
             plans = {
                 name: self._plan(name, result, embeddings[name], features[name]) for name in caches
             }
+            self._report(result)
             self._carry_out(plans)
-        self._report(result)
 
     def _carry_out(self, plans: Mapping[str, UpdatePlan | None]) -> None:
         """Write what is planned for each cache, None for nothing, and take charge of the result."""
@@ -253,12 +274,19 @@ class BaseHandler:
 
 
 def _check_manager(
-    name: str, manager: CacheManager, embedding_key: str, data_keys: tuple[str, ...]
+    name: Any,
+    manager: CacheManager,
+    embedding_key: str,
+    data_keys: tuple[str, ...],
+    backend: Backend,
 ) -> None:
+    if not isinstance(name, str):
+        raise KeysError(f"cache_managers has key {name!r}: the names of caches are strings.")
     if not isinstance(manager, CacheManager):
         raise KindError(
             f"cache_manager {name!r} is a {type(manager).__name__}: expected CacheManager."
         )
+    _check_backend(manager, f"cache_manager {name!r}", backend)
     missing = [key for key in (embedding_key, *data_keys) if key not in manager.specs]
     if missing:
         raise KeysError(
@@ -274,12 +302,18 @@ def _check_manager(
 
 
 def _check_loss(
-    cache_loss: Any, embedding_key: str, data_keys: tuple[str, ...], manager: CacheManager
+    cache_loss: Any,
+    embedding_key: str,
+    data_keys: tuple[str, ...],
+    manager: CacheManager,
+    backend: Backend,
 ) -> None:
     if not callable(cache_loss):
         raise KindError(
             f"cache_loss is a {type(cache_loss).__name__}: expected a CacheClassificationLoss."
         )
+    if isinstance(cache_loss, CacheClassificationLoss):
+        _check_backend(cache_loss, "cache_loss", backend)
     for what, own in (("embedding_key", embedding_key), ("data_keys", data_keys)):
         other = getattr(cache_loss, what, own)
         if other != own:
@@ -294,6 +328,19 @@ def _check_loss(
         )
 
 
+def _check_backend(part: Any, what: str, backend: Backend) -> None:
+    if type(part.backend) is not type(backend):
+        raise KindError(
+            f"{what} is made for {part.backend.name} and the handler for {backend.name}: take both "
+            "from one package."
+        )
+
+
+def _mapping_or_none(value: Any, what: str) -> Mapping[str, Any]:
+    """Return a part of a CacheLossReturn that is by name, {} for None."""
+    return {} if value is None else check_mapping(value, f"{what} of the loss's result")
+
+
 def _item_keys(cache_loss: Any) -> tuple[str, ...]:
     """Return the fields that a loss reads of items beside data_keys; another's loss has none."""
     return tuple(getattr(cache_loss, "item_keys", {}).values())
@@ -302,6 +349,6 @@ def _item_keys(cache_loss: Any) -> tuple[str, ...]:
 def _refresh_of(result: CacheLossReturn, name: str) -> dict[str, Any]:
     """Return a loss's refresh of one cache as arguments of `plan_update`."""
     return {
-        key: (getattr(result, key) or {}).get(name)
+        key: _mapping_or_none(getattr(result, key), key).get(name)
         for key in ("updated_item_data", "updated_item_indices", "updated_item_mask")
     }

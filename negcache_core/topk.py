@@ -3,6 +3,7 @@
 from typing import Any
 
 from negcache_core._array import Array, index_dtype, namespace
+from negcache_core.arguments import as_whole, check_floating
 from negcache_core.errors import CapacityError, KindError, ShapeError
 
 
@@ -10,11 +11,12 @@ def check_top_k(k: Any) -> int | None:
     """Return `k` as an int, or None; raise unless it is None or a positive integer."""
     if k is None:
         return None
-    if isinstance(k, bool) or not hasattr(k, "__index__"):
+    number = as_whole(k)
+    if number is None:
         raise KindError(f"top_k is {k!r}: expected None or a positive int.")
-    if k.__index__() < 1:
+    if number < 1:
         raise CapacityError(f"top_k is {k}: expected at least 1, or None to use every slot.")
-    return int(k.__index__())
+    return number
 
 
 def check_groups(k: int, slots: int) -> None:
@@ -54,6 +56,7 @@ def approximate_top_k_with_indices(scores: Array, k: int, *, xp: Any = None) -> 
     k = check_top_k(k) or 1
     if len(scores.shape) != 2:
         raise ShapeError(f"scores has shape {tuple(scores.shape)}: expected (B, C).")
+    check_floating(scores, "scores")
     columns = scores.shape[1]
     check_groups(k, columns)
     width, longer = divmod(columns, k)

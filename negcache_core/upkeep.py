@@ -4,8 +4,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from negcache_core._array import Array, cast, index_dtype, take
+from negcache_core.arguments import as_whole, check_function, embeddings_of
 from negcache_core.checkpoint import Checkpointed
-from negcache_core.checks import check_floating, check_rows, check_shape
+from negcache_core.checks import check_rows
 from negcache_core.errors import CapacityError, KindError, OptionError
 from negcache_core.manager import UpdatePlan
 from negcache_core.plans import oldest_written, plan_reembed
@@ -93,6 +94,7 @@ class Upkeep(Checkpointed):
     def _refresh(self, names: Collection[str], item_network: ItemNetwork, n: int) -> Array:
         """Refresh n rows of each cache that is named; nothing is written before all is planned."""
         count, caches = _whole("n", n, least=0), self._caches()
+        check_function(item_network, "item_network", "a function of features")
         for name in names:
             capacity = caches[name].age.shape[0]
             if count > capacity:
@@ -134,11 +136,10 @@ class Upkeep(Checkpointed):
     ) -> Array:
         """Fill the caches that `features` names."""
         size = _whole("batch_size", batch_size, least=1)
-        if progress is not None and not callable(progress):
-            raise KindError(
-                f"progress is {progress!r}: expected a function that wraps an iterable, such as "
-                "tqdm.tqdm, or None."
-            )
+        check_function(item_network, "item_network", "a function of features")
+        if progress is not None:
+            advice = "a function that wraps an iterable, such as tqdm.tqdm, or None"
+            check_function(progress, "progress", advice)
         corpora = {name: self._corpus(name, given) for name, given in features.items()}
         batches = [
             (name, slice(start, min(start + size, total)))
@@ -159,17 +160,18 @@ class Upkeep(Checkpointed):
         """Check the features to fill a cache with; return them in its dtypes, and their number."""
         cache, backend = self._caches()[name], self.backend
         given = self._stored_features(cache, features)
-        rows, total = check_rows(given, cache, "features", backend)
-        capacity = cache.age.shape[0]
+
+        def too_many(total: int, capacity: int) -> CapacityError:
+            return CapacityError(
+                f"cannot prefill {total} rows into a cache of {capacity} slots: rows would "
+                "overwrite one another. Raise cache_size, or pass fewer rows."
+            )
+
+        rows, total = check_rows(given, cache, "features", backend, too_many)
         if not isinstance(total, int):
             raise OptionError(
                 "features have an unknown number of rows: prefill runs eagerly. Call it outside of "
                 "tf.function, or give the features a static shape."
-            )
-        if total > capacity:
-            raise CapacityError(
-                f"cannot prefill {total} rows into a cache of {capacity} slots: rows would "
-                "overwrite one another. Raise cache_size, or pass fewer rows."
             )
         return {
             key: cast(row, cache.data[key].dtype, backend.xp) for key, row in rows.items()
@@ -182,7 +184,7 @@ class Upkeep(Checkpointed):
         cache = self._caches()[name]
         inputs = {key: rows[key] for key in self.data_keys}
         embeddings = self._embed(item_network, inputs, cache, part.stop - part.start)
-        new_items = self._new_items(cache, embeddings, rows)
+        new_items = self._new_items(name, embeddings, rows)
         mask = self._new_items_mask(cache, new_items)
         write = self._managers[name].plan_new_items(cache, new_items, mask)
         self._carry_out({name: UpdatePlan(None, write, write[0].age)})
@@ -206,7 +208,9 @@ class Upkeep(Checkpointed):
     ) -> Array:
         """Return embeddings (count, D) as constants, checked."""
         what, width = "the item network's output", cache.data[self.embedding_key].shape[1]
-        fresh = check_floating(check_shape(item_network(rows), (count, width), what), what)
+        fresh = embeddings_of(
+            item_network(rows), (count, width), what, self.backend, like=cache.age
+        )
         fresh = self.backend.stop_gradient(fresh)
         if self.use_cross_replica:  # equal also where the network draws random numbers
             fresh = self.backend.all_gather(fresh, self.group)[:count]
@@ -219,8 +223,9 @@ class Upkeep(Checkpointed):
 
 def _whole(what: str, number: Any, *, least: int) -> int:
     """Return `number` as an int; raise unless it is one, and at least `least`."""
-    if isinstance(number, bool) or not hasattr(number, "__index__"):
+    whole = as_whole(number)
+    if whole is None:
         raise KindError(f"{what} is {number!r}: expected a plain int, known before any tracing.")
-    if number.__index__() < least:
+    if whole < least:
         raise OptionError(f"{what} is {number}: expected at least {least}.")
-    return int(number.__index__())
+    return whole

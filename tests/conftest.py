@@ -1,3 +1,4 @@
+import json
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported
@@ -12,3 +13,17 @@ COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("ci", derandomize=True, max_examples=60, **COMMON)
 settings.register_profile("deep", max_examples=1000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many cases the fuzz test tried on each backend, and how they came out."""
+    reports = [report for part in terminalreporter.stats.values() for report in part]
+    found = {}  # also of xdist's workers: what a test records travels with its report
+    for report in reports:
+        for key, value in getattr(report, "user_properties", ()):
+            if key == "fuzzed":
+                name, outcomes = json.loads(value)
+                found[name] = outcomes
+    for name, outcomes in found.items():
+        told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+        terminalreporter.write_line(f"fuzzed {name}: {sum(outcomes.values())} cases ({told})")

@@ -282,7 +282,7 @@ CASES = [
             np.zeros((1, 2), np.float32), manager().init_cache(), noise=np.zeros((2, 1, 2))
         ),
         core.ShapeError,
-        "noise has shape (2, 1, 2): expected (1, S, 2). Uniforms in [0, 1).",
+        "noise has shape (2, 1, 2): expected (1, 1, 2). Uniforms in [0, 1).",
     ),
     (
         lambda: loss().retrieve(

@@ -26,6 +26,15 @@ class KeyStream:
         return fresh
 
 
+def check_key(key: Any, what: str) -> Array:
+    """Return `key` if it is one random key, typed or of uint32; raise KindError otherwise."""
+    if isinstance(key, Array):
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if (typed and key.shape == ()) or (key.dtype == jnp.uint32 and key.shape in {(2,), (4,)}):
+            return key
+    raise KindError(f"{what} is {key!r}: expected one random key, such as jax.random.key(0).")
+
+
 class JaxBackend(Backend):
     """JAX, eager or under jit; nothing is ever written in place except by donation."""
 
@@ -44,6 +53,9 @@ class JaxBackend(Backend):
         typed = jnp.issubdtype(generator.key.dtype, jax.dtypes.prng_key)
         impl = jax.random.key_impl(generator.key)
         generator.key = jax.random.wrap_key_data(data, impl=impl) if typed else data
+
+    def owns(self, value: Any) -> bool:
+        return isinstance(value, Array)
 
     def truth(self, value: Array) -> bool | None:
         return None if isinstance(value, jax.core.Tracer) else bool(value)
@@ -75,6 +87,12 @@ class JaxBackend(Backend):
                 f"generator is {seed!r}: JAX keeps no hidden random state. Leave it out, and pass "
                 "key= to the call (a handler takes its key from the state)."
             )
+
+    def remember(self, generator: KeyStream | None) -> Callable[[], Any] | None:
+        if generator is None:
+            return None
+        before = generator.key
+        return lambda: setattr(generator, "key", before)
 
     def uniform(self, generator: KeyStream | None, shape: tuple[int, ...], like: Array) -> Array:
         if generator is None:

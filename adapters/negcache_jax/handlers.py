@@ -7,18 +7,18 @@ from typing import Any, NamedTuple, Self
 
 import jax
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from negcache_core import KindError, NegativeCache, OptionError
+from negcache_core.arguments import check_keys, check_mapping
 from negcache_core.checkpoint import check_layout
-from negcache_core.checks import check_keys
 from negcache_core.handlers import BaseHandler
 from negcache_core.handlers import CacheLossHandler as _CacheLossHandler
 from negcache_core.handlers import MultiCacheLossHandler as _MultiCacheLossHandler
 from negcache_core.results import CacheLossReturn
 from negcache_core.sharded import check_equal_shards
 
-from ._backend import JAX, KeyStream
+from ._backend import JAX, KeyStream, check_key
 from .losses import CacheClassificationLoss, DistributedCacheClassificationLoss
 
 __all__ = ["CacheLossHandler", "HandlerState", "MultiCacheLossHandler"]
@@ -42,7 +42,7 @@ class _StateHandler(BaseHandler):
         A cache in shards is made whole. To make each shard on its own device, write
         `jax.jit(handler.init, out_shardings=handler.shardings(mesh))(key)`.
         """
-        return HandlerState(self._init_caches(), key)
+        return HandlerState(self._init_caches(), check_key(key, "key"))
 
     def specs(self) -> HandlerState:
         """Return a PartitionSpec for each array of the state: `in_specs` and `out_specs`.
@@ -69,6 +69,8 @@ class _StateHandler(BaseHandler):
         it does not divide a cache_size.
         """
         specs = self.specs()
+        if not isinstance(mesh, (Mesh, AbstractMesh)):
+            raise KindError(f"mesh is a {type(mesh).__name__}: expected a jax.sharding.Mesh.")
         group = self.cache_loss.group
         axes = (group,) if isinstance(group, str) else tuple(group)
         missing = [axis for axis in axes if axis not in mesh.shape]
@@ -92,13 +94,14 @@ class _StateHandler(BaseHandler):
                 f"state is a {type(state).__name__}: expected a HandlerState, as handler.init(key) "
                 "makes. Give that to a checkpoint library as the target to restore."
             )
+        caches = check_mapping(state.caches, "state.caches")
+        check_keys(caches, self._managers, "the state", exact=True)
         if not isinstance(self.cache_loss, DistributedCacheClassificationLoss):
             own = jax.eval_shape(self._init_caches)
-            check_keys(state.caches, own, "the state", exact=True)
             for name, cache in own.items():
-                check_layout(state.caches[name], cache, f"cache {name!r}")
+                check_layout(caches[name], cache, f"cache {name!r}")
         bound = copy.copy(self)
-        bound._tables, bound._keys = state.caches, KeyStream(state.key)
+        bound._tables, bound._keys = state.caches, KeyStream(check_key(state.key, "state.key"))
         if isinstance(self.cache_loss, CacheClassificationLoss):
             bound.cache_loss = self.cache_loss.with_keys(bound._keys)
         return bound

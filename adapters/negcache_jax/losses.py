@@ -10,7 +10,7 @@ from negcache_core import CacheLoss, CacheLossReturn, NegativeCache, Retrieval, 
 from negcache_core.losses import CacheClassificationLoss as _CacheClassificationLoss
 from negcache_core.sharded import ShardedLoss
 
-from ._backend import JAX, KeyStream
+from ._backend import JAX, KeyStream, check_key
 from ._replicas import MeshAxis
 
 __all__ = [
@@ -42,7 +42,7 @@ class CacheClassificationLoss(_CacheClassificationLoss):
     def retrieve(self, *arguments: Any, key: Array | None = None, **options: Any) -> Retrieval:
         """Draw negatives: phase one; see `negcache_core`'s method."""
         if key is not None:
-            return self.with_keys(KeyStream(key)).retrieve(*arguments, **options)
+            return self.with_keys(KeyStream(check_key(key, "key"))).retrieve(*arguments, **options)
         return super().retrieve(*arguments, **options)
 
     def __call__(
@@ -50,7 +50,7 @@ class CacheClassificationLoss(_CacheClassificationLoss):
     ) -> CacheLossReturn:
         """Retrieve, embed and return the loss; see `negcache_core`'s method."""
         if key is not None:
-            return self.with_keys(KeyStream(key))(*arguments, **options)
+            return self.with_keys(KeyStream(check_key(key, "key")))(*arguments, **options)
         return super().__call__(*arguments, **options)
 
 

@@ -25,6 +25,9 @@ class TensorFlowBackend(Backend):
     name = "tensorflow"
     slices_copy = True
 
+    def owns(self, value: Any) -> bool:
+        return isinstance(value, (tf.Tensor, tf.Variable, tf.distribute.DistributedValues))
+
     def to_array(self, value: Any) -> tf.Tensor:
         return value if tf.is_tensor(value) else tf.convert_to_tensor(value)
 
@@ -104,6 +107,14 @@ class TensorFlowBackend(Backend):
                 f"generator is {seed!r}: expected None, an int seed, or a tf.random.Generator."
             )
         return tf.random.Generator.from_seed(seed)
+
+    def remember(self, generator: Any) -> Callable[[], Any] | None:
+        # A trace has drawn nothing yet; nor can a replica put back what it shares.
+        drawing = isinstance(generator, tf.random.Generator)
+        if not drawing or not tf.executing_eagerly() or tf.distribute.has_strategy():
+            return None
+        before = tf.identity(generator.state)
+        return lambda: generator.state.assign(before)
 
     def uniform(
         self, generator: tf.random.Generator, shape: tuple[Any, ...], like: tf.Tensor

@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 
+from negcache_core.arguments import as_array
 from negcache_core.sampling import AbstractRetrievalFn
 from negcache_core.sampling import GumbelMaxRetrievalFn as _GumbelMaxRetrievalFn
 from negcache_core.sampling import MaxScoreRetrievalFn as _MaxScoreRetrievalFn
@@ -31,4 +32,4 @@ class GumbelMaxRetrievalFn(_GumbelMaxRetrievalFn, tf.Module):
 
 def approximate_top_k_with_indices(scores: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:
     """Return the best of each of k contiguous groups; see `negcache_core`'s function."""
-    return _top_k(tf.convert_to_tensor(scores), k, xp=TENSORFLOW.xp)
+    return _top_k(as_array(scores, "scores", TENSORFLOW), k, xp=TENSORFLOW.xp)

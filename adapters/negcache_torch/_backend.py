@@ -44,6 +44,9 @@ class TorchBackend(Backend):
     def set_generator_state(self, generator: BufferGenerator, state: Any) -> None:
         generator.state.fill_(state)
 
+    def owns(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.layout is torch.strided
+
     def truth(self, value: Tensor) -> bool | None:
         return None if torch.compiler.is_compiling() else bool(value)
 
@@ -124,6 +127,12 @@ class TorchBackend(Backend):
 
     def make_generator(self, seed: Any) -> BufferGenerator:
         return BufferGenerator(seed)
+
+    def remember(self, generator: Any) -> Callable[[], Any] | None:
+        if torch.compiler.is_compiling() or not isinstance(generator, BufferGenerator):
+            return None
+        before = generator.state.clone()
+        return lambda: generator.state.copy_(before)
 
     def uniform(self, generator: BufferGenerator, shape: tuple[int, ...], like: Tensor) -> Tensor:
         return generator.uniform(shape, like.device)
