@@ -50,6 +50,7 @@ ORDER = (
     "handlers",
     "exact",
     "testing",
+    "__main__",
 )
 
 
