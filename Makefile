@@ -1,19 +1,21 @@
 # `make demo` and `make test` do all the set-up: they need Python 3.11 or newer and make.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 # TensorFlow is silent about what it cannot find unless something fails.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo bench bench-full bench-training run-benchmarks plots test test-deep lint format typecheck clean
+.PHONY: help demo bench bench-full bench-training run-benchmarks plots test test-deep test-lowest \
+	lint format typecheck dist audit clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 # One stamp per set of extras, remade when what is to be installed changes.
-$(VENV)/.%: pyproject.toml constraints.txt
+$(VENV)/.%: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$*]'
 	touch $@
 
 demo: $(VENV)/.demo ## train a search model without and with a cache, and answer queries
@@ -49,6 +51,10 @@ test: $(VENV)/.test ## run every test, on all backends
 test-deep: $(VENV)/.test ## the same with many more random examples
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n auto --maxprocesses=8
 
+# Old versions warn of what newer ones have mended.
+test-lowest: ## the same with the oldest versions that pyproject.toml allows
+	PYTEST_ADDOPTS='-W default' $(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+
 lint: $(VENV)/.lint ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,5 +66,27 @@ format: $(VENV)/.lint ## mend style and formatting
 typecheck: $(VENV)/.lint ## mypy, strict, on the core
 	$(BIN)/mypy
 
+comma := ,
+
+# Installs a distribution outside of the checkout, with extras, and tries it there.
+define TRY
+	where=$$(mktemp -d) && trap 'rm -rf "$$where"' EXIT && $(PYTHON) -m venv "$$where/venv" && \
+	"$$where/venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		"$$(echo $(CURDIR)/dist/$(1))$(2)" && \
+	cp tests/smoke.py "$$where" && cd "$$where" && venv/bin/python -I smoke.py $(3)
+endef
+
+dist: $(VENV)/.dist ## build the wheel and the sdist, check them, and try each where it is installed
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(call TRY,*.tar.gz)
+	$(call TRY,*.whl,[torch$(comma)tensorflow$(comma)jax],torch tensorflow jax)
+
+# --strict: what the service does not know must not pass for clean. It knows no local versions.
+audit: $(VENV)/.audit ## look up known vulnerabilities of everything that is installed
+	$(BIN)/python -m pip list --format=freeze --exclude-editable | sed 's/+.*//' > $(VENV)/audited.txt
+	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement $(VENV)/audited.txt
+
 clean: ## remove what make made
-	rm -rf $(VENV) build dist runs .hypothesis .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-lowest build dist runs .hypothesis .pytest_cache .ruff_cache .mypy_cache

@@ -52,6 +52,7 @@ ORDER = (
     "handlers",
     "exact",
     "testing",
+    "__main__",
 )
 
 
