@@ -345,6 +345,11 @@ class CacheClassificationLoss(CacheLoss):
                 )
         embedded = self._embedded(retrieval, *given, *[None] * (4 - len(given)))
         scorer = self._scorer(*embedded[:3], retrieval.stale_embeddings)
+        # Raised once, so that what each of their uses adds to a gradient is summed up wide, and
+        # rounded to the towers' dtype once.
+        embedded = Embedded(
+            *(None if each is None else cast(each, scorer.dtype, backend.xp) for each in embedded)
+        )
         found = estimate(
             embedded,
             retrieval,

@@ -12,14 +12,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 VOCABULARY, WIDTH, CAPACITY = 50, 4, 270
 
 
-def model(seed, **options):
+def model(seed, dtype=torch.float32, **options):
     """Return a handler with tiles of one block, and the tower it trains."""
     torch.manual_seed(seed)
     handler = negcache.CacheLossHandler(
         negcache.CacheManager(
             {
                 "id": negcache.FieldSpec((), torch.int64),
-                "embedding": negcache.FieldSpec((WIDTH,), torch.float32),
+                "embedding": negcache.FieldSpec((WIDTH,), dtype),
             },
             CAPACITY,
         ),
@@ -38,6 +38,14 @@ def step(handler, tower, queries, ids):
     )
 
 
+def step_in_half(handler, tower, queries, ids):
+    """A step and what goes with it: towers in autocast, and the oldest rows embedded anew."""
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = step(handler, tower, queries @ tower.weight[:WIDTH], ids)
+    handler.refresh(lambda features: tower(features["id"]), 5)
+    return loss
+
+
 class LearnedTemperature(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -47,17 +55,31 @@ class LearnedTemperature(torch.nn.Module):
         return scores * torch.exp(self.log_temperature)
 
 
+HALF = {
+    "dtype": torch.bfloat16,
+    "estimator": "exact_query",
+    "scale": torch.nn.Parameter(torch.tensor(1.5)),
+    "in_batch_negatives": True,
+    "id_key": "id",
+    "staleness_correction": True,
+}
+
+
 @pytest.mark.parametrize(
-    ("backend", "options"),
+    ("backend", "step", "options"),
     [
-        ("inductor", {"scale": 1.5}),
-        ("aot_eager", {"score_transform": LearnedTemperature(), "num_samples": 3}),
-        ("aot_eager", {"top_k": 7}),
-        ("aot_eager", {"top_k": 2}),  # groups wider than a tile: a fold in a fold
+        ("inductor", step, {"scale": 1.5}),
+        ("aot_eager", step_in_half, HALF),
+        (
+            "aot_eager",
+            step,
+            {"top_k": 7, "score_transform": LearnedTemperature(), "num_samples": 3},
+        ),
+        ("aot_eager", step, {"top_k": 2}),  # groups wider than a tile: a fold in a fold
     ],
-    ids=["inductor", "transform", "top_k", "wide groups"],
+    ids=["inductor", "half", "top_k", "wide groups"],
 )
-def test_one_graph_serves_every_batch_size_and_agrees_with_eager(backend, options):
+def test_one_graph_serves_every_batch_size_and_agrees_with_eager(backend, step, options):
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()

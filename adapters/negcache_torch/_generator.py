@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from negcache_core import KindError
+from negcache_core import KindError, OptionError
 
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64  # 64-bit constants of the published generator, as int64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
@@ -47,12 +47,26 @@ class BufferGenerator(nn.Module):
 
     def uniform(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Return uniforms in [0, 1) of 53 bits each."""
+        refuse_recomputation()
         count = 1
         for size in shape:
             count = count * size
         # Apple's GPUs have no float64; the draw copes with a float32 uniform that rounds to 1.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         return (_shift_right(self.bits(count, device), 11).to(dtype) * 2.0**-53).reshape(shape)
+
+
+def refuse_recomputation() -> None:
+    """Raise OptionError inside of a backward pass, where a checkpoint runs its function again.
+
+    A step that is run again would draw other rows than the loss has seen, and commit twice.
+    """
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # noqa: SLF001
+        raise OptionError(
+            "a step of the cache is run in a backward pass, as torch.utils.checkpoint does with "
+            "what it wraps: it would draw other negatives and update the cache a second time. "
+            "Checkpoint the towers inside of the step, not the step."
+        )
 
 
 def _split_mix(state: Tensor, count: int) -> tuple[Tensor, Tensor]:

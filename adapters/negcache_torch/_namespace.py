@@ -4,6 +4,7 @@ array-api-compat has them too, but works out each result's dtype in Python: torc
 trace that, and it costs more than a small operation does.
 """
 
+import contextlib
 from typing import Any
 
 import torch
@@ -61,11 +62,16 @@ def matrix_transpose(array: Tensor) -> Tensor:
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
-    if not torch.amp.is_autocast_available(left.device.type):
+    with as_wide_as_given(left):
         return torch.matmul(left, right)
-    # Scores stay as wide as the core asks for, also inside of the user's autocast.
-    with torch.autocast(left.device.type, enabled=False):
-        return torch.matmul(left, right)
+
+
+def as_wide_as_given(array: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which products keep their dtype, also inside of the user's autocast."""
+    device = array.device.type
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def take_rows(array: Tensor, indices: Tensor) -> Tensor:

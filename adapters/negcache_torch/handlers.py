@@ -1,5 +1,7 @@
 """Handlers as modules: rows, ages and generator state are buffers."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from negcache_core import NegativeCache, OptionError
@@ -8,6 +10,7 @@ from negcache_core.handlers import CacheLossHandler as _CacheLossHandler
 from negcache_core.handlers import MultiCacheLossHandler as _MultiCacheLossHandler
 
 from ._backend import TORCH
+from ._generator import refuse_recomputation
 from ._state import CacheTable, check_loaded, module_name
 from .losses import DistributedCacheClassificationLoss
 
@@ -44,6 +47,10 @@ class _ModuleHandler(BaseHandler, nn.Module):
             for field in [each for each in state if each.startswith(f"tables.{key}.")]:
                 state[field] = self.cache_loss.replicas.as_shard(state[field], slots)
         return state
+
+    def _check(self, *arguments: Any) -> None:
+        refuse_recomputation()
+        super()._check(*arguments)
 
     def _caches(self) -> dict[str, NegativeCache]:
         return {name: self.tables[key].cache for name, key in self._table_names.items()}
