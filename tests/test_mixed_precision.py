@@ -279,23 +279,6 @@ def test_a_loss_scale_that_overflows_leaves_the_cache_lawful_and_training_sound(
     assert all(torch.isfinite(each).all() for each in [*parameters, *state])
 
 
-def test_what_is_embedded_without_gradient_leaves_no_weight_behind_in_autocast():
-    """Else a step after `refresh` in one autocast region would find constants for weights."""
-    handler, tower = handler_of(negcache_torch, "float32", generator=0), torch.nn.Linear(4, WIDTH)
-    kept = []
-
-    def network(data):
-        kept.append(torch.is_autocast_cache_enabled())
-        return tower(data["x"])
-
-    x = torch.ones(ROWS, 4)
-    handler.prefill(network, {"x": x}, ROWS)
-    with torch.autocast("cpu", torch.bfloat16):
-        handler.refresh(network, 3)
-        network({"x": x})
-    assert kept == [False, False, True]
-
-
 def test_rows_beyond_the_stored_dtypes_range_do_not_enter():
     """bfloat16 holds 1e5 and float16 does not."""
     handler = handler_of(negcache_torch, "float16", generator=0)

@@ -1,7 +1,6 @@
 """The verbs that PyTorch supplies to the core."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -63,8 +62,8 @@ class TorchBackend(Backend):
     def tile_bytes(self, array: Tensor) -> int:
         return ACCELERATOR_TILE if array.device.type != "cpu" else CPU_TILE
 
-    def no_gradient(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.no_grad() if torch.compiler.is_compiling() else _constants()
+    def no_gradient(self) -> torch.no_grad:
+        return torch.no_grad()
 
     def slice_rows(self, array: Tensor, start: Any, size: int) -> Tensor:
         if not torch.compiler.is_compiling():
@@ -141,22 +140,6 @@ class TorchBackend(Backend):
 
     def all_gather(self, array: Tensor, group: Any = None) -> Tensor:
         return all_gather_rows(array, group)
-
-
-@contextlib.contextmanager
-def _constants() -> Iterator[None]:
-    """Record nothing, and keep nothing for autocast to use again.
-
-    Before PyTorch 2.10 a weight that it first casts here would be a constant for the rest of the
-    user's autocast region, and the tower would get no gradient.
-    """
-    caches = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_autocast_cache_enabled(caches)
 
 
 def _values_are_at_hand(array: Tensor) -> bool:
