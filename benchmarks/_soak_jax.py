@@ -39,6 +39,8 @@ class Soaked:
     sizes = (ROWS // 4, ROWS)
 
     def __init__(self, turn: Turn, towers: Arrays, seed: int) -> None:
+        # JAX keeps what it compiled, also for handlers that are gone: about 1 MB for each.
+        jax.clear_caches()
         self.handler = handler_of(negcache, turn, seed)
         self.state = self.handler.init(jax.random.key(seed))
         self.weights = jax.tree.map(jnp.asarray, towers)

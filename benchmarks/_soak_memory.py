@@ -74,9 +74,6 @@ def slope(samples: list[tuple[int, int]]) -> Slope:
 
 
 def summary(samples: list[tuple[int, int]]) -> dict[str, Any]:
-    """Return the figures of a run."""
-    after = [size for step, size in samples if step >= WARM_UP * samples[-1][0]]
-    return {
-        "resident_mb": [round(size / 2**20, 1) for size in (samples[0][1], after[0], after[-1])],
-        **slope(samples).report(),
-    }
+    """Return the figures of a run; resident_mb after each tenth of it."""
+    tenths = [samples[max(len(samples) * part // 10 - 1, 0)][1] for part in range(1, 11)]
+    return {"resident_mb": [round(size / 2**20, 1) for size in tenths], **slope(samples).report()}
