@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # TensorFlow is silent about what it cannot find unless something fails.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo bench bench-full bench-training run-benchmarks plots test test-deep test-lowest \
+.PHONY: help demo bench bench-full bench-training run-benchmarks plots soak test test-deep test-lowest \
 	lint format typecheck dist audit clean
 
 help: ## list the targets
@@ -44,6 +44,16 @@ bench-training: $(VENV)/.test ## compare ways of training on docstrings (an hour
 
 plots: $(VENV)/.test ## draw the documentation's pictures from what was measured last
 	$(BIN)/python benchmarks/plot.py
+
+SOAK_STEPS ?= 100000
+SOAK_RESULTS := benchmarks/results
+
+soak: $(VENV)/.test ## run each backend for SOAK_STEPS steps: memory flat, cache sound, law exact (an hour)
+	mkdir -p $(SOAK_RESULTS)
+	for framework in numpy torch tensorflow jax; do \
+		$(BIN)/python benchmarks/soak.py $$framework --steps $(SOAK_STEPS) \
+			--out $(SOAK_RESULTS)/soak-$$framework.json || exit 1; \
+	done
 
 test: $(VENV)/.test ## run every test, on all backends
 	$(BIN)/python -m pytest -n auto --maxprocesses=8

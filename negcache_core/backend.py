@@ -91,6 +91,13 @@ class Backend:
         """
         return np.errstate(over="ignore", invalid="ignore")
 
+    def after(self, arrays: Any) -> contextlib.AbstractContextManager[Any]:
+        """Return a context of writes that come after `arrays`, nested, have all been computed.
+
+        For libraries that choose the order of operations: should one fail, nothing is written.
+        """
+        return contextlib.nullcontext()
+
     def slice_rows(self, array: Array, start: Any, size: int) -> Array:
         """Return rows start … start + size - 1 of `array`; `start` may be a traced integer."""
         return array[start : start + size, ...]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from negcache_core._array import Array, fill, length, take
+from negcache_core._array import Array, take
 from negcache_core.scoring import log_sum_exp
 from negcache_core.streaming import CacheScores
 from negcache_core.topk import group_of
@@ -33,11 +33,7 @@ def log_laws(cross_scores: Array, log_partition: Array, *, xp: Any) -> Array:
     """
     drew = xp.isfinite(log_partition)
     log_law = cross_scores - xp.where(drew, log_partition, 0.0)[:, None]
-    log_law = xp.where(drew[:, None], log_law, -float("inf"))
-    # There may be no query at all; and some libraries know no largest of nothing.
-    nobody = fill((1, 1), -float("inf"), cross_scores, xp)
-    nobody = xp.broadcast_to(nobody, (1, length(cross_scores, xp, 1)))
-    return log_sum_exp(xp.concat([log_law, nobody], axis=0), 0, xp=xp)
+    return log_sum_exp(xp.where(drew[:, None], log_law, -float("inf")), 0, xp=xp)
 
 
 def pool_of(

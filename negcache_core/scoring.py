@@ -73,6 +73,8 @@ def log_sum_exp(scores: Array, axis: int = -1, *, xp: Any = None) -> Array:
     [10000.69314718056, -inf]
     """
     xp = namespace(scores, xp=xp)
+    if scores.shape[axis] == 0:  # some libraries know no largest of nothing
+        return xp.sum(scores, axis=axis) - float("inf")
     top = xp.max(scores, axis=axis, keepdims=True)
     top = xp.where(xp.abs(top) < float("inf"), top, 0.0)
     total = xp.sum(xp.exp(scores - top), axis=axis)

@@ -262,14 +262,18 @@ class BaseHandler:
                 name: self._plan(name, result, embeddings[name], features[name]) for name in caches
             }
             self._report(result)
-            self._carry_out(plans)
+            self._carry_out(plans, result.training_loss)
 
-    def _carry_out(self, plans: Mapping[str, UpdatePlan | None]) -> None:
-        """Write what is planned for each cache, None for nothing, and take charge of the result."""
+    def _carry_out(self, plans: Mapping[str, UpdatePlan | None], *known: Array) -> None:
+        """Write what is planned for each cache, None for nothing, and take charge of the result.
+
+        known: what else must not fail before anything is written
+        """
         caches = dict(self._caches())
-        for name, plan in plans.items():
-            if plan is not None:
-                caches[name] = self._managers[name].carry_out(caches[name], plan)
+        with self.backend.after((plans, known)):
+            for name, plan in plans.items():
+                if plan is not None:
+                    caches[name] = self._managers[name].carry_out(caches[name], plan)
         self._keep(caches)
 
 

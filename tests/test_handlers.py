@@ -236,8 +236,18 @@ def test_features_narrower_than_their_field_may_stand_in(backend):
 
 
 @HANDLED
-def test_an_empty_batch_is_fine(backend):
-    handler = handler_of(backend)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"in_batch_negatives": True, "top_k": 2},
+        {"estimator": "shared", "in_batch_negatives": True},
+        {"estimator": "exact_query", "staleness_correction": True, "num_samples": 2},
+    ],
+)
+def test_an_empty_batch_is_fine(backend, options):
+    loss = backend.module.CacheClassificationLoss("embedding", ("x",), generator=1, **options)
+    handler = handler_of(backend, loss=loss)
     for rows in (2, 0, 1):
         query, x = batch_of(backend, rows, rows)
         loss = handler.update_cache_and_compute_loss(double, query, double({"x": x}), {"x": x})

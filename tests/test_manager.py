@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from negcache_core import EMPTY, CacheManager, CapacityError, FieldSpec
 from negcache_core.plans import grow_older, plan_insert
 from negcache_core.state import OLDEST, NegativeCache
+from negcache_core.testing import DictCache
 
 FIELDS = ("vector", "scalar")
 
@@ -27,56 +28,6 @@ def rows_of_items(items):
     return {field: rows_of([item[field] for item in items])[field] for field in FIELDS}
 
 
-class DictCache:
-    """The model: a dict of slot -> (numbers by field, age), with every rule spelled out."""
-
-    def __init__(self, capacity, use_lru, unique):
-        self.capacity, self.use_lru, self.unique = capacity, use_lru, unique
-        self.held = {slot: dict.fromkeys(FIELDS, 0) for slot in range(capacity)}
-        self.age = {}  # only slots that hold a row
-        self.taken = set()  # in an update: slots of items that came again
-
-    def update(self, refresh, fields, new_items):
-        young = set()
-        for slot, item, keep in refresh:
-            if keep and 0 <= slot < self.capacity:
-                self.held[slot].update({field: item[field] for field in fields})
-                if self.use_lru:
-                    young.add(slot)
-
-        kept = [item for item, keep in new_items if keep]
-        if self.unique:
-            kept = self.put_in_own_slots(kept, young)
-
-        def oldest_first(slot):
-            if slot in young:
-                return (1, slot)
-            return (-float("inf") if slot not in self.age else -self.age[slot], slot)
-
-        order = sorted(set(range(self.capacity)) - self.taken, key=oldest_first)
-        for slot, item in zip(order, kept, strict=False):
-            self.held[slot] = item
-            young.add(slot)
-        self.age = {slot: age + 1 for slot, age in self.age.items()}
-        self.age.update(dict.fromkeys(young | self.taken, 0))
-        self.taken = set()
-
-    def put_in_own_slots(self, items, young):
-        """Overwrite the rows of items that are here, and return the others."""
-        written = {*self.age, *young}
-        slot_of = {self.held[slot]["scalar"]: slot for slot in sorted(written, reverse=True)}
-        others = []
-        for place, item in enumerate(items):
-            if item["scalar"] in [later["scalar"] for later in items[place + 1 :]]:
-                continue
-            if item["scalar"] in slot_of:
-                self.held[slot_of[item["scalar"]]] = item
-                self.taken.add(slot_of[item["scalar"]])
-            else:
-                others.append(item)
-        return others
-
-
 class ManagerMachine(RuleBasedStateMachine):
     backend = None  # set by the subclass of each backend
 
@@ -90,7 +41,8 @@ class ManagerMachine(RuleBasedStateMachine):
         unique_key = "scalar" if unique else None
         self.manager = module.CacheManager(specs, capacity, use_lru, unique_key=unique_key)
         self.cache = self.manager.init_cache()
-        self.model = DictCache(capacity, use_lru, unique)
+        zeros = dict.fromkeys(FIELDS, 0)
+        self.model = DictCache(capacity, zeros, use_lru=use_lru, unique_key=unique_key)
         self.counter = 0
 
     def items(self, count, data):
@@ -98,7 +50,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self.counter += count
         numbers = list(range(self.counter - count + 1, self.counter + 1))
         keys = numbers
-        if self.model.unique:
+        if self.model.unique_key:
             keys = data.draw(st.lists(st.integers(0, 5), min_size=count, max_size=count))
         return [dict(zip(FIELDS, both, strict=True)) for both in zip(numbers, keys, strict=True)]
 
@@ -131,10 +83,10 @@ class ManagerMachine(RuleBasedStateMachine):
         ):
             np.testing.assert_array_equal(ours, theirs, err_msg="the input cache was changed")
         self.cache = after
+        refresh = [{field: item[field] for field in fields} for item in refreshed]
         self.model.update(
-            list(zip(slots, refreshed, keep, strict=True)),
-            fields,
-            list(zip(added, mask or [True] * count, strict=True)),
+            zip(slots, refresh, keep, strict=True),
+            zip(added, mask or [True] * count, strict=True),
         )
 
     @rule(extra=st.integers(1, 3))
@@ -146,7 +98,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule()
     def nothing_to_do_still_ages(self):
         self.cache = self.manager.update_cache(self.cache)
-        self.model.update([], (), [])
+        self.model.update()
 
     @invariant()
     def same_as_the_model(self):
@@ -157,8 +109,7 @@ class ManagerMachine(RuleBasedStateMachine):
         for field in FIELDS:
             expected = rows_of([self.model.held[slot][field] for slot in slots])[field]
             np.testing.assert_array_equal(ours.data[field], expected)
-        ages = [self.model.age.get(slot, EMPTY) for slot in slots]
-        np.testing.assert_array_equal(ours.age, ages)
+        np.testing.assert_array_equal(ours.age, self.model.ages())
         assert ours.age.dtype == np.int32
 
 

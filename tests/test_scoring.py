@@ -31,6 +31,16 @@ def test_log_sum_exp_is_the_naive_one_in_long_double(scores):
     assert ours == pytest.approx(naive, rel=1e-13, abs=1e-13)
 
 
+@pytest.mark.parametrize("name", [*EAGER, "jax"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_log_sum_exp_of_no_terms(name, axis):
+    backend, shape = BACKENDS[name], (0, 2) if axis == 0 else (2, 0)
+    xp = backend.module.CacheManager.backend.xp
+    found = log_sum_exp(native(backend, np.zeros(shape), "float32"), axis, xp=xp)
+    assert found.dtype == xp.float32
+    np.testing.assert_array_equal(backend.numpy(found), [-np.inf, -np.inf])
+
+
 @given(st.lists(st.floats(-1e4, 1e4), min_size=2, max_size=40), st.randoms())
 def test_log_sum_exp_bounds_and_order(scores, random):
     """max <= log-sum-exp <= max + log n, whatever the order of the terms."""

@@ -283,3 +283,49 @@ def test_replicas_of_a_strategy_keep_equal_caches():
     )
     assert out.returncode == 0, out.stderr[-3000:]
     assert out.stdout.strip().endswith("replicas agree")
+
+
+@pytest.mark.parametrize("use_lru", [True, False])
+def test_a_traced_step_that_fails_changes_nothing(use_lru):
+    """A graph runs what it can: no write may come before what may fail, whatever it depends on."""
+    handler, table = handler_of(use_lru=use_lru), table_of()
+    network, fails = network_of(table), tf.Variable(initial_value=False)
+
+    def asserting(features):
+        with tf.control_dependencies([tf.debugging.Assert(~fails, ["the tower failed"])]):
+            return network(features) + 0.0
+
+    @tf.function
+    def step(query, tokens):
+        features = {"tokens": tokens}
+        return handler.update_cache_and_compute_loss(asserting, query, network(features), features)
+
+    step(*batch(0))
+    before = state_of(handler)
+    fails.assign(value=True)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="the tower failed"):
+        step(*batch(1))
+    for ours, theirs in zip(state_of(handler), before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_traced_refresh_that_fails_for_one_cache_changes_none():
+    specs = {"x": negcache.FieldSpec((1,), "float32"), "e": negcache.FieldSpec((1,), "float32")}
+    handler = negcache.MultiCacheLossHandler(
+        {name: negcache.CacheManager(specs, 2) for name in "ab"},
+        negcache.CacheClassificationLoss("e", ("x",), generator=0),
+        embedding_key="e",
+        data_keys=("x",),
+    )
+    x = tf.constant([[1.0], [-2.0]])
+    handler.prefill(lambda features: features["x"], {"a": {"x": -x}, "b": {"x": x}}, 2)
+
+    def network(features):
+        positive = tf.debugging.Assert(tf.reduce_sum(features["x"]) > 0, ["the tower failed"])
+        with tf.control_dependencies([positive]):
+            return 7.0 * features["x"]
+
+    with pytest.raises(tf.errors.InvalidArgumentError, match="the tower failed"):
+        tf.function(lambda: handler.refresh(network, 2))()
+    np.testing.assert_array_equal(handler.cache["a"].data["e"], -x)
+    np.testing.assert_array_equal(handler.cache["b"].data["e"], x)

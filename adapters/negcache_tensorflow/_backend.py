@@ -1,5 +1,6 @@
 """The verbs that TensorFlow supplies to the core."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,12 @@ class TensorFlowBackend(Backend):
 
     def stop_gradient(self, array: tf.Tensor) -> tf.Tensor:
         return tf.stop_gradient(array)
+
+    def after(self, arrays: Any) -> contextlib.AbstractContextManager[Any]:
+        # A graph runs whatever has its inputs, also where something else is about to fail.
+        return tf.control_dependencies(
+            [each for each in tf.nest.flatten(arrays) if isinstance(each, tf.Tensor)]
+        )
 
     def slice_rows(self, array: tf.Tensor, start: Any, size: int) -> tf.Tensor:
         # Gathered: a slice of a variable that is written to would first read a copy of all of it.
