@@ -9,11 +9,12 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from negcache_core._array import Array, cast, dtype_name, index_dtype
-from negcache_core.arguments import check_keys
+from negcache_core.arguments import check_keys, check_mapping
 from negcache_core.backend import NUMPY, Backend
 from negcache_core.errors import (
     CapacityError,
     DTypeError,
+    KindError,
     NonFiniteWarning,
     OptionError,
     ShapeError,
@@ -182,8 +183,12 @@ def check_layout(given: Any, own: Any, what: str, *, resize: bool = False) -> No
     given, own: NegativeCaches of arrays, or of anything with .shape and .dtype
     resize:     whether capacities may differ
     """
-    check_keys(given.data, own.data, f"the data of {what}", exact=True)
-    (slots, *_), (capacity, *_) = given.age.shape, own.age.shape
+    data = check_mapping(getattr(given, "data", None), f"the data of {what}")
+    check_keys(data, own.data, f"the data of {what}", exact=True)
+    for array in (given.age, *data.values()):
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise KindError(f"{what} to load has a {type(array).__name__}: expected arrays.")
+    slots, capacity = (*given.age.shape, None)[0], own.age.shape[0]
     if slots != capacity and not resize:
         raise CapacityError(
             f"{what} to load has {slots} slots: expected {capacity}. Make the handler with "

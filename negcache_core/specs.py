@@ -8,6 +8,10 @@ from negcache_core.arguments import as_whole
 from negcache_core.errors import DTypeError, KeysError, KindError, ShapeError
 
 
+MOST_AXES = 62
+"""Of a row; with the slots and a tile there are 64, as many as NumPy and PyTorch can have."""
+
+
 class FieldSpec(NamedTuple):
     """Shape and dtype of one cached field.
 
@@ -46,6 +50,11 @@ def as_field_spec(key: str, spec: Any) -> FieldSpec:
         raise ShapeError(
             f"field {key!r} has row shape {spec.shape}: every size must be a known, non-negative "
             "integer, because all rows of a cache have one shape. Pad variable-length features."
+        )
+    if len(sizes) > MOST_AXES:
+        raise ShapeError(
+            f"field {key!r} has rows of {len(sizes)} axes: expected at most {MOST_AXES}. "
+            "Flatten what is stored."
         )
     if dtype_kind(spec.dtype) not in {"bool", "integer", "floating"}:
         raise DTypeError(

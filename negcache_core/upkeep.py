@@ -1,7 +1,7 @@
 """Upkeep outside of steps: filling a cache before training, and embedding its oldest rows anew."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from negcache_core._array import Array, cast, index_dtype, take
 from negcache_core.arguments import as_whole, check_function, embeddings_of
@@ -142,14 +142,14 @@ class Upkeep(Checkpointed):
             check_function(progress, "progress", advice)
         corpora = {name: self._corpus(name, given) for name, given in features.items()}
         batches = [
-            (name, slice(start, min(start + size, total)))
+            _Batch(name, slice(start, min(start + size, total)))
             for name, (_, total) in corpora.items()
             for start in range(0, total, size)
         ]
         left_out = 0
         with self.backend.no_gradient():
             try:
-                for name, part in batches if progress is None else progress(batches):
+                for name, part in batches if progress is None else _wrapped(progress, batches):
                     rows = {key: value[part, ...] for key, value in corpora[name][0].items()}
                     left_out = left_out + self._insert(name, rows, item_network, part)
             finally:
@@ -219,6 +219,22 @@ class Upkeep(Checkpointed):
     def _count(self, mask: Array) -> Array:
         xp = self.backend.xp
         return xp.sum(cast(mask, index_dtype(xp), xp))
+
+
+class _Batch(NamedTuple):
+    name: str
+    part: slice
+
+
+def _wrapped(progress: Progress, batches: list[_Batch]) -> Iterator[_Batch]:
+    """Yield what `progress` makes of the batches; raise KindError unless it is these."""
+    wrapped = progress(batches)
+    if not isinstance(wrapped, Iterable):
+        raise KindError(f"progress returned {wrapped!r}: expected the batches, as tqdm.tqdm does.")
+    for batch in wrapped:
+        if not isinstance(batch, _Batch):
+            raise KindError(f"progress gave {batch!r}: expected the batches that it was given.")
+        yield batch
 
 
 def _whole(what: str, number: Any, *, least: int) -> int:
