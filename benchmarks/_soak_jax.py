@@ -108,17 +108,11 @@ class Soaked:
 
     def save(self, path: Path) -> None:
         """Write the state."""
-        data, age = self.state.caches["cache"]
-        key = jax.random.key_data(self.state.key)
-        np.savez(path.with_suffix(".npz"), age=age, key=key, **data)
+        self.handler.save(self.state, path)
 
     def load(self, path: Path) -> None:
         """Read it into this handler's state."""
-        with np.load(path.with_suffix(".npz"), allow_pickle=False) as saved:
-            arrays = {name: jnp.asarray(saved[name]) for name in saved.files}
-        key, age = jax.random.wrap_key_data(arrays.pop("key")), arrays.pop("age")
-        cache = negcache.NegativeCache(arrays, age)
-        self.state = negcache.HandlerState({"cache": cache}, key)
+        self.state = self.handler.load(self.state, path)
 
     def draw(self, y: Any) -> Any:
         """Return the slots that the handler draws."""

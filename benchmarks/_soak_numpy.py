@@ -86,15 +86,11 @@ class Soaked:
 
     def save(self, path: Path) -> None:
         """Write the state."""
-        data, age = self.handler.cache
-        np.savez(path.with_suffix(".npz"), age=age, **data)
+        self.handler.save(path)
 
     def load(self, path: Path) -> None:
         """Read it into this handler."""
-        with np.load(path.with_suffix(".npz"), allow_pickle=False) as saved:
-            self.handler.cache.age[...] = saved["age"]
-            for key, rows in self.handler.cache.data.items():
-                rows[...] = saved[key]
+        self.handler.load(path)
 
     def draw(self, y: Any) -> Any:
         """Return the slots that the handler draws."""

@@ -118,11 +118,11 @@ class Soaked:
 
     def save(self, path: Path) -> None:
         """Write the state."""
-        tf.train.Checkpoint(handler=self.handler).write(str(path))
+        self.handler.save(path)
 
     def load(self, path: Path) -> None:
         """Read it into this handler."""
-        tf.train.Checkpoint(handler=self.handler).read(str(path)).assert_consumed()
+        self.handler.load(path)
 
     def draw(self, y: Any) -> Any:
         """Return the slots that the handler draws."""

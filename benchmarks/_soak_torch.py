@@ -91,11 +91,11 @@ class Soaked:
 
     def save(self, path: Path) -> None:
         """Write the state."""
-        torch.save(self.handler.state_dict(), path)
+        self.handler.save(path)
 
     def load(self, path: Path) -> None:
         """Read it into this handler."""
-        self.handler.load_state_dict(torch.load(path, weights_only=True))
+        self.handler.load(path)
 
     def draw(self, y: Any) -> Any:
         """Return the slots that the handler draws."""

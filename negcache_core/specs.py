@@ -7,7 +7,6 @@ from negcache_core._array import dtype_kind, dtype_name
 from negcache_core.arguments import as_whole
 from negcache_core.errors import DTypeError, KeysError, KindError, ShapeError
 
-
 MOST_AXES = 62
 """Of a row; with the slots and a tile there are 64, as many as NumPy and PyTorch can have."""
 
