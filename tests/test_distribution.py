@@ -79,7 +79,7 @@ def test_the_metadata_say_what_this_is(built):
     assert metadata["Description-Content-Type"] == "text/markdown"
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
     always = {each.name for each in requirements if each.marker is None}
-    assert always <= {"numpy", "array-api-compat", "safetensors"}  # no framework
+    assert always <= {"numpy", "array-api-compat", "ml-dtypes", "safetensors"}  # no framework
     assert {"torch", "tensorflow", "jax"} <= set(metadata.get_all("Provides-Extra"))
     oldest = SpecifierSet(metadata["Requires-Python"])
     named = re.findall(r"Python :: (3\.\d+)", files[f"{INFO}/METADATA"].decode())
