@@ -143,7 +143,7 @@ class Checkpointed(BaseHandler):
         fitting, count = {}, 0
         for name, cache in given.items():
             what = f"cache {name!r}"
-            host = _on_host(check_cache(cache, backend, what), backend)
+            host = _on_host(cache, backend, what)
             check_layout(host, own[name], what, resize=resize)
             if (host.age < 0).any():
                 raise OptionError(
@@ -254,9 +254,16 @@ def warn_of_nonfinite(count: int) -> None:
         )
 
 
-def _on_host(cache: NegativeCache, backend: Backend) -> NegativeCache:
-    data = {key: backend.to_host(rows) for key, rows in cache.data.items()}
-    age = backend.to_host(cache.age)
+def _on_host(cache: Any, backend: Backend, what: str) -> NegativeCache:
+    """Return a cache of any library, checked, as NumPy arrays."""
+
+    def moved(value: Any) -> Any:
+        return backend.to_host(value) if backend.owns(value) else value
+
+    rows = check_mapping(getattr(cache, "data", None), f"the data of {what}")
+    held = {key: moved(value) for key, value in rows.items()}
+    age = moved(getattr(cache, "age", None))
+    data, age = check_cache(NegativeCache(held, age), NUMPY, what)
     if age.dtype.kind in "iu" and (age <= EMPTY).all():  # a plain list's are of int64
         age = age.astype(np.int32)
     return NegativeCache(data, age)
