@@ -63,7 +63,7 @@ test-deep: $(VENV)/.test ## the same with many more random examples
 
 # Old versions warn of what newer ones have mended.
 test-lowest: ## the same with the oldest versions that pyproject.toml allows
-	PYTEST_ADDOPTS='-W default' $(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+	XLA_FLAGS= PYTEST_ADDOPTS='-W default' $(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 lint: $(VENV)/.lint ## check style and formatting
 	$(BIN)/ruff check .

@@ -117,7 +117,8 @@ class BaseHandler:
             "cache": self._caches(),
             **options,
         }
-        check_function(item_network, "item_network", "a function of features")
+        if isinstance(self.cache_loss, CacheClassificationLoss):  # another may take no network
+            check_function(item_network, "item_network", "a function of features")
         self._check(embeddings, features)
         if not isinstance(self.cache_loss, CacheClassificationLoss):
             result = self._weighted(self.cache_loss(**arguments), query_embeddings)

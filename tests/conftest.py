@@ -2,6 +2,13 @@ import json
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported
+# Most of the time goes into compiling programs that run once. TensorFlow 2.19 knows not all of
+# these flags: `make test-lowest` sets none.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false",
+)
 
 import jax
 from hypothesis import HealthCheck, settings

@@ -186,7 +186,10 @@ def assert_unbiased(name, problem, options, moved=None):
         np.testing.assert_allclose(ours, theirs, err_msg=which, **TOLERANCE)
     if moved is not None:
         return  # the value comes from stale scores
-    np.testing.assert_allclose(float(now["value"]), float(value_expected), **TOLERANCE)
+    if name not in {"torch", "tensorflow"}:  # traced: the value is no number yet
+        value(*(native(each) for each in (problem.V, problem.W, problem.scale)))
+    total = float(backend.to_numpy(now["value"]))
+    np.testing.assert_allclose(total, float(value_expected), **TOLERANCE)
 
 
 @pytest.mark.parametrize("in_batch", [False, True], ids=["cache alone", "in-batch"])
@@ -201,6 +204,7 @@ def test_expected_gradient_is_exact_with_every_option(name, in_batch, data):
 
 
 @pytest.mark.parametrize("name", ["torch", "tensorflow", "jax"])
+@settings(max_examples=settings.default.max_examples // 5)  # each compiles anew in JAX
 @given(data=st.data())
 def test_the_correction_is_exact_where_all_rows_have_moved_alike(name, data):
     """Stale probabilities are right then, but for the share of the cache, which is corrected."""

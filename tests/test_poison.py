@@ -105,8 +105,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "estimator", "correction"), CASES)
-@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize(
+    ("name", "estimator", "correction", "value"),
+    [
+        (*case, value)
+        for case in CASES
+        for value in (np.nan, -np.inf)
+        if case[0] == "torch" or np.isnan(value)
+    ],
+)
 def test_poison_reaches_no_other_query(name, estimator, correction, value):
     """Each other query's loss and gradient are those of a batch in which nothing is wrong."""
     step = Step(

@@ -124,7 +124,7 @@ class TensorflowRun(NumpyRun):
         self.handler = self.handler_of(negcache, tf.float32)
         self.optimizer = tf.keras.optimizers.Adam(0.1)
         self.optimizer.build([self.tower])
-        self.traced = tf.function(self.train)
+        self.traced = tf.function(self.train, autograph=False)
 
     def train(self, query, x):
         network = lambda features: features["x"] @ self.tower  # noqa: E731
