@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # TensorFlow is silent about what it cannot find unless something fails.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo bench bench-full bench-training run-benchmarks plots test test-deep lint format typecheck clean
+.PHONY: help demo bench bench-full bench-training run-benchmarks plots test test-deep docs lint format typecheck clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -49,6 +49,9 @@ test: $(VENV)/.test ## run every test, on all backends
 test-deep: $(VENV)/.test ## the same with many more random examples
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n auto --maxprocesses=8
 
+docs: $(VENV)/.docs ## build the documentation site, docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx --fresh-env --write-all --quiet --fail-on-warning --keep-going --builder html docs docs/_build/html
+
 lint: $(VENV)/.lint ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,4 +64,4 @@ typecheck: $(VENV)/.lint ## mypy, strict, on the core
 	$(BIN)/mypy
 
 clean: ## remove what make made
-	rm -rf $(VENV) build dist runs .hypothesis .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist docs/_build runs .hypothesis .pytest_cache .ruff_cache .mypy_cache
