@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # TensorFlow is silent about what it cannot find unless something fails.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo bench bench-full bench-training run-benchmarks plots soak test test-deep test-lowest \
+.PHONY: help demo bench bench-full bench-training run-benchmarks plots soak test test-deep test-lowest docs \
 	lint format typecheck dist audit clean
 
 help: ## list the targets
@@ -65,6 +65,9 @@ test-deep: $(VENV)/.test ## the same with many more random examples
 test-lowest: ## the same with the oldest versions that pyproject.toml allows
 	XLA_FLAGS= PYTEST_ADDOPTS='-W default' $(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
+docs: $(VENV)/.docs ## build the documentation site, docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx --fresh-env --write-all --quiet --fail-on-warning --keep-going --builder html docs docs/_build/html
+
 lint: $(VENV)/.lint ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -99,4 +102,4 @@ audit: $(VENV)/.audit ## look up known vulnerabilities of everything that is ins
 	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement $(VENV)/audited.txt
 
 clean: ## remove what make made
-	rm -rf $(VENV) .venv-lowest build dist runs .hypothesis .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-lowest build dist docs/_build runs .hypothesis .pytest_cache .ruff_cache .mypy_cache

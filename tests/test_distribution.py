@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGES = [ROOT / "negcache_core", *sorted((ROOT / "adapters").glob("negcache_*"))]
 INFO = f"negcache-{negcache_core.__version__}.dist-info"
 # Tools of a checkout: of these one version is pinned, and none is a user's.
-TOOLS = ("lint", "dist", "audit")
+TOOLS = ("lint", "docs", "dist", "audit")
 
 
 def build(tree, out, *targets):

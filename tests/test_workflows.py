@@ -18,7 +18,13 @@ def steps_of(name):
 
 
 def test_all_are_there():
-    assert set(WORKFLOWS) == {"ci.yml", "release.yml"}
+    assert set(WORKFLOWS) == {"ci.yml", "docs.yml", "release.yml"}
+
+
+RIGHTS = {
+    "release.yml": {"publish": {"id-token": "write"}},
+    "docs.yml": {"deploy": {"pages": "write", "id-token": "write"}},
+}
 
 
 @pytest.mark.parametrize("name", sorted(WORKFLOWS))
@@ -31,9 +37,10 @@ def test_workflows_call_make_alone_and_targets_that_exist(name):
         assert set(targets) <= TARGETS
 
 
-def test_the_pull_request_workflow_checks_what_ci_run_checks():
+def test_the_pull_request_workflows_check_what_ci_run_checks():
     wanted = re.findall(r"^make (.*)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
-    assert {f"make {targets}" for targets in wanted} <= {s.get("run") for s in steps_of("ci.yml")}
+    steps = steps_of("ci.yml") + steps_of("docs.yml")
+    assert {f"make {targets}" for targets in wanted} <= {step.get("run") for step in steps}
 
 
 @pytest.mark.parametrize("name", sorted(WORKFLOWS))
@@ -43,7 +50,7 @@ def test_rights_are_given_where_they_are_needed(name):
     rights = {
         key: job["permissions"] for key, job in workflow["jobs"].items() if "permissions" in job
     }
-    assert rights == ({"publish": {"id-token": "write"}} if name == "release.yml" else {})
+    assert rights == RIGHTS.get(name, {})
     assert all("timeout-minutes" in job for job in workflow["jobs"].values())
 
 
