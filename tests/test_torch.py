@@ -5,6 +5,7 @@ import copy
 import negcache_torch as negcache
 import pytest
 import torch
+from negcache_torch import _replicas
 from negcache_torch._backend import TORCH
 from negcache_torch._generator import BufferGenerator
 from torch import nn
@@ -300,3 +301,11 @@ def test_the_readout_is_attention_whichever_way_it_is_computed(written, monkeypa
     scores = (query @ table.T).masked_fill(age == negcache.EMPTY, -torch.inf)
     torch.testing.assert_close(found, torch.softmax(scores, 1) @ table)
     assert calls == [written] + [True] * 7
+
+
+def test_rows_of_one_number_are_sent_whatever_their_strides():
+    rows = torch.arange(4).reshape(1, 4).T
+    assert rows.is_contiguous()
+    assert rows.stride() == (1, 4)
+    (back,) = _replicas._unpack(_replicas._pack([rows]), [rows])
+    assert torch.equal(back, rows)

@@ -119,7 +119,8 @@ def _as_bytes(array: Tensor) -> Tensor:
     row = array.shape[1:].numel() * array.element_size()
     if not array.numel():
         return torch.empty((len(array), row), dtype=torch.uint8, device=array.device)
-    return array.contiguous().reshape(len(array), -1).view(torch.uint8)
+    # Flat first: columns of one number count as contiguous whatever their stride is.
+    return array.contiguous().reshape(-1).view(torch.uint8).reshape(len(array), row)
 
 
 def _unpack(packed: Tensor, arrays: Sequence[Tensor]) -> list[Tensor]:
