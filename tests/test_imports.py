@@ -1,4 +1,7 @@
-"""The import graph: the core imports no framework, and no adapter imports another."""
+"""The import graph: the core imports no framework, and no adapter imports another.
+
+An integration with a library of a framework imports that, and the framework's adapter.
+"""
 
 import ast
 import subprocess
@@ -14,6 +17,7 @@ ADAPTERS = {
     "negcache_tensorflow": "tensorflow",
     "negcache_jax": "jax",
 }
+INTEGRATIONS = {"negcache_sentence_transformers": "negcache_torch"}
 ARRAY_LIBRARIES = {"array_api_compat", "array_api_extra"}
 THE_DOOR = "_array.py"
 # Arrows in one direction only: each file may import those before it.
@@ -76,15 +80,20 @@ def offences(root):
     found = []
     for path in sorted((root / "negcache_core").rglob("*.py")):
         tops = {name.partition(".")[0] for name in imports_of(path)}
-        bad = tops & (FRAMEWORKS | set(ADAPTERS))
+        bad = tops & (FRAMEWORKS | set(ADAPTERS) | set(INTEGRATIONS))
         if path.name != THE_DOOR:
             bad |= tops & ARRAY_LIBRARIES
         found += [f"{path.name} imports {name}" for name in sorted(bad)]
-    for adapter, framework in ADAPTERS.items():
-        for path in sorted((root / "adapters" / adapter).rglob("*.py")):
+    allowed = {adapter: {adapter, framework} for adapter, framework in ADAPTERS.items()}
+    allowed |= {
+        integration: {integration, adapter, ADAPTERS[adapter]}
+        for integration, adapter in INTEGRATIONS.items()
+    }
+    for package, own in allowed.items():
+        for path in sorted((root / "adapters" / package).rglob("*.py")):
             tops = {name.partition(".")[0] for name in imports_of(path)}
-            bad = tops & ((FRAMEWORKS - {framework}) | (set(ADAPTERS) - {adapter}))
-            found += [f"{adapter}/{path.name} imports {name}" for name in sorted(bad)]
+            bad = tops & ((FRAMEWORKS | set(ADAPTERS) | set(INTEGRATIONS)) - own)
+            found += [f"{package}/{path.name} imports {name}" for name in sorted(bad)]
     return found
 
 
@@ -110,6 +119,16 @@ def test_the_rules_hold():
             "adapters/negcache_torch/losses.py",
             "import negcache_tensorflow",
             "negcache_torch/losses.py imports negcache_tensorflow",
+        ),
+        (
+            "adapters/negcache_torch/losses.py",
+            "import negcache_sentence_transformers",
+            "negcache_torch/losses.py imports negcache_sentence_transformers",
+        ),
+        (
+            "adapters/negcache_sentence_transformers/loss.py",
+            "import jax, negcache_torch, torch",
+            "negcache_sentence_transformers/loss.py imports jax",
         ),
     ],
 )

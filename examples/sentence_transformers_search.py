@@ -1,0 +1,110 @@
+"""Train a sentence-transformers model to find Python functions by what they do.
+
+    python examples/sentence_transformers_search.py --query "parse an ISO date"
+    python examples/sentence_transformers_search.py --model all-MiniLM-L6-v2 --steps 500
+
+Pairs (a docstring's first sentence, the function's source) are mined from installed packages, and
+a tenth of them held out. Without --model it trains a StaticEmbedding from nothing: a vector for
+each token, of a vocabulary that is made here from the same source. Nothing is downloaded then.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from docstring_pairs import Pair, is_held_out, mine_pairs
+from negcache_sentence_transformers import NegativeCacheLoss, keep_cache
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.util import semantic_search
+from tokenizers import BertWordPieceTokenizer
+
+OUT = Path(__file__).resolve().parents[1] / "runs" / "sentence_transformers_search"
+TOKENS = 256  # of a text; what is longer is cut off
+
+
+def make_model(pairs: Sequence[Pair]) -> SentenceTransformer:
+    """Return a model of one vector for each token, random as yet."""
+    tokenizer = BertWordPieceTokenizer()
+    texts = [text for pair in pairs for text in (pair.query, pair.code)]
+    tokenizer.train_from_iterator(texts, vocab_size=16_384, show_progress=False)
+    tokenizer.enable_truncation(TOKENS)
+    inner = tokenizer._tokenizer  # noqa: SLF001 - the wrapped one is what StaticEmbedding takes
+    static = StaticEmbedding(inner, embedding_dim=256)
+    return SentenceTransformer(modules=[static], device="cpu")
+
+
+def evaluate(model: SentenceTransformer, pairs: Sequence[Pair]) -> float:
+    """Return nDCG@10 of each query's function among those of all pairs."""
+    names = [str(row) for row in range(len(pairs))]
+    evaluator = InformationRetrievalEvaluator(
+        dict(zip(names, (pair.query for pair in pairs), strict=True)),
+        dict(zip(names, (pair.code for pair in pairs), strict=True)),
+        {name: {name} for name in names},
+        write_csv=False,
+    )
+    return evaluator(model)["cosine_ndcg@10"]
+
+
+def train(model: SentenceTransformer, pairs: Sequence[Pair], options: argparse.Namespace) -> None:
+    """Train by the trainer, as with any of its losses; two lines are about the cache."""
+    data = Dataset.from_dict(
+        {"anchor": [pair.query for pair in pairs], "positive": [pair.code for pair in pairs]}
+    )
+    arguments = SentenceTransformerTrainingArguments(
+        str(options.out),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        learning_rate=options.learning_rate or (2e-5 if options.model else 1e-2),
+        logging_steps=max(1, options.steps // 10),
+        save_steps=options.steps,
+        use_cpu=not torch.cuda.is_available(),
+        report_to=[],
+    )
+    length = None if options.model else TOKENS
+    loss = NegativeCacheLoss(model, options.cache_size, max_length=length)
+    trainer = SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=loss)
+    keep_cache(trainer)
+    trainer.train()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Mine, train, evaluate before and after, and answer a query."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
+    parser.add_argument("--model", help="a SentenceTransformer to tune: a folder, or a name")
+    parser.add_argument("--steps", type=int, default=1_000)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--cache-size", type=int, default=8_192)
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--max-pairs", type=int, help="stop mining at so many pairs")
+    parser.add_argument("--query", default="parse an ISO date")
+    parser.add_argument("--out", type=Path, default=OUT, help="for checkpoints")
+    options = parser.parse_args(arguments)
+
+    pairs = mine_pairs(options.max_pairs)
+    training = [pair for pair in pairs if not is_held_out(pair.query)]
+    held_out = [pair for pair in pairs if is_held_out(pair.query)]
+    torch.manual_seed(0)
+    model = SentenceTransformer(options.model) if options.model else make_model(training)
+    before = evaluate(model, held_out)
+    train(model, training, options)
+    after = evaluate(model, held_out)
+    print(f"nDCG@10 of {len(held_out)} held-out queries: {before:.3f}, then {after:.3f}")
+
+    functions = model.encode([pair.code for pair in pairs], convert_to_tensor=True)
+    query = model.encode([options.query], convert_to_tensor=True)
+    print(options.query)
+    for found in semantic_search(query, functions, top_k=3)[0]:
+        pair = pairs[found["corpus_id"]]
+        print(f"{found['score']:6.3f}  {pair.name}  ({pair.where})")
+
+
+if __name__ == "__main__":
+    main()
