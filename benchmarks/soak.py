@@ -13,8 +13,9 @@ handlers both must be equal, number for number, and so must be
 - the law of the handler's own draws and the softmax (six standard deviations of chi-squared);
 - the number of live tensors, before a new handler's first step, and what it was the time before.
 
-Resident memory is sampled throughout; after a warm-up third a line is fitted. It fails where the
-slope is above its bound by three standard errors; see `_soak_memory`. Linux only.
+Resident memory is sampled throughout; after a warm-up third two slopes are fitted, over all steps
+and over the steps of each handler. It fails where one is above its bound by three standard errors;
+see `_soak_memory`. Linux only.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from negcache_core import NegativeCache
 from negcache_core.testing import DictCache
 
 FRAMEWORKS = ("numpy", "torch", "tensorflow", "jax")
-SAMPLES = 400
+SAMPLES = 2_000
 DEVIATIONS = 6
 ESTIMATORS = ("paper", "shared", "exact_query")
 REFRESH = 0.02
@@ -185,7 +186,7 @@ def run(framework: str, steps: int, turn: int, seed: int) -> dict[str, Any]:
             if step != steps and step % turn == 0:
                 soak.change(Path(folder))
     figures = {"framework": framework, "steps": steps, "seconds": time.perf_counter() - begin}
-    return {**figures, **soak.report(), **summary(samples)}
+    return {**figures, **soak.report(), **summary(samples, turn)}
 
 
 def main() -> int:

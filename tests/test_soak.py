@@ -29,7 +29,9 @@ def test_a_short_soak_finds_nothing(framework):
     assert figures["refreshes"] > 0
     assert figures["not_finite"] > 0
     assert 0 < figures["gradient_error"] < 1e-10
-    assert not figures["conclusive"]  # nobody should read anything into so few samples
+    assert not any(
+        figures["conclusive"].values()
+    )  # nobody should read anything into so few samples
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,23 @@ def test_a_leak_of_one_array_a_step_is_noticed(modules, leak, noticed):
     steps = np.arange(250, 100_001, 250)
     jumps = np.repeat(rng.normal(0, 1e5, len(steps) // 10), 10)
     size = 5e8 + 1e8 * (1 - np.exp(-steps / 3_000)) + jumps + leak * steps
-    slope = modules[2].slope(list(zip(steps.tolist(), size.astype(int).tolist(), strict=True)))
+    samples = list(zip(steps.tolist(), size.astype(int).tolist(), strict=True))
+    slope = modules[2].slope(samples)
     assert slope.too_steep is noticed
-    assert slope.report()["conclusive"]
+    assert slope.conclusive
+    assert modules[2].summary(samples, 2_500)["flat"] is not noticed
+
+
+@pytest.mark.parametrize(("leak", "noticed"), [(0, False), (50, False), (80, True)])
+def test_a_leak_is_noticed_between_jumps_that_each_handler_brings(modules, leak, noticed):
+    rng = np.random.default_rng(0)
+    steps = np.arange(50, 100_001, 50)
+    handler = steps // 2_500
+    jumps = np.cumsum(rng.normal(0, 2e7, handler.max() + 1))[handler]
+    size = 9e8 + jumps + leak * steps + 4096 * rng.integers(0, 3, len(steps))
+    samples = list(zip(steps.tolist(), size.astype(int).tolist(), strict=True))
+    assert not modules[2].slope(samples).conclusive
+    slope = modules[2].slope_of_handlers(samples, 2_500)
+    assert slope.conclusive
+    assert slope.too_steep is noticed
+    assert modules[2].summary(samples, 2_500)["flat"] is not noticed
