@@ -16,6 +16,7 @@ from negcache_core.errors import (
     OptionError,
     ShapeError,
 )
+from negcache_core.figures import plot_cache
 from negcache_core.filters import CacheFilterFn, IsInCacheFilterFn
 from negcache_core.handlers import CacheLossHandler, MultiCacheLossHandler
 from negcache_core.losses import CacheClassificationLoss
@@ -58,5 +59,6 @@ __all__ = [
     "Scaling",
     "ShapeError",
     "approximate_top_k_with_indices",
+    "plot_cache",
     "scaling",
 ]

@@ -58,6 +58,7 @@ ORDER = (
     "checkpoint",
     "upkeep",
     "handlers",
+    "figures",
     "exact",
     "testing",
     "__main__",

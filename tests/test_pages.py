@@ -32,7 +32,7 @@ def test_each_framework_has_its_quickstart():
 @pytest.mark.parametrize(
     "framework", sorted({block.framework for blocks in BLOCKS.values() for block in blocks} - {""})
 )
-def test_programs_run_as_printed(framework):
+def test_programs_run_as_printed(framework, tmp_path):
     pages = [
         page
         for page, blocks in BLOCKS.items()
@@ -44,6 +44,7 @@ def test_programs_run_as_printed(framework):
         text=True,
         timeout=500,
         check=False,
+        cwd=tmp_path,  # where programs may leave files
         # Threads of small operations wait for each other on a busy machine.
         env={**os.environ, "OMP_NUM_THREADS": "1", "JAX_ENABLE_X64": "0"},
     )

@@ -35,6 +35,7 @@ from negcache_core import (
     Scaling,
     ShapeError,
     __version__,
+    plot_cache,
     scaling,
 )
 
@@ -85,6 +86,7 @@ __all__ = [
     "handlers",
     "losses",
     "negative_cache",
+    "plot_cache",
     "retrieval_fns",
     "scaling",
 ]

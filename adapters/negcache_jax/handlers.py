@@ -170,6 +170,14 @@ class _StateHandler(BaseHandler):
     def _keep(self, caches: dict[str, NegativeCache]) -> None:
         self._tables = caches
 
+    def _caches(self) -> dict[str, NegativeCache]:
+        if not self._tables:
+            raise KindError(
+                "this handler holds no state: bind one to it, bound = handler.bind(state), and "
+                "take bound.state afterwards."
+            )
+        return self._tables
+
     def _report(self, result: CacheLossReturn) -> None:
         """Keep nothing: a traced array must not outlive its trace. Use the phases for metrics."""
 

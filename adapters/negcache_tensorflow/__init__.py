@@ -33,6 +33,7 @@ from negcache_core import (
     Scaling,
     ShapeError,
     __version__,
+    plot_cache,
     scaling,
 )
 
@@ -82,6 +83,7 @@ __all__ = [
     "handlers",
     "losses",
     "negative_cache",
+    "plot_cache",
     "retrieval_fns",
     "scaling",
 ]

@@ -32,6 +32,7 @@ from negcache_core import (
     Scaling,
     ShapeError,
     __version__,
+    plot_cache,
     scaling,
 )
 
@@ -81,6 +82,7 @@ __all__ = [
     "handlers",
     "losses",
     "negative_cache",
+    "plot_cache",
     "retrieval_fns",
     "scaling",
 ]
