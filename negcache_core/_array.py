@@ -41,8 +41,10 @@ Array = Any  # any array-API array, or a tensor whose namespace is passed as `xp
 
 
 def namespace(*arrays: Array, xp: Any = None) -> Any:
-    """Return `xp`, or else the array-API namespace of `arrays`."""
+    """Return `xp`, or else the array-API namespace of `arrays`; raise KindError for neither."""
     if xp is not None:
+        if not hasattr(xp, "asarray"):
+            raise KindError(f"xp is {xp!r}: expected an array library's namespace, or None.")
         return xp
     try:
         return array_api_compat.array_namespace(*arrays)

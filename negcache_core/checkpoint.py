@@ -9,7 +9,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from negcache_core._array import Array, cast, dtype_name, index_dtype
-from negcache_core.arguments import check_keys, check_mapping
+from negcache_core.arguments import check_flag, check_keys, check_mapping
 from negcache_core.backend import NUMPY, Backend
 from negcache_core.errors import (
     CapacityError,
@@ -23,7 +23,7 @@ from negcache_core.files import as_path, read_arrays, write_arrays
 from negcache_core.metrics import finite_rows
 from negcache_core.retrieval import SINGLE
 from negcache_core.sharded import ShardedLoss
-from negcache_core.state import EMPTY, NegativeCache, check_cache, is_written
+from negcache_core.state import EMPTY, NegativeCache, check_cache, data_of, is_written
 from negcache_core.step import BaseHandler
 
 
@@ -84,6 +84,7 @@ class Checkpointed(BaseHandler):
         those of this handler, and what `restore` raises. Any exception leaves all as it was.
         """
         self._whole_cache("load")
+        resize, draws = check_flag(resize, "resize"), check_flag(draws, "draws")
         arrays, states = read_arrays(path)
         generators = self._generators() if draws else []
         kinds = [self.backend.generator_state(each)[0] for each in generators]
@@ -115,7 +116,8 @@ class Checkpointed(BaseHandler):
         shards. Any exception leaves all as it was.
         """
         self._whole_cache("restore")
-        self._restore(cache if isinstance(cache, Mapping) else {SINGLE: cache}, resize=resize)
+        caches = cache if isinstance(cache, Mapping) else {SINGLE: cache}
+        self._restore(caches, resize=check_flag(resize, "resize"))
 
     def evict_nonfinite(self) -> Array:
         """Empty the slots whose embedding is not finite; return how many there were.
@@ -183,7 +185,7 @@ def check_layout(given: Any, own: Any, what: str, *, resize: bool = False) -> No
     given, own: NegativeCaches of arrays, or of anything with .shape and .dtype
     resize:     whether capacities may differ
     """
-    data = check_mapping(getattr(given, "data", None), f"the data of {what}")
+    data = check_mapping(data_of(given), f"the data of {what}")
     check_keys(data, own.data, f"the data of {what}", exact=True)
     for array in (given.age, *data.values()):
         if not hasattr(array, "shape") or not hasattr(array, "dtype"):
@@ -257,12 +259,17 @@ def warn_of_nonfinite(count: int) -> None:
 def _on_host(cache: Any, backend: Backend, what: str) -> NegativeCache:
     """Return a cache of any library, checked, as NumPy arrays."""
 
-    def moved(value: Any) -> Any:
-        return backend.to_host(value) if backend.owns(value) else value
+    def moved(value: Any, part: str) -> Any:
+        if not backend.owns(value):
+            return value
+        try:
+            return backend.to_host(value)
+        except Exception as error:  # each library refuses in its own way, such as on "meta"
+            raise KindError(f"{part} of {what} has no values to copy: {error}") from error
 
-    rows = check_mapping(getattr(cache, "data", None), f"the data of {what}")
-    held = {key: moved(value) for key, value in rows.items()}
-    age = moved(getattr(cache, "age", None))
+    rows = check_mapping(data_of(cache), f"the data of {what}")
+    held = {key: moved(value, f"field {key!r}") for key, value in rows.items()}
+    age = moved(getattr(cache, "age", None), "age")
     data, age = check_cache(NegativeCache(held, age), NUMPY, what)
     if age.dtype.kind in "iu" and (age <= EMPTY).all():  # a plain list's are of int64
         age = age.astype(np.int32)

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from negcache_core._array import Array, matmul_transposed, namespace
+from negcache_core._array import Array, matmul_transposed, namespace, positions
 from negcache_core.estimators import Weights
 from negcache_core.scoring import log_sum_exp, sigmoid, soft_plus
 
@@ -116,7 +116,7 @@ def surrogate_gradients(
     For libraries without automatic differentiation, and as a second opinion on those that have it.
     """
     xp = namespace(query, positive, items, xp=xp)
-    every = xp.arange(items.shape[0])
+    every = positions(items, xp)
     named = xp.astype(slots[:, :, None] == every[None, None, :], items.dtype)
     if weights.own is not None:
         by_items = xp.sum(weights.own[:, :, None] * named, axis=1)

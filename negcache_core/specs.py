@@ -44,6 +44,8 @@ def as_field_spec(key: str, spec: Any) -> FieldSpec:
         shape = (spec.shape,) if isinstance(spec.shape, int) else tuple(spec.shape)
     except (TypeError, ValueError):  # TensorFlow has shapes of unknown rank
         shape = (None,)
+    if isinstance(spec.shape, bytes):  # whose items are integers
+        shape = (None,)
     sizes = tuple(-1 if (whole := as_whole(size)) is None else whole for size in shape)
     if any(size < 0 for size in sizes):
         raise ShapeError(

@@ -34,9 +34,15 @@ def is_written(age: Array) -> Array:
     return age != EMPTY
 
 
+def data_of(cache: Any) -> Any:
+    """Return what a cache's rows are in; None for what is no cache, such as an array."""
+    # The `data` of an array is another thing, and NumPy raises where it has none.
+    return None if hasattr(cache, "dtype") else getattr(cache, "data", None)
+
+
 def check_cache(cache: Any, backend: Backend, what: str = "cache") -> NegativeCache:
     """Return `cache`, lists as arrays; raise unless fields and ages agree on the capacity."""
-    if not isinstance(getattr(cache, "data", None), Mapping) or not hasattr(cache, "age"):
+    if not isinstance(data_of(cache), Mapping) or not hasattr(cache, "age"):
         raise KindError(
             f"{what} is a {type(cache).__name__}: expected a NegativeCache(data, age), as "
             "CacheManager.init_cache() makes."

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from negcache_core._array import Array, index_dtype, namespace
+from negcache_core._array import Array, arange_like, namespace
 from negcache_core.arguments import as_whole, check_floating
 from negcache_core.errors import CapacityError, KindError, ShapeError
 
@@ -68,6 +68,6 @@ def approximate_top_k_with_indices(scores: Array, k: int, *, xp: Any = None) -> 
             continue
         groups = xp.reshape(scores[:, start:stop], (-1, (stop - start) // size, size))
         best.append(xp.max(groups, axis=-1))
-        first = start + size * xp.arange((stop - start) // size, dtype=index_dtype(xp))
+        first = start + size * arange_like((stop - start) // size, scores, xp)
         places.append(xp.argmax(groups, axis=-1) + first)
     return xp.concat(best, axis=1), xp.concat(places, axis=1)

@@ -1,5 +1,6 @@
 """What the fuzz test calls: the public entries of a package, each with arguments that work."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from negcache_jax._backend import KeyStream
 
+import negcache_core
 from negcache_core import EMPTY, NegativeCache
 
 B, C, D = 2, 4, 2  # queries, slots, width
@@ -106,7 +108,8 @@ def _bytes(array):
 class Entries:
     """Makes the entries of one package, by name."""
 
-    def __init__(self, backend):
+    def __init__(self, backend, folder):
+        self.folder = folder
         self.backend, self.module, self.native = backend, backend.module, backend.native
         self.rng = np.random.default_rng(0)
         self.makers = {
@@ -135,7 +138,8 @@ class Entries:
             ),
             "GumbelMaxRetrievalFn": self.gumbel_entry,
             "approximate_top_k_with_indices": lambda: Entry(
-                self.module.approximate_top_k_with_indices, {"scores": self.array(B, C), "k": 2}
+                self.module.approximate_top_k_with_indices,
+                {"scores": self.array(B, C), "k": 2, **self.namespace()},
             ),
             "scaling": lambda: Entry(lambda **given: str(self.module.scaling(**given)), SIZES),
             "commit": self.commit_entry,
@@ -145,9 +149,10 @@ class Entries:
             self._add("retrieve", kind, self.retrieve_entry)
             self._add("loss_from_negatives", kind, self.phase_two_entry)
             self._add("step", kind, self.step_entry)
-        for name in ("update_cache_and_compute_loss", "retrieve", "refresh", "prefill"):
+        upkeep = ("refresh", "prefill", "load", "restore", "plot_cache")
+        for name in ("update_cache_and_compute_loss", "retrieve", *upkeep):
             self._add("several caches", name, self.several_entry)
-        for name in ("refresh", "prefill"):
+        for name in (*upkeep, "save"):
             self._add("one cache", name, self.upkeep_entry)
         if hasattr(self.module, "DistributedCacheClassificationLoss"):
             self.makers["DistributedCacheClassificationLoss"] = self.distributed_entry
@@ -162,6 +167,9 @@ class Entries:
 
     def array(self, *shape):
         return self.native(self.rng.normal(size=shape).astype(np.float32))
+
+    def namespace(self):
+        return {"xp": None} if self.module is negcache_core else {}
 
     def rows(self, count, *more):
         ids = self.native(np.arange(count))
@@ -311,7 +319,32 @@ class Entries:
             },
         }
         # A prefill that fails keeps the batches before it; then all are checked before the first.
-        return Entry(method(made, name), arguments[name], made)
+        if name in arguments:
+            return Entry(method(made, name), arguments[name], made)
+        return self.stored_entry(name, made, self.cache())
+
+    def stored_entry(self, name, made, cache):
+        """Return an entry about what is saved, restored or drawn."""
+        if name == "plot_cache":
+            history = {1: {"effective_negatives": 2.0}}
+            arguments = {"handler": made, "item_network": tower, "history": history, "rows": 2}
+            return Entry(self.module.plot_cache, arguments, made)
+        path = self.folder / f"{type(made).__name__}"
+        method(made, "save")(path)
+        arguments = {
+            "save": {"path": path},
+            "load": {"path": path, "resize": False, "draws": True},
+            "restore": {"cache": cache, "resize": True},
+        }
+
+        def call(**given):
+            # A name that is made up is one in the folder; as a file it may or may not be there.
+            if isinstance(given.get("path"), str):
+                given["path"] = self.folder / f"made-up-{given['path']}"
+            with contextlib.suppress(FileNotFoundError):
+                method(made, name)(**given)
+
+        return Entry(call, arguments[name], made)
 
     def several_entry(self, name):
         made = self.several()
@@ -328,7 +361,9 @@ class Entries:
             "refresh": {"item_network": tower, "n": 2, "cache_name": "a"},
             "prefill": {"item_network": tower, "features": features, "batch_size": 2},
         }
-        return Entry(method(made, name), arguments[name], made)
+        if name in arguments:
+            return Entry(method(made, name), arguments[name], made)
+        return self.stored_entry(name, made, {"a": self.cache(), "b": self.cache()})
 
     def functions_of_a_loss(self):
         def run(scale, score_transform, reducer, retrieval_fn):

@@ -36,7 +36,7 @@ OBJECTS = {
     "'x'": "x",
     "bytes": b"bytes",
     "object": object(),
-    "function": lambda *given: given,
+    "function": lambda *given, **_: given,
     "()": (),
     "[]": [],
     "[1]": [1],
@@ -166,9 +166,11 @@ def _short(value):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_garbage_is_refused_by_an_error_of_our_own_and_changes_nothing(name, record_property):
+def test_garbage_is_refused_by_an_error_of_our_own_and_changes_nothing(
+    name, record_property, tmp_path
+):
     backend, tried = BACKENDS[name], Counter()
-    makers = Entries(backend).makers
+    makers = Entries(backend, tmp_path).makers
     entries = {}
 
     @settings(max_examples=EXAMPLES[name] * settings.default.max_examples)

@@ -1,0 +1,90 @@
+"""Nothing is made on another device than the tensors that come in.
+
+The "meta" device stands in for a GPU: PyTorch refuses to mix it with the CPU as it does CUDA, and
+computes shapes without values.
+"""
+
+import negcache_torch as negcache
+import pytest
+import torch
+from negcache_torch._backend import TORCH
+
+from negcache_core import exact
+from negcache_core.estimators import Weights
+
+META = torch.device("meta")
+OPTIONS = [
+    {"estimator": estimator, "in_batch_negatives": in_batch, **more}
+    for estimator in ("paper", "shared", "exact_query")
+    for in_batch in (False, True)
+    for more in ({}, {"top_k": 3})
+    if not (estimator == "exact_query" and more)
+]
+
+
+def rows(*shape):
+    return torch.ones(shape, device=META)
+
+
+@pytest.fixture
+def blind(monkeypatch):
+    """Decide nothing by a value: there are none."""
+    monkeypatch.setattr(type(TORCH), "truth", lambda self, value: None)
+
+
+@pytest.mark.usefixtures("blind")
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda each: " ".join(map(str, each.values())))
+def test_a_handler_stays_on_its_device(options):
+    specs = {
+        "x": negcache.FieldSpec((5,), torch.float32),
+        "id": negcache.FieldSpec((), torch.int64),
+        "log_q": negcache.FieldSpec((), torch.float32),
+        "embedding": negcache.FieldSpec((4,), torch.bfloat16),
+    }
+    more = {"id_key": "id", "log_frequency_key": "log_q", "staleness_correction": True}
+    handler = negcache.CacheLossHandler(
+        negcache.CacheManager(specs, 200, unique_key="id"),
+        negcache.CacheClassificationLoss("embedding", ("x",), num_samples=2, **more, **options),
+        "embedding",
+        ("x",),
+        new_items_filter=negcache.IsInCacheFilterFn(("id",)),
+    ).to(META)
+    tower = torch.nn.Linear(5, 4, device=META)
+
+    def network(features):
+        return tower(features["x"])
+
+    features = {"x": rows(3, 5), "id": rows(3).long(), "log_q": rows(3)}
+    loss = handler.update_cache_and_compute_loss(
+        network,
+        tower(features["x"]),
+        tower(features["x"]),
+        features,
+        hard_negative_embeddings=rows(3, 2, 4),
+        sample_weight=rows(3),
+    )
+    loss.backward()
+    handler.refresh(network, 4)
+    handler.prefill(network, features, 2)
+    handler.evict_nonfinite()
+    found = [loss, tower.weight.grad, *handler.metrics.values(), *handler.state_dict().values()]
+    assert {each.device for each in found} == {META}
+
+
+def test_functions_stay_on_their_device():
+    scores = rows(2, 7)
+    found = [
+        *negcache.approximate_top_k_with_indices(scores, 3),
+        negcache.MaxScoreRetrievalFn()(scores),
+        negcache.GumbelMaxRetrievalFn()(scores, noise=scores),
+        *exact.softmax_cross_entropy(rows(2, 4), rows(2, 4), rows(7, 4)).gradients,
+        *exact.surrogate_gradients(
+            Weights(own=rows(2, 1)),
+            rows(2),
+            rows(2, 1).long(),
+            rows(2, 4),
+            rows(2, 4),
+            rows(7, 4),
+        ),
+    ]
+    assert {each.device for each in found} == {META}
