@@ -17,7 +17,11 @@ ADAPTERS = {
     "negcache_tensorflow": "tensorflow",
     "negcache_jax": "jax",
 }
-INTEGRATIONS = {"negcache_sentence_transformers": "negcache_torch"}
+INTEGRATIONS = {
+    "negcache_keras": "negcache_tensorflow",
+    "negcache_sentence_transformers": "negcache_torch",
+}
+LIBRARIES = {"negcache_keras": {"keras"}}  # beside the adapter's framework, of those above
 ARRAY_LIBRARIES = {"array_api_compat", "array_api_extra"}
 THE_DOOR = "_array.py"
 # Arrows in one direction only: each file may import those before it.
@@ -87,7 +91,7 @@ def offences(root):
         found += [f"{path.name} imports {name}" for name in sorted(bad)]
     allowed = {adapter: {adapter, framework} for adapter, framework in ADAPTERS.items()}
     allowed |= {
-        integration: {integration, adapter, ADAPTERS[adapter]}
+        integration: {integration, adapter, ADAPTERS[adapter], *LIBRARIES.get(integration, ())}
         for integration, adapter in INTEGRATIONS.items()
     }
     for package, own in allowed.items():
@@ -130,6 +134,11 @@ def test_the_rules_hold():
             "adapters/negcache_sentence_transformers/loss.py",
             "import jax, negcache_torch, torch",
             "negcache_sentence_transformers/loss.py imports jax",
+        ),
+        (
+            "adapters/negcache_tensorflow/handlers.py",
+            "import keras",
+            "negcache_tensorflow/handlers.py imports keras",
         ),
     ],
 )

@@ -7,6 +7,7 @@ import negcache_tensorflow as negcache
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 WIDTH = 4
 
@@ -131,27 +132,27 @@ def test_checkpoint_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize("traced", [False, True])
-def test_summaries_are_the_published_ones(tmp_path, traced):
+def test_summaries_are_the_published_ones_and_all_metrics(tmp_path, traced):
     handler = handler_of()
     step = step_of(handler, table_of())
     step = tf.function(step) if traced else step
     step(*batch(0))  # without a writer: nothing is written and nothing fails
+    twin = handler_of()
+    step_of(twin, table_of())(*batch(0))
+    step_of(twin, table_of())(*batch(1))
     with tf.summary.create_file_writer(str(tmp_path)).as_default(step=7):
         step = tf.function(step_of(handler, table_of())) if traced else step
         loss, _ = step(*batch(1))
-    events = [
-        tf.compat.v1.Event.FromString(record.numpy())
-        for path in tmp_path.iterdir()
-        for record in tf.data.TFRecordDataset(str(path))
-    ]
-    scalars = {
-        value.tag: (event.step, float(tf.make_ndarray(value.tensor)))
-        for event in events
-        for value in event.summary.value
-    }
-    assert set(scalars) == {"cache/interpretable_prediction_loss", "cache/staleness"}
-    assert scalars["cache/interpretable_prediction_loss"] == (7, pytest.approx(float(loss)))
-    assert scalars["cache/staleness"] == (7, pytest.approx(0.0, abs=1e-6))
+    accumulator = EventAccumulator(str(tmp_path)).Reload()
+    scalars = {}
+    for tag in accumulator.Tags()["tensors"]:
+        (event,) = accumulator.Tensors(tag)  # each once
+        assert event.step == 7
+        scalars[tag] = float(tf.make_ndarray(event.tensor_proto))
+    expected = {f"cache/{name}": float(value) for name, value in twin.metrics.items()}
+    expected["cache/interpretable_prediction_loss"] = float(loss)
+    assert {"cache/fill", "cache/effective_negatives", "cache/staleness"} <= set(expected)
+    assert scalars == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_metrics_are_kept_in_eager_code_and_no_traced_tensor_leaks():

@@ -75,11 +75,13 @@ class _VariableHandler(BaseHandler, tf.Module):
     def _report(self, result: CacheLossReturn) -> None:
         recording = tf.get_static_value(tf.convert_to_tensor(tf.summary.should_record_summaries()))
         if recording is None or recording:  # False unless the user set a default summary writer
-            for name, values in (
-                ("cache/interpretable_prediction_loss", result.interpretable_loss),
-                ("cache/staleness", result.staleness),
-            ):
-                tf.summary.scalar(name, tf.reduce_mean(values))
+            values = {
+                **(result.metrics or {}),
+                "interpretable_prediction_loss": result.interpretable_loss,  # the published two
+                "staleness": result.staleness,
+            }
+            for name, value in values.items():
+                tf.summary.scalar(f"cache/{name}", tf.reduce_mean(value))
         if tf.executing_eagerly():  # a traced tensor must not outlive its trace
             super()._report(result)
 

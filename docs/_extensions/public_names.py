@@ -15,6 +15,7 @@ PACKAGES = (
     "negcache_torch",
     "negcache_tensorflow",
     "negcache_jax",
+    "negcache_keras",
     "negcache_sentence_transformers",
 )
 

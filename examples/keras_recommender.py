@@ -1,0 +1,251 @@
+"""Recommend modules to Python files: a two-tower model, trained by Keras's `fit` against a cache.
+
+    python examples/keras_recommender.py
+    python examples/keras_recommender.py --epochs 2 --max-files 500
+
+The "users" are the Python files of the standard library and of NumPy, Keras, TensorFlow, JAX and
+PyTorch, as far as these are installed; the "items" are the modules that they import. Nothing is
+downloaded. One import of each file is held out; a file's other imports are what is known of it, and
+recall@10 is the share of files whose held-out import is among the ten modules recommended, its
+known imports left out. It is real data with real popularity (a few modules are everywhere), though
+no person chose anything: how well it goes says nothing about your shop.
+
+It trains twice for the same number of steps: with in-batch negatives, and against a cache.
+"""
+
+import argparse
+import re
+import sysconfig
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import keras
+import negcache_tensorflow as negcache
+import numpy as np
+import tensorflow as tf
+from negcache_keras import CacheLayer
+
+KNOWN = 24  # imports of a file that its query has at most
+WORDS, BUCKETS = 8, 4_096  # words of a module's dotted name, hashed
+WIDTH = 64
+SCALE = 20.0
+_IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t]+([A-Za-z_][\w.]*)", re.MULTILINE)
+_PACKAGES = ("numpy", "keras", "tensorflow", "jax", "torch")
+
+Features = Mapping[str, tf.Tensor]
+
+
+class Imports(NamedTuple):
+    """Who imports what; module number 0 is none, and fills up rows.
+
+    modules:  names, by number
+    known:    int32 (files, KNOWN), the imports that a file's query may have
+    held_out: int32 (files,), the one that is not in its row of `known`
+    features: field -> (modules, …): item_id, words, log_q, the log of a module's share of imports
+    """
+
+    modules: list[str]
+    known: np.ndarray
+    held_out: np.ndarray
+    features: dict[str, np.ndarray]
+
+
+def mine(max_files: int | None = None) -> Imports:
+    """Read the imports of installed files: the first module of each import line, relative ones not.
+
+    Files with fewer than 4 imports are left out, and so are modules that one file alone imports.
+    """
+    files = []
+    for found in _imports_of_files():
+        if len(found) >= 4:
+            files.append(found)
+        if len(files) == max_files:
+            break
+    counts = Counter(name for found in files for name in found)
+    modules = ["", *sorted(name for name, count in counts.items() if count > 1)]
+    numbers = {name: number for number, name in enumerate(modules)}
+    kept = [[numbers[name] for name in sorted(found) if name in numbers] for found in files]
+    kept = [ids for ids in kept if len(ids) > 2]  # one held out, and one to be found by another
+    known, held_out = np.zeros((len(kept), KNOWN), np.int32), np.zeros(len(kept), np.int32)
+    for row, ids in enumerate(kept):
+        held_out[row] = ids.pop(row % len(ids))
+        known[row, : len(ids[:KNOWN])] = ids[:KNOWN]
+    trained = np.bincount(known.reshape(-1), minlength=len(modules))
+    words = np.zeros((len(modules), WORDS), np.int32)
+    for number, name in enumerate(modules):
+        hashed = [_hash(word) % (BUCKETS - 1) + 1 for word in re.findall(r"[^\W_]+", name)]
+        words[number, : len(hashed[:WORDS])] = hashed[:WORDS]
+    share = np.maximum(trained, 1) / trained[1:].sum()
+    features = {
+        "item_id": np.arange(len(modules), dtype=np.int32),
+        "words": words,
+        "log_q": np.log(share).astype(np.float32),
+    }
+    return Imports(modules, known, held_out, features)
+
+
+def dataset(data: Imports, batch_size: int) -> tf.data.Dataset:
+    """Return batches {"known": (B, KNOWN), "item": features}: each known import, from the rest."""
+    files, places = np.nonzero(data.known)
+    item = data.known[files, places]
+    known = data.known[files]
+    known[np.arange(len(files)), places] = 0
+    rows = {"known": known, "item": {key: value[item] for key, value in data.features.items()}}
+    batches = tf.data.Dataset.from_tensor_slices(rows).shuffle(len(files), seed=0)
+    return batches.batch(batch_size).prefetch(2)
+
+
+@keras.saving.register_keras_serializable("negcache")
+class TwoTower(keras.Model):
+    """A tower for files, one for modules, and a loss between them.
+
+    modules:    how many there are, the one that is none included
+    cache_size: slots of the cache; 0 for in-batch negatives alone
+    """
+
+    def __init__(self, modules: int, cache_size: int, **options: Any) -> None:
+        super().__init__(**options)
+        layers = keras.layers
+        self.file_tower = keras.Sequential(
+            [
+                layers.Embedding(modules, WIDTH, mask_zero=True),
+                layers.GlobalAveragePooling1D(),
+                layers.Dense(WIDTH),
+                layers.UnitNormalization(),
+            ]
+        )
+        self.module_embedding = layers.Embedding(modules, WIDTH)
+        self.word_tower = keras.Sequential(
+            [layers.Embedding(BUCKETS, WIDTH, mask_zero=True), layers.GlobalAveragePooling1D()]
+        )
+        self.normalize = layers.UnitNormalization()
+        self.cache = CacheLayer(make_handler(cache_size)) if cache_size else None
+
+    def item_network(self, features: Features) -> tf.Tensor:
+        """Return (n, WIDTH), of modules that the features item_id and words are of."""
+        own = self.module_embedding(features["item_id"])
+        return self.normalize(own + self.word_tower(features["words"]))
+
+    def call(self, x: Mapping[str, Any]) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return the embeddings of files and of the modules that belong to them."""
+        return self.file_tower(x["known"]), self.item_network(x["item"])
+
+    def compute_loss(  # what Keras's own train_step and test_step call
+        self,
+        x: Mapping[str, Any],
+        y: None,
+        y_pred: tuple[tf.Tensor, tf.Tensor],
+        sample_weight: tf.Tensor | None = None,
+        training: bool = True,
+    ) -> tf.Tensor:
+        """Return the loss of a batch; the cache is updated where it is training."""
+        del y, sample_weight
+        # What else the file imports is no wrong answer: the names stand in for absent ones.
+        own = x["item"]["item_id"][:, None]
+        ids = tf.concat([own, tf.where(x["known"] > 0, x["known"], own)], axis=1)
+        if self.cache is None:
+            return in_batch_loss(*y_pred, ids, x["item"])
+        return self.cache.compute_loss(
+            self.item_network, *y_pred, x["item"], training=training, positive_ids=ids
+        )
+
+
+def make_handler(cache_size: int) -> negcache.CacheLossHandler:
+    """Return a cache of modules with both features, their embedding, and how popular they are."""
+    specs = {
+        "item_id": negcache.FieldSpec((), "int32"),
+        "words": negcache.FieldSpec((WORDS,), "int32"),
+        "log_q": negcache.FieldSpec((), "float32"),
+        "embedding": negcache.FieldSpec((WIDTH,), "bfloat16"),
+    }
+    data_keys = ("item_id", "words")
+    loss = negcache.CacheClassificationLoss(
+        "embedding",
+        data_keys,
+        scale=SCALE,
+        estimator="exact_query",
+        id_key="item_id",
+        log_frequency_key="log_q",  # the cache has popular modules many times over
+        in_batch_negatives=True,
+        generator=0,
+    )
+    manager = negcache.CacheManager(specs, cache_size)
+    return negcache.CacheLossHandler(manager, loss, "embedding", data_keys)
+
+
+def in_batch_loss(query: tf.Tensor, item: tf.Tensor, ids: tf.Tensor, features: Features) -> Any:
+    """Return the same cross-entropy, with the same corrections, over the batch's items alone."""
+    scores = SCALE * tf.matmul(query, item, transpose_b=True)
+    diagonal = tf.eye(tf.shape(scores)[0], dtype=tf.bool)
+    right = tf.reduce_any(ids[:, :, None] == features["item_id"], axis=1)
+    others = tf.where(right, -np.inf, scores - features["log_q"])
+    logits = tf.where(diagonal, scores, others)
+    return tf.reduce_mean(tf.reduce_logsumexp(logits, axis=1) - tf.linalg.diag_part(scores))
+
+
+def recall_at_10(scores: np.ndarray, data: Imports) -> float:
+    """Return the share of files whose held-out import is among the ten best of `scores`."""
+    scores = np.array(np.broadcast_to(scores, (len(data.known), len(data.modules))))
+    scores[:, 0] = -np.inf
+    np.put_along_axis(scores, data.known, -np.inf, axis=1)  # those are known
+    own = np.take_along_axis(scores, data.held_out[:, None], axis=1)
+    return float(((scores <= own).sum(axis=1) > len(data.modules) - 10).mean())
+
+
+def scores_of(model: TwoTower, data: Imports) -> np.ndarray:
+    """Return (files, modules), the products of all with all."""
+    items = model.item_network(
+        {key: tf.constant(data.features[key]) for key in ("item_id", "words")}
+    )
+    return (model.file_tower(tf.constant(data.known)) @ tf.transpose(items)).numpy()
+
+
+def _imports_of_files() -> Iterator[set[str]]:
+    specs = [find_spec(name) for name in _PACKAGES]
+    packages = [Path(str(spec.origin)).parent for spec in specs if spec is not None]
+    for folder in (Path(sysconfig.get_path("stdlib")), *packages):
+        for path in sorted(folder.rglob("*.py")):
+            if "site-packages" not in path.relative_to(folder).parts:
+                yield set(_IMPORT.findall(path.read_text(encoding="utf-8", errors="replace")))
+
+
+def _hash(text: str) -> int:
+    return zlib.crc32(text.encode())  # the same in every process
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Mine, train without and with a cache, and say what each recommends."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--cache-size", type=int, default=4_096)
+    parser.add_argument("--max-files", type=int, help="stop mining at so many files")
+    parser.add_argument("--learning-rate", type=float, default=0.003)
+    parser.add_argument("--out", type=Path, help="a folder for weights and TensorBoard")
+    options = parser.parse_args(arguments)
+
+    data = mine(options.max_files)
+    print(f"{len(data.known)} files, {len(data.modules) - 1} modules")
+    print(f"recall@10, the most popular modules: {recall_at_10(data.features['log_q'], data):.3f}")
+    for name, cache_size in (("in-batch negatives", 0), ("with a cache", options.cache_size)):
+        keras.utils.set_random_seed(0)
+        model = TwoTower(len(data.modules), cache_size)
+        model.compile(keras.optimizers.Adam(options.learning_rate))
+        callbacks = []
+        if options.out is not None and cache_size:  # the weights have the cache in them
+            weights = str(options.out / "model.weights.h5")
+            callbacks = [
+                keras.callbacks.ModelCheckpoint(weights, save_weights_only=True),
+                keras.callbacks.TensorBoard(options.out / "tensorboard"),
+            ]
+        batches = dataset(data, options.batch_size)
+        model.fit(batches, epochs=options.epochs, verbose=2, shuffle=False, callbacks=callbacks)
+        print(f"recall@10, {name}: {recall_at_10(scores_of(model, data), data):.3f}")
+
+
+if __name__ == "__main__":
+    main()
