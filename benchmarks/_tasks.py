@@ -9,9 +9,13 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples"))  # the demo's model and pairs are what is measured
 
-from docstring_model import Data  # noqa: E402 - after its folder is known
-from docstring_pairs import mine_pairs, token_ids, words  # noqa: E402
-from docstring_search import as_data  # noqa: E402
+from docstring_pairs import (  # noqa: E402 - after its folder is known
+    Data,
+    as_data,
+    mine_pairs,
+    token_ids,
+    words,
+)
 
 COMMAND_WORDS, REQUEST_WORDS = 64, 64
 # Flags and operators say as much in a command as names do.

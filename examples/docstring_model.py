@@ -12,7 +12,7 @@ from typing import NamedTuple
 import negcache_torch as negcache
 import numpy as np
 import torch
-from docstring_pairs import BUCKETS, PADDING
+from docstring_pairs import BUCKETS, PADDING, Data
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
@@ -30,22 +30,6 @@ class Settings(NamedTuple):
     batch_size: int
     cache_size: int
     seed: int
-
-
-class Data(NamedTuple):
-    """Token ids of all queries (n, words) and of all items (m, words), 0 where a text has ended.
-
-    item_of:         (n,) the row of each query's item
-    train, held_out: the rows of the queries to train on, and of those to evaluate with
-    answers:         (held out, P) rows of all right items; short lists repeat one
-    """
-
-    queries: np.ndarray
-    items: np.ndarray
-    item_of: np.ndarray
-    train: np.ndarray
-    held_out: np.ndarray
-    answers: np.ndarray
 
 
 class Result(NamedTuple):
@@ -70,21 +54,26 @@ class SearchModel(nn.Module):
 
     An embedding is the normalised, weighted sum of a text's word vectors. Each tower learns its
     own weight for a word: "return" says little in a sentence, and "self" says nothing in code.
+
+    width:  of the embeddings
+    sparse: whether gradients are: a batch touches a few hundred of the words, and so does its
+            update then; not every optimizer takes such gradients
     """
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH, *, sparse: bool = True) -> None:
         super().__init__()
-        self.vectors = nn.Parameter(torch.randn(BUCKETS, WIDTH) * 0.1)
+        self.sparse = sparse
+        self.vectors = nn.Parameter(torch.randn(BUCKETS, width) * 0.1)
         self.query_log_weights = nn.Parameter(torch.zeros(BUCKETS, 1))
         self.item_log_weights = nn.Parameter(torch.zeros(BUCKETS, 1))
         self.log_scale = nn.Parameter(torch.tensor(math.log(20.0)))
 
     def embed_queries(self, tokens: Tensor) -> Tensor:
-        """Map token ids (n, words) to embeddings (n, WIDTH) of length 1."""
+        """Map token ids (n, words) to embeddings (n, width) of length 1."""
         return self._embed(tokens, self.query_log_weights)
 
     def embed_items(self, features: dict[str, Tensor]) -> Tensor:
-        """Map {"tokens": ids (n, words)}, as a cache stores them, to embeddings (n, WIDTH)."""
+        """Map {"tokens": ids (n, words)}, as a cache stores them, to embeddings (n, width)."""
         return self._embed(features["tokens"], self.item_log_weights)
 
     def scale(self) -> Tensor:
@@ -92,15 +81,14 @@ class SearchModel(nn.Module):
         return self.log_scale.exp()
 
     def _embed(self, tokens: Tensor, log_weights: Tensor) -> Tensor:
-        # Sparse gradients: a batch touches a few hundred of the words, and so does its update.
-        weights = functional.embedding(tokens, log_weights, sparse=True)[:, :, 0].exp()
+        weights = functional.embedding(tokens, log_weights, sparse=self.sparse)[:, :, 0].exp()
         total = functional.embedding_bag(
             tokens,
             self.vectors,
             mode="sum",
             per_sample_weights=weights,
             padding_idx=PADDING,
-            sparse=True,
+            sparse=self.sparse,
         )
         return functional.normalize(total, dim=1)
 
@@ -222,12 +210,12 @@ def train(name: str, make_loss: MakeLoss, settings: Settings, data: Data) -> Res
 def evaluate(model: SearchModel, data: Data) -> tuple[float, float]:
     """Return MRR and recall@10 of the best right item of each held-out query, among all items."""
     embeddings = embed_all_items(model, data.items)
-    ranks = []
+    ranks, device = [], embeddings.device
     with torch.no_grad():
         # In parts, so that this score matrix does not set the peak of memory.
-        parts = (torch.from_numpy(rows).split(256) for rows in (data.held_out, data.answers))
-        for rows, answers in zip(*parts, strict=True):
-            queries = model.embed_queries(torch.from_numpy(data.queries)[rows])
+        tables = torch.from_numpy(data.queries[data.held_out]), torch.from_numpy(data.answers)
+        for tokens, answers in zip(*(table.to(device).split(256) for table in tables), strict=True):
+            queries = model.embed_queries(tokens)
             scores = queries @ embeddings.T
             best = scores.gather(1, answers).amax(dim=1, keepdim=True)
             wrong = scores.scatter(1, answers, -math.inf)
@@ -239,7 +227,7 @@ def evaluate(model: SearchModel, data: Data) -> tuple[float, float]:
 @torch.no_grad()
 def embed_all_items(model: SearchModel, items: np.ndarray) -> Tensor:
     """Return the embeddings (n, WIDTH) of items given as token ids."""
-    parts = torch.from_numpy(items).split(1024)
+    parts = torch.from_numpy(items).to(model.vectors.device).split(1024)
     return torch.cat([model.embed_items({"tokens": tokens}) for tokens in parts])
 
 

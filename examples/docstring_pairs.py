@@ -5,6 +5,8 @@ docstrings. Queries and items become rows of token ids by hashing their words.
 """
 
 import ast
+import importlib.util
+import os
 import re
 import sysconfig
 import warnings
@@ -15,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 BUCKETS = 32_768
@@ -36,6 +37,22 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _Documented = _Function | ast.ClassDef
 
 
+class Data(NamedTuple):
+    """Token ids of all queries (n, words) and of all items (m, words), 0 where a text has ended.
+
+    item_of:         (n,) the row of each query's item
+    train, held_out: the rows of the queries to train on, and of those to evaluate with
+    answers:         (held out, P) rows of all right items; short lists repeat one
+    """
+
+    queries: np.ndarray
+    items: np.ndarray
+    item_of: np.ndarray
+    train: np.ndarray
+    held_out: np.ndarray
+    answers: np.ndarray
+
+
 class Pair(NamedTuple):
     """A query; its item, a function's name and source; and where that stands: 'ast.py:33'."""
 
@@ -48,8 +65,8 @@ class Pair(NamedTuple):
 def mine_pairs(limit: int | None = None) -> list[Pair]:
     """Return distinct pairs from the standard library, NumPy and PyTorch, always in one order.
 
-    No two queries have the same words, and no two items: so nothing is both trained on and held
-    out. Stops reading at `limit` pairs.
+    Where PyTorch is not installed, from the other two. No two queries have the same words, and no
+    two items: so nothing is both trained on and held out. Stops reading at `limit` pairs.
     """
     pairs, queries, items = [], set(), set()
     for path, base in tqdm(_source_files(), desc="reading source files", unit="file"):
@@ -62,6 +79,37 @@ def mine_pairs(limit: int | None = None) -> list[Pair]:
             if len(pairs) == limit:
                 return pairs
     return pairs
+
+
+def as_data(pairs: list[Pair]) -> Data:
+    """Turn pairs into token ids, and split them by a hash of the query."""
+    held_out = np.asarray([is_held_out(pair.query) for pair in pairs])
+    if held_out.all() or not held_out.any():
+        raise SystemExit(
+            f"{len(pairs)} pairs leave nothing to train on or to hold out: raise --max-pairs."
+        )
+    return Data(
+        queries=query_tokens(pair.query for pair in pairs),
+        items=item_tokens(pairs),
+        item_of=np.arange(len(pairs)),
+        train=np.flatnonzero(~held_out),
+        held_out=np.flatnonzero(held_out),
+        answers=np.flatnonzero(held_out)[:, None],
+    )
+
+
+def batches(rows: np.ndarray, steps: int, batch_size: int, seed: int = 0) -> np.ndarray:
+    """Return (steps, batch_size) of `rows`: one shuffle of all after another.
+
+    The batch of a step is the same for any number of steps: so a run can be resumed.
+
+    >>> batches(np.arange(3), 4, 2).shape
+    (4, 2)
+    """
+    generator = np.random.default_rng(seed)
+    wanted = steps * batch_size
+    shuffles = [generator.permutation(rows) for _ in range(-(-wanted // len(rows)))]
+    return np.concatenate(shuffles)[:wanted].reshape(steps, batch_size)
 
 
 def words(text: str) -> list[str]:
@@ -102,14 +150,17 @@ def token_ids(texts: Iterable[Iterable[str]], length: int) -> np.ndarray:
 def _source_files() -> list[tuple[Path, Path]]:
     """Return every file to read, with the folder to which its path is shown relative."""
     library = Path(sysconfig.get_path("stdlib"))
-    packages = [Path(package.__file__).parent for package in (np, torch)]
+    found = map(importlib.util.find_spec, ("numpy", "torch"))  # without importing PyTorch
+    packages = [Path(package.origin).parent for package in found if package]
     folders = [(library, library), *((folder, folder.parent) for folder in packages)]
-    return [
-        (path, base)
-        for folder, base in folders
-        for path in sorted(folder.rglob("*.py"))
-        if not _SKIPPED_FOLDERS & set(path.relative_to(folder).parts)
-    ]
+    return [(path, base) for folder, base in folders for path in sorted(_python_files(folder))]
+
+
+def _python_files(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder, without walking through what is skipped."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
+        yield from (Path(parent, name) for name in files if name.endswith(".py"))
 
 
 def _pairs_of_file(path: Path, base: Path) -> Iterator[Pair]:

@@ -18,10 +18,8 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from docstring_model import (
-    Data,
     MakeLoss,
     Result,
     SearchModel,
@@ -31,7 +29,7 @@ from docstring_model import (
     in_batch_loss,
 )
 from docstring_model import train as train_model
-from docstring_pairs import Pair, is_held_out, item_tokens, mine_pairs, query_tokens, words
+from docstring_pairs import Data, Pair, as_data, mine_pairs, query_tokens, words
 from matplotlib.figure import Figure
 
 OUT = Path(__file__).resolve().parents[1] / "runs" / "docstring_search"
@@ -67,23 +65,6 @@ def train(settings: Settings, max_pairs: int | None, out: Path) -> None:
     for query in SAMPLES:
         search(query, out)
     print(f"\nAll of it took {time.perf_counter() - start:.0f} s.")
-
-
-def as_data(pairs: list[Pair]) -> Data:
-    """Turn pairs into token ids, and split them by a hash of the query."""
-    held_out = np.asarray([is_held_out(pair.query) for pair in pairs])
-    if held_out.all() or not held_out.any():
-        raise SystemExit(
-            f"{len(pairs)} pairs leave nothing to train on or to hold out: raise --max-pairs."
-        )
-    return Data(
-        queries=query_tokens(pair.query for pair in pairs),
-        items=item_tokens(pairs),
-        item_of=np.arange(len(pairs)),
-        train=np.flatnonzero(~held_out),
-        held_out=np.flatnonzero(held_out),
-        answers=np.flatnonzero(held_out)[:, None],
-    )
 
 
 def _in_own_process(method: str, settings: Settings, data: Data) -> Result:

@@ -1,6 +1,6 @@
-"""Train two towers on several processes against one cache that is cut into a shard for each.
+"""Train the docstring search on several processes, with one cache cut into a shard for each.
 
-    torchrun --nproc-per-node 2 examples/sharded_cache.py --steps 200
+    torchrun --nproc-per-node 2 examples/sharded_cache.py --steps 500
 
 On machines with GPUs each process takes its own, over NCCL; otherwise gloo on the CPU. With
 --checkpoint, training goes on from there if it exists, on any number of processes.
@@ -16,43 +16,35 @@ import negcache_torch as negcache
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from docstring_model import LEARNING_RATE, SearchModel, evaluate
+from docstring_pairs import ITEM_WORDS, as_data, batches, mine_pairs
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
-WORDS, WIDTH = 1_000, 32
 
-
-class Towers(nn.Module):
+class Towers(SearchModel):
     """Both towers: DistributedDataParallel allows one forward pass for each backward pass."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.query_tower, self.item_tower = (nn.EmbeddingBag(WORDS, WIDTH) for _ in range(2))
-
-    def query(self, words: Tensor) -> Tensor:
-        """Return embeddings of length 1."""
-        return nn.functional.normalize(self.query_tower(words), dim=1)
-
-    def forward(self, query_words: Tensor, item_words: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, query_tokens: Tensor, item_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Embed queries, and items: positives and negatives together."""
-        items = nn.functional.normalize(self.item_tower(item_words), dim=1)
-        return self.query(query_words), items
+        return self.embed_queries(query_tokens), self.embed_items({"tokens": item_tokens})
 
 
-def make_handler(slots: int) -> negcache.CacheLossHandler:
+def make_handler(towers: Towers, slots: int) -> negcache.CacheLossHandler:
     """Return a handler that holds this process's shard of `slots` slots."""
     specs = {
-        "words": negcache.FieldSpec((8,), torch.int64),
-        "embedding": negcache.FieldSpec((WIDTH,), torch.bfloat16),
+        "tokens": negcache.FieldSpec((ITEM_WORDS,), torch.int32),
+        "id": negcache.FieldSpec((), torch.int64),
+        "embedding": negcache.FieldSpec((towers.vectors.shape[1],), torch.bfloat16),
     }
     return negcache.CacheLossHandler(
         negcache.CacheManager(specs, cache_size=slots),
         negcache.DistributedCacheClassificationLoss(
-            "embedding", ("words",), scale=20.0, estimator="shared", in_batch_negatives=True
+            "embedding", ("tokens",), scale=towers.scale, estimator="exact_query", id_key="id"
         ),
         embedding_key="embedding",
-        data_keys=("words",),
+        data_keys=("tokens",),
     )
 
 
@@ -60,14 +52,14 @@ def train_step(
     towers: DistributedDataParallel,
     handler: negcache.CacheLossHandler,
     optimizer: torch.optim.Optimizer,
-    query_words: Tensor,
+    query_tokens: Tensor,
     features: dict[str, Tensor],
 ) -> Tensor:
     """Run one step on this process's part of the batch."""
     with torch.no_grad():  # the draw needs no gradient: the module without its wrapper
-        retrieval = handler.retrieve(towers.module.query(query_words), features)
-    words = torch.cat([features["words"], retrieval.features["words"]])
-    query, items = towers(query_words, words)
+        retrieval = handler.retrieve(towers.module.embed_queries(query_tokens), features)
+    item_tokens = torch.cat([features["tokens"], retrieval.features["tokens"]])
+    query, items = towers(query_tokens, item_tokens)
     positive, negative = items[: len(query)], items[len(query) :]
     result = handler.compute_loss(query, positive, negative, retrieval)
     optimizer.zero_grad()
@@ -78,7 +70,10 @@ def train_step(
 
 
 def state_of(
-    towers: nn.Module, handler: negcache.CacheLossHandler, optimizer: torch.optim.Optimizer
+    towers: nn.Module,
+    handler: negcache.CacheLossHandler,
+    optimizer: torch.optim.Optimizer,
+    done: Tensor,
 ) -> dict[str, Any]:
     """Return all that a run goes on from, by name; the handler's tables are the live ones."""
     towers_state, optimizer_state = get_state_dict(towers, optimizer)
@@ -86,6 +81,7 @@ def state_of(
         "towers": towers_state,
         "optimizer": optimizer_state,
         "handler": handler.distributed_state_dict(),
+        "done": done,
     }
 
 
@@ -94,10 +90,11 @@ def load(
     towers: nn.Module,
     handler: negcache.CacheLossHandler,
     optimizer: torch.optim.Optimizer,
+    done: Tensor,
 ) -> None:
     """Go on from a checkpoint, whatever the number of processes that saved it."""
-    state = state_of(towers, handler, optimizer)
-    dcp.load(state, checkpoint_id=folder)  # the handler's tables in place
+    state = state_of(towers, handler, optimizer, done)
+    dcp.load(state, checkpoint_id=folder)  # the handler's tables and `done` in place
     set_state_dict(
         towers,
         optimizer,
@@ -107,38 +104,44 @@ def load(
 
 
 def train(options: argparse.Namespace, device: torch.device) -> None:
-    """Train, and say what the loss is."""
-    towers = DistributedDataParallel(Towers().to(device))
-    handler = make_handler(options.slots).to(device)
-    optimizer = torch.optim.Adam(towers.parameters(), lr=0.01)
-    resumed = bool(options.checkpoint and options.checkpoint.exists())
-    if resumed:
-        load(options.checkpoint, towers, handler, optimizer)
-    torch.manual_seed(dist.get_rank())  # a process's own data
-    losses = []
-    for _ in range(options.steps):
-        query_words = torch.randint(0, WORDS, (options.batch, 8), device=device)  # your data
-        features = {"words": query_words.flip(1)}
-        losses.append(train_step(towers, handler, optimizer, query_words, features))
+    """Train, and say what the search finds before and after."""
+    torch.manual_seed(0)
+    towers = DistributedDataParallel(Towers(options.width, sparse=False).to(device))
+    handler = make_handler(towers.module, options.slots).to(device)
+    optimizer = torch.optim.Adam(towers.parameters(), lr=LEARNING_RATE)
+    done = torch.tensor(0)  # steps, by now
+    if options.checkpoint and options.checkpoint.exists():
+        load(options.checkpoint, towers, handler, optimizer, done)
+    data = as_data(mine_pairs(options.max_pairs))
+    rank, count = dist.get_rank(), dist.get_world_size()
+    before, begun = evaluate(towers.module, data), int(done)
+    rows = batches(data.train, begun + options.steps, options.batch * count)[begun:]
+    for own in rows[:, rank::count]:  # each process has its own part of the batch
+        ids = data.item_of[own]
+        arrays = data.queries[own], data.items[ids], ids
+        query_tokens, tokens, ids = (torch.from_numpy(array).to(device) for array in arrays)
+        train_step(towers, handler, optimizer, query_tokens, {"tokens": tokens, "id": ids})
+    done += options.steps
     if options.checkpoint:
-        dcp.save(state_of(towers, handler, optimizer), checkpoint_id=options.checkpoint)
+        dcp.save(state_of(towers, handler, optimizer, done), checkpoint_id=options.checkpoint)
 
-    ends = torch.stack([losses[0], losses[-1]])
-    dist.all_reduce(ends)
-    first, last = (ends / dist.get_world_size()).tolist()
-    if dist.get_rank() == 0:
+    if rank == 0:
         fill, here = handler.metrics["fill"], len(handler.cache.age)
-        print(f"loss {first:.2f} at first, {last:.2f} at last; {fill:.0%} of {options.slots} slots")
-        print(f"{dist.get_world_size()} processes, {here} slots on this one", end="")
-        print(", went on from a checkpoint" if resumed else "")
+        print("MRR {:.3f}, recall@10 {:.3f} at first;".format(*before), end=" ")
+        print("MRR {:.3f}, recall@10 {:.3f} at last".format(*evaluate(towers.module, data)))
+        print(f"{count} processes, {here} slots on this one", end="; ")
+        print(f"{fill:.0%} of {options.slots} written", end="")
+        print(f"; went on from step {begun}" if begun else "")
 
 
 def main() -> None:
     """Set up the processes, and train."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=32, help="queries of each process")
-    parser.add_argument("--slots", type=int, default=8_192, help="of all processes together")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=16, help="queries of each process")
+    parser.add_argument("--slots", type=int, default=4_096, help="of all processes together")
+    parser.add_argument("--width", type=int, default=64, help="of the embeddings")
+    parser.add_argument("--max-pairs", type=int, default=6_000, help="stop mining at so many pairs")
     parser.add_argument("--checkpoint", type=Path, help="folder to go on from and to save to")
     options = parser.parse_args()
 
