@@ -22,7 +22,8 @@ __all__ = ["report"]
 
 DISTRIBUTIONS = (
     *("numpy", "array-api-compat", "safetensors", "ml-dtypes"),
-    *("torch", "tensorflow", "keras", "jax", "jaxlib", "optax", "orbax-checkpoint"),
+    *("torch", "lightning", "sentence-transformers", "transformers", "accelerate"),
+    *("tensorflow", "keras", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"),
 )
 SECONDS = 180.0  # on a cold disk TensorFlow alone takes one of these three minutes
 

@@ -37,7 +37,16 @@ def plant(folder, **modules):
 def test_what_is_there_is_named_with_its_devices():
     lines = lines_of()
     assert lines["negcache"].startswith(negcache_core.__version__)
-    for name in ("numpy", "array-api-compat", "torch", "tensorflow", "jax", "jaxlib"):
+    for name in (
+        "numpy",
+        "array-api-compat",
+        "torch",
+        "tensorflow",
+        "jax",
+        "jaxlib",
+        "lightning",
+        "flax",
+    ):
         assert lines[name] == metadata.version(name)
     assert lines["negcache_torch"].startswith(f"torch {metadata.version('torch')}")
     assert "cpu" in lines["negcache_torch"]

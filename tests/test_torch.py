@@ -8,7 +8,9 @@ import torch
 from negcache_torch import _replicas
 from negcache_torch._backend import TORCH
 from negcache_torch._generator import BufferGenerator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
 WIDTH = 4
 
@@ -309,3 +311,19 @@ def test_rows_of_one_number_are_sent_whatever_their_strides():
     assert rows.stride() == (1, 4)
     (back,) = _replicas._unpack(_replicas._pack([rows]), [rows])
     assert torch.equal(back, rows)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what TensorBoard imports
+def test_metrics_are_scalars_that_tensorboard_takes(tmp_path):
+    handler, tower = handler_of(), tower_of()
+    with SummaryWriter(tmp_path) as writer:
+        for number in (1, 2):
+            step(handler, tower, number)
+            for name, value in handler.metrics.items():
+                writer.add_scalar(f"cache/{name}", value, number)
+    accumulator = EventAccumulator(str(tmp_path)).Reload()
+    found = {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
+    assert {tag: events[-1].value for tag, events in found.items()} == {
+        f"cache/{name}": pytest.approx(float(value)) for name, value in handler.metrics.items()
+    }
+    assert {event.step for events in found.values() for event in events} == {1, 2}
