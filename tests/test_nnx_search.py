@@ -2,9 +2,7 @@
 
 import argparse
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import jax
 import numpy as np
@@ -18,8 +16,6 @@ SAVES = {"save-every": 3, "log-every": 2}
 @pytest.fixture
 def example(monkeypatch):
     """Import the example late: whoever runs other tests need not wait for Flax and Orbax."""
-    # What TensorBoard looks for to write files without TensorFlow, which takes long to import.
-    monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", ModuleType("notf"))
     monkeypatch.syspath_prepend(ROOT / "examples")
     import nnx_search  # noqa: PLC0415
 
