@@ -128,7 +128,7 @@ def exclude_in_place(scores: Array, ids: Array, positive_ids: Array, *, xp: Any)
 def soft_plus(values: Array, *, xp: Any = None) -> Array:
     """Return log(1 + exp(values)) without overflow: finite for all finite values, 0 for -inf."""
     xp = namespace(values, xp=xp)
-    return xp.maximum(values, 0.0) + xp.log1p(xp.exp(-xp.abs(values)))
+    return xp.maximum(values, xp.zeros_like(values)) + xp.log1p(xp.exp(-xp.abs(values)))
 
 
 def sigmoid(values: Array, *, xp: Any = None) -> Array:

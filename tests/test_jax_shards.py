@@ -7,6 +7,7 @@ import functools
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -379,9 +380,14 @@ def unique():
         assert dict(zip(*held, strict=True)) == model
 
 
+def new_key(seed):
+    typed = metadata.version("orbax-checkpoint") >= "0.12"  # before, it cannot save them
+    return jax.random.key(seed) if typed else jax.random.PRNGKey(seed)
+
+
 def save(path):
     handler, step = sharded_step(mesh_of(8), {"estimator": "shared"}, capacity=48)
-    state = handler.init(jax.random.key(7))
+    state = handler.init(new_key(7))
     state = jax.device_put(state, handler.shardings(mesh_of(8)))
     for number in range(3):
         _, state, _ = jax.jit(step)(weights_of(0), state, batch_of(number, 8))
@@ -398,7 +404,7 @@ def named(state):
 def load(path):
     mesh = mesh_of(jax.device_count())
     handler, step = sharded_step(mesh, {"estimator": "shared"}, capacity=48)
-    shapes = jax.eval_shape(handler.init, jax.random.key(0))
+    shapes = jax.eval_shape(handler.init, new_key(0))
     target = jax.tree.map(
         lambda each, sharding: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=sharding),
         shapes,

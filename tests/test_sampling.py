@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 
+from negcache_core._array import numpy_namespace
 from negcache_core.sampling import BLOCK, draw_from_softmax, gumbel, inverse_cdf
 from negcache_core.sharding import _pick
 
@@ -84,7 +85,7 @@ def test_a_shard_and_then_its_block_are_what_one_draw_of_all_blocks_is(seed, sha
     scores[:, 0, 0] = 0.0
     with np.errstate(divide="ignore"):  # of shards without any weight
         weights = np.log(np.exp(scores).sum(axis=2))
-    shard, rest = _pick(weights, uniforms, xp=np)
+    shard, rest = _pick(weights, uniforms, xp=numpy_namespace)
     inside = scores[[[0], [1]], shard].reshape(-1, blocks)
     block = inverse_cdf(inside, rest.reshape(-1, 1)).reshape(shard.shape)
     whole = inverse_cdf(scores.reshape(2, -1), uniforms)
