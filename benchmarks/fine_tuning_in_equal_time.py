@@ -23,14 +23,12 @@ from typing import Any
 
 import torch
 from _harness import save, table
-from datasets import Dataset
 from negcache_sentence_transformers import NegativeCacheLoss, keep_cache
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
@@ -41,6 +39,7 @@ from transformers import TrainerCallback
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 from docstring_pairs import Pair, is_held_out, mine_pairs
+from sentence_transformers_search import as_dataset, evaluate
 
 BEFORE = "before"
 # Of each: its batch, and its loss. The middle one caches gradients, to afford a larger batch.
@@ -107,9 +106,6 @@ def fine_tune(
 ) -> dict[str, Any]:
     """Train until the time is used; return the steps and the processor time."""
     clock = StopAfter(options.seconds, options.rate)
-    data = Dataset.from_dict(
-        {"anchor": [pair.query for pair in pairs], "positive": [pair.code for pair in pairs]}
-    )
     with tempfile.TemporaryDirectory() as folder:
         arguments = SentenceTransformerTrainingArguments(
             folder,
@@ -123,25 +119,12 @@ def fine_tune(
             disable_tqdm=True,
         )
         trainer = SentenceTransformerTrainer(
-            model, arguments, train_dataset=data, loss=loss, callbacks=[clock]
+            model, arguments, train_dataset=as_dataset(pairs), loss=loss, callbacks=[clock]
         )
         if isinstance(loss, NegativeCacheLoss):
             keep_cache(trainer)
         trainer.train()
     return {"steps": trainer.state.global_step, "cpu_s": clock.used}
-
-
-def evaluate(model: SentenceTransformer, pairs: list[Pair]) -> dict[str, float]:
-    """Return how well each query finds its function among those of all."""
-    names = [str(row) for row in range(len(pairs))]
-    evaluator = InformationRetrievalEvaluator(
-        dict(zip(names, (pair.query for pair in pairs), strict=True)),
-        dict(zip(names, (pair.code for pair in pairs), strict=True)),
-        {name: {name} for name in names},
-        write_csv=False,
-    )
-    found = evaluator(model)
-    return {name: found[f"cosine_{name}"] for name in ("ndcg@10", "mrr@10", "accuracy@1")}
 
 
 def packaged_model() -> Path:

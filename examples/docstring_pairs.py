@@ -5,10 +5,7 @@ docstrings. Queries and items become rows of token ids by hashing their words.
 """
 
 import ast
-import importlib.util
-import os
 import re
-import sysconfig
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
@@ -17,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from installed_source import source_files
 from tqdm import tqdm
 
 BUCKETS = 32_768
@@ -25,6 +23,7 @@ QUERY_WORDS = 32
 ITEM_WORDS = 128
 NAME_REPEATS = 3  # on top of the `def` line: a function's name says most of what it does
 
+_PACKAGES = ("numpy", "torch")
 _SKIPPED_FOLDERS = {
     *("site-packages", "dist-packages"),  # packages are mined by name, not as standard library
     *("test", "tests", "idle_test", "testing"),  # their docstrings describe cases, not functions
@@ -69,7 +68,9 @@ def mine_pairs(limit: int | None = None) -> list[Pair]:
     two items: so nothing is both trained on and held out. Stops reading at `limit` pairs.
     """
     pairs, queries, items = [], set(), set()
-    for path, base in tqdm(_source_files(), desc="reading source files", unit="file"):
+    for path, base in tqdm(
+        source_files(_PACKAGES, _SKIPPED_FOLDERS), desc="reading source files", unit="file"
+    ):
         for pair in _pairs_of_file(path, base):
             query, item = tuple(words(pair.query)), tuple(words(pair.code))
             if 3 <= len(query) <= QUERY_WORDS and query not in queries and item not in items:
@@ -145,22 +146,6 @@ def token_ids(texts: Iterable[Iterable[str]], length: int) -> np.ndarray:
         row = [zlib.crc32(word.encode()) % (BUCKETS - 1) + 1 for word in islice(text, length)]
         rows.append(row + [PADDING] * (length - len(row)))
     return np.asarray(rows, np.int32)
-
-
-def _source_files() -> list[tuple[Path, Path]]:
-    """Return every file to read, with the folder to which its path is shown relative."""
-    library = Path(sysconfig.get_path("stdlib"))
-    found = map(importlib.util.find_spec, ("numpy", "torch"))  # without importing PyTorch
-    packages = [Path(package.origin).parent for package in found if package]
-    folders = [(library, library), *((folder, folder.parent) for folder in packages)]
-    return [(path, base) for folder, base in folders for path in sorted(_python_files(folder))]
-
-
-def _python_files(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder, without walking through what is skipped."""
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
-        yield from (Path(parent, name) for name in files if name.endswith(".py"))
 
 
 def _pairs_of_file(path: Path, base: Path) -> Iterator[Pair]:

@@ -15,11 +15,9 @@ It trains twice for the same number of steps: with in-batch negatives, and again
 
 import argparse
 import re
-import sysconfig
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +25,7 @@ import keras
 import negcache_tensorflow as negcache
 import numpy as np
 import tensorflow as tf
+from installed_source import source_files
 from negcache_keras import CacheLayer
 
 KNOWN = 24  # imports of a file that its query has at most
@@ -205,12 +204,8 @@ def scores_of(model: TwoTower, data: Imports) -> np.ndarray:
 
 
 def _imports_of_files() -> Iterator[set[str]]:
-    specs = [find_spec(name) for name in _PACKAGES]
-    packages = [Path(str(spec.origin)).parent for spec in specs if spec is not None]
-    for folder in (Path(sysconfig.get_path("stdlib")), *packages):
-        for path in sorted(folder.rglob("*.py")):
-            if "site-packages" not in path.relative_to(folder).parts:
-                yield set(_IMPORT.findall(path.read_text(encoding="utf-8", errors="replace")))
+    for path, _ in source_files(_PACKAGES, ("site-packages",)):
+        yield set(_IMPORT.findall(path.read_text(encoding="utf-8", errors="replace")))
 
 
 def _hash(text: str) -> int:

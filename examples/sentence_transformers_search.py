@@ -41,8 +41,8 @@ def make_model(pairs: Sequence[Pair]) -> SentenceTransformer:
     return SentenceTransformer(modules=[static], device="cpu")
 
 
-def evaluate(model: SentenceTransformer, pairs: Sequence[Pair]) -> float:
-    """Return nDCG@10 of each query's function among those of all pairs."""
+def evaluate(model: SentenceTransformer, pairs: Sequence[Pair]) -> dict[str, float]:
+    """Return how well each query finds its function among those of all pairs."""
     names = [str(row) for row in range(len(pairs))]
     evaluator = InformationRetrievalEvaluator(
         dict(zip(names, (pair.query for pair in pairs), strict=True)),
@@ -50,14 +50,19 @@ def evaluate(model: SentenceTransformer, pairs: Sequence[Pair]) -> float:
         {name: {name} for name in names},
         write_csv=False,
     )
-    return evaluator(model)["cosine_ndcg@10"]
+    found = evaluator(model)
+    return {name: found[f"cosine_{name}"] for name in ("ndcg@10", "mrr@10", "accuracy@1")}
+
+
+def as_dataset(pairs: Sequence[Pair]) -> Dataset:
+    """Return the columns that ranking losses take."""
+    return Dataset.from_dict(
+        {"anchor": [pair.query for pair in pairs], "positive": [pair.code for pair in pairs]}
+    )
 
 
 def train(model: SentenceTransformer, pairs: Sequence[Pair], options: argparse.Namespace) -> None:
     """Train by the trainer, as with any of its losses; two lines are about the cache."""
-    data = Dataset.from_dict(
-        {"anchor": [pair.query for pair in pairs], "positive": [pair.code for pair in pairs]}
-    )
     arguments = SentenceTransformerTrainingArguments(
         str(options.out),
         max_steps=options.steps,
@@ -70,7 +75,9 @@ def train(model: SentenceTransformer, pairs: Sequence[Pair], options: argparse.N
     )
     length = None if options.model else TOKENS
     loss = NegativeCacheLoss(model, options.cache_size, max_length=length)
-    trainer = SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=loss)
+    trainer = SentenceTransformerTrainer(
+        model, arguments, train_dataset=as_dataset(pairs), loss=loss
+    )
     keep_cache(trainer)
     trainer.train()
 
@@ -93,9 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     held_out = [pair for pair in pairs if is_held_out(pair.query)]
     torch.manual_seed(0)
     model = SentenceTransformer(options.model) if options.model else make_model(training)
-    before = evaluate(model, held_out)
+    before = evaluate(model, held_out)["ndcg@10"]
     train(model, training, options)
-    after = evaluate(model, held_out)
+    after = evaluate(model, held_out)["ndcg@10"]
     print(f"nDCG@10 of {len(held_out)} held-out queries: {before:.3f}, then {after:.3f}")
 
     functions = model.encode([pair.code for pair in pairs], convert_to_tensor=True)

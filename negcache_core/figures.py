@@ -1,5 +1,6 @@
 """A picture of a cache: how old its rows are, how stale, and how many of them compete."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from negcache_core.arguments import as_whole, check_function, embeddings_of, in_
 from negcache_core.errors import KeysError, KindError, OptionError
 from negcache_core.handlers import CacheLossHandler, MultiCacheLossHandler
 from negcache_core.metrics import staleness
+from negcache_core.retrieval import SINGLE
 from negcache_core.state import EMPTY, NegativeCache
 
 METRIC = "effective_negatives"
@@ -141,7 +143,7 @@ def _draw_ages(axes: Any, ages: Mapping[str, Any]) -> None:
     written = {name: each[each != EMPTY] for name, each in ages.items()}
     oldest = max((int(each.max()) for each in written.values() if len(each)), default=0)
     edges = np.linspace(-0.5, oldest + 0.5, min(oldest + 1, 40) + 1)
-    for (name, each), colour in zip(written.items(), _cycled(len(written)), strict=True):
+    for (name, each), colour in zip(written.items(), itertools.cycle(_COLOURS), strict=False):
         axes.hist(each, edges, color=colour, alpha=0.75, label=name)
     slots = sum(map(len, ages.values()))
     fill = sum(map(len, written.values())) / slots
@@ -154,15 +156,11 @@ def _draw_ages(axes: Any, ages: Mapping[str, Any]) -> None:
 
 
 def _draw_staleness(axes: Any, aged: Mapping[str, Aged]) -> None:
-    for (name, rows), colour in zip(aged.items(), _cycled(len(aged)), strict=True):
+    for (name, rows), colour in zip(aged.items(), itertools.cycle(_COLOURS), strict=False):
         axes.plot(rows.age, rows.staleness, ".", color=colour, alpha=0.25, markersize=4)
-        parts = np.array_split(np.arange(len(rows.age)), min(_BINS, len(rows.age)) or 1)
-        middle = [
-            (np.median(rows.age[part]), np.median(rows.staleness[part]))
-            for part in parts
-            if len(part)
-        ]
-        axes.plot(*zip(*middle, strict=True) if middle else ([], []), color=colour, label=name)
+        parts = [part for part in np.array_split(np.arange(len(rows.age)), _BINS) if len(part)]
+        middle = ([np.median(each[part]) for part in parts] for each in rows)
+        axes.plot(*middle, color=colour, label=name)
     every = np.concatenate([rows.staleness for rows in aged.values()])
     median = f"median {np.median(every):.2g}" if len(every) else "no rows"
     axes.set(
@@ -186,10 +184,6 @@ def _legend(axes: Any, named: Mapping[str, Any]) -> None:
         axes.legend(frameon=False)
 
 
-def _cycled(count: int) -> list[str]:
-    return [_COLOURS[number % len(_COLOURS)] for number in range(count)]
-
-
 def _host_ages(handler: CacheLossHandler | MultiCacheLossHandler, cache: NegativeCache) -> Any:
     return handler.backend.to_host(cache.age).astype(np.int64)
 
@@ -201,7 +195,7 @@ def _caches_of(handler: Any) -> dict[str, NegativeCache]:
             "MultiCacheLossHandler."
         )
     cache = handler.cache
-    return {"cache": cache} if isinstance(cache, NegativeCache) else cache
+    return {SINGLE: cache} if isinstance(cache, NegativeCache) else cache
 
 
 def _checked_history(history: Any) -> dict[int, float]:

@@ -19,6 +19,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from negcache_jax._replicas import MeshAxis
+from packaging.version import Version
 
 from negcache_core.replicas import Route
 
@@ -381,7 +382,9 @@ def unique():
 
 
 def new_key(seed):
-    typed = metadata.version("orbax-checkpoint") >= "0.12"  # before, it cannot save them
+    typed = Version(metadata.version("orbax-checkpoint")) >= Version(
+        "0.12"
+    )  # before, it cannot save them
     return jax.random.key(seed) if typed else jax.random.PRNGKey(seed)
 
 

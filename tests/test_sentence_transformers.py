@@ -344,17 +344,6 @@ def test_ids_are_hashes_of_all_tokens_and_their_places():
 ROOT = Path(__file__).parent.parent
 
 
-# With no GPU transformers pins memory anyway, and PyTorch warns of it.
-@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
-def test_the_documentations_program_runs_as_printed(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs/sentence-transformers.md").read_text(), re.DOTALL
-    )
-    exec(compile(block, "sentence-transformers.md", "exec"), {})  # noqa: S102 - it is ours
-    assert capsys.readouterr().out.endswith("4 texts are in the cache\n")
-
-
 def test_the_example_learns_to_search(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "examples")
     example = importlib.import_module("sentence_transformers_search")
