@@ -7,7 +7,7 @@ import numpy as np
 from _soak_problem import SCALE, Arrays, Stream, Turn
 
 from negcache_core import EMPTY, exact
-from negcache_core.sampling import BLOCK
+from negcache_core.retrieval.tiled_scores import BLOCK
 
 TOLERANCE = 1e-10
 NEGLIGIBLE = 1e-15  # outcomes that are left out: of at most 256, and of gradients of order one

@@ -21,8 +21,8 @@ from _soak_problem import (
 
 import negcache_core as negcache
 from negcache_core import exact
-from negcache_core.estimators import ESTIMATORS, Law
-from negcache_core.surrogates import positive_weight
+from negcache_core.losses.estimators import ESTIMATORS, Law
+from negcache_core.losses.surrogate import positive_weight
 
 RAISED = InterruptedError  # by the item network
 

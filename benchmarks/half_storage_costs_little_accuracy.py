@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 from _harness import save, table
 
+from negcache_core.arrays.numerics import log_sum_exp
 from negcache_core.exact import softmax_cross_entropy
-from negcache_core.scoring import log_sum_exp
 
 QUERIES, SCALE = 32, 20.0
 

@@ -4,6 +4,10 @@ Import the adapter of your framework instead (`import negcache_torch as negcache
 names. This package runs on NumPy, which is the reference.
 """
 
+from negcache_core.cache.filters import CacheFilterFn, IsInCacheFilterFn
+from negcache_core.cache.manager import CacheManager
+from negcache_core.cache.specs import FieldSpec
+from negcache_core.cache.state import EMPTY, NegativeCache
 from negcache_core.errors import (
     CapacityError,
     CheckpointError,
@@ -16,18 +20,19 @@ from negcache_core.errors import (
     OptionError,
     ShapeError,
 )
-from negcache_core.figures import plot_cache
-from negcache_core.filters import CacheFilterFn, IsInCacheFilterFn
-from negcache_core.handlers import CacheLossHandler, MultiCacheLossHandler
-from negcache_core.losses import CacheClassificationLoss
-from negcache_core.manager import CacheManager
-from negcache_core.results import CacheLoss, CacheLossReturn
-from negcache_core.retrieval import Retrieval
-from negcache_core.sampling import AbstractRetrievalFn, GumbelMaxRetrievalFn, MaxScoreRetrievalFn
-from negcache_core.scale import Scaling, scaling
-from negcache_core.specs import FieldSpec
-from negcache_core.state import EMPTY, NegativeCache
-from negcache_core.topk import approximate_top_k_with_indices
+from negcache_core.handlers.cache_loss_handler import CacheLossHandler, MultiCacheLossHandler
+from negcache_core.losses.classification import CacheClassificationLoss
+from negcache_core.losses.results import CacheLoss, CacheLossReturn
+from negcache_core.retrieval.result import Retrieval
+from negcache_core.retrieval.retrieval_fns import (
+    AbstractRetrievalFn,
+    GumbelMaxRetrievalFn,
+    MaxScoreRetrievalFn,
+)
+from negcache_core.retrieval.top_k import approximate_top_k_with_indices
+from negcache_core.tools.plot import plot_cache
+from negcache_core.tools.step_cost import scaling
+from negcache_core.tools.step_cost_report import Scaling
 
 __version__ = "0.1.0"
 

@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from negcache_core._array import Array, matmul_transposed, namespace, positions
-from negcache_core.estimators import Weights
-from negcache_core.scoring import log_sum_exp, sigmoid, soft_plus
+from negcache_core.arrays._array import Array, matmul_transposed, namespace, positions
+from negcache_core.arrays.numerics import log_sum_exp, sigmoid, soft_plus
+from negcache_core.losses.estimators import Weights
 
 
 class Gradients(NamedTuple):

@@ -11,8 +11,8 @@ import numpy as np
 import tensorflow as tf
 import torch
 
-from negcache_core._array import put_rows
-from negcache_core.backend import Backend
+from negcache_core.arrays._array import put_rows
+from negcache_core.arrays.backend import Backend
 from negcache_core.testing import NUMPY_ADAPTER, Adapter, bind
 
 

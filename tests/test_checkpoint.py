@@ -28,7 +28,7 @@ from negcache_core import (
     OptionError,
     ShapeError,
 )
-from negcache_core.checkpoint import resize_cache
+from negcache_core.cache.restoring import resize_cache
 from negcache_core.files import replacing, write_arrays
 
 ALL = pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from strategies import towers
 from test_gradients import TOLERANCE, noise_for
 
 from negcache_core import CacheClassificationLoss, exact
+from negcache_core.cache.state import NegativeCache
 from negcache_core.errors import DTypeError, KeysError, OptionError, ShapeError
-from negcache_core.estimators import ESTIMATORS, Law, paper, shared
-from negcache_core.pool import pool_of
-from negcache_core.state import NegativeCache
+from negcache_core.losses.estimators import ESTIMATORS, Law, paper, shared
+from negcache_core.retrieval.proposal import pool_of
 
 IDS = 3  # few, so that items meet themselves
 # The outcomes grow as slots ** queries; PyTorch is the fastest, and goes through the most.

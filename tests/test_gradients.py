@@ -10,9 +10,9 @@ from negcache_torch import CacheClassificationLoss
 from strategies import towers
 
 from negcache_core import exact
-from negcache_core.estimators import ESTIMATORS, Law
-from negcache_core.state import NegativeCache
-from negcache_core.surrogates import positive_weight
+from negcache_core.cache.state import NegativeCache
+from negcache_core.losses.estimators import ESTIMATORS, Law
+from negcache_core.losses.surrogate import positive_weight
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 

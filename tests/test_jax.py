@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_sampling import chi_square_is_plausible
 
-from negcache_core.sampling import draw_from_softmax
+from negcache_core.retrieval.softmax_draw import draw_from_softmax
 
 WIDTH = 4
 

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from negcache_jax._replicas import MeshAxis
 from packaging.version import Version
 
-from negcache_core.replicas import Route
+from negcache_core.sharding.replicas import Route
 
 WIDTH, ROWS, SLOTS = 3, 2, 6  # on each device
 PAPER = [

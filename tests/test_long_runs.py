@@ -5,8 +5,8 @@ import pytest
 from backends import BACKENDS, EAGER
 
 from negcache_core import EMPTY
-from negcache_core.plans import oldest_written, plan_insert
-from negcache_core.state import OLDEST, NegativeCache
+from negcache_core.cache.plans import oldest_written, plan_insert
+from negcache_core.cache.state import OLDEST, NegativeCache
 from negcache_core.testing import DictCache
 
 NEAR = 2**31 - 5

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from negcache_core import EMPTY, CacheManager, CapacityError, FieldSpec
-from negcache_core.plans import grow_older, plan_insert
-from negcache_core.state import OLDEST, NegativeCache
+from negcache_core.cache.plans import grow_older, plan_insert
+from negcache_core.cache.state import OLDEST, NegativeCache
 from negcache_core.testing import DictCache
 
 FIELDS = ("vector", "scalar")

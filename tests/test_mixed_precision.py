@@ -21,7 +21,7 @@ import torch
 from backends import BACKENDS
 
 from negcache_core import CacheManager, FieldSpec, NegativeCache
-from negcache_core.plans import oldest_written, plan_reembed
+from negcache_core.cache.plans import oldest_written, plan_reembed
 
 U = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 0.0}
 TINY = {"float16": 2.0**-25, "bfloat16": 0.0, "float32": 0.0}  # half of the smallest float16

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from backends import BACKENDS
 
-from negcache_core.estimators import ESTIMATORS
-from negcache_core.state import EMPTY, NegativeCache
+from negcache_core.cache.state import EMPTY, NegativeCache
+from negcache_core.losses.estimators import ESTIMATORS
 
 B, H, C, K, D = 4, 2, 6, 3, 2
 SICK = 1  # the query that something is wrong with

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 
-from negcache_core._array import numpy_namespace
-from negcache_core.sampling import BLOCK, draw_from_softmax, gumbel, inverse_cdf
-from negcache_core.sharding import _pick
+from negcache_core.arrays._array import numpy_namespace
+from negcache_core.retrieval.retrieval_fns import gumbel
+from negcache_core.retrieval.softmax_draw import draw_from_softmax, inverse_cdf
+from negcache_core.retrieval.tiled_scores import BLOCK
+from negcache_core.sharding.draw import _pick
 
 # Multiples of 1/8 add without rounding, so that equal laws give equal slots.
 eighths = st.integers(-200, 200).map(lambda number: number / 8)

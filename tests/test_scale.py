@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 import negcache_core
 from negcache_core import CapacityError, DTypeError, KindError, OptionError, scaling
-from negcache_core.backend import NUMPY
-from negcache_core.retrieval import scores_of
-from negcache_core.scale import _readable
-from negcache_core.scoring import Scorer
-from negcache_core.streaming import weigh_blocks
+from negcache_core.arrays.backend import NUMPY
+from negcache_core.retrieval.scorer import Scorer
+from negcache_core.retrieval.softmax_draw import weigh_blocks
+from negcache_core.retrieval.tiled_scores import scores_of
+from negcache_core.tools.step_cost_report import _readable
 
 PAGE = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text()
 WIDTH, OWN = 6, 4  # of each rank's queries

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import seeds, towers
 
 from negcache_core import EMPTY, NegativeCache
-from negcache_core.scoring import log_sum_exp, sigmoid, soft_plus
+from negcache_core.arrays.numerics import log_sum_exp, sigmoid, soft_plus
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 

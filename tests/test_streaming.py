@@ -14,11 +14,15 @@ from strategies import seeds
 from test_sampling import chi_square_is_plausible, naive_slot
 
 from negcache_core import EMPTY, CacheClassificationLoss, NegativeCache
-from negcache_core.backend import NUMPY
-from negcache_core.sampling import BLOCK
-from negcache_core.scoring import Scorer
-from negcache_core.streaming import CacheScores, best_of_all_groups, draw_from_caches, group_runs
-from negcache_core.topk import approximate_top_k_with_indices
+from negcache_core.arrays.backend import NUMPY
+from negcache_core.retrieval.scorer import Scorer
+from negcache_core.retrieval.softmax_draw import draw_from_caches
+from negcache_core.retrieval.tiled_scores import BLOCK, CacheScores
+from negcache_core.retrieval.top_k import (
+    approximate_top_k_with_indices,
+    best_of_all_groups,
+    group_runs,
+)
 
 capacities = st.lists(st.integers(1, 3 * BLOCK), min_size=1, max_size=3)
 tiles = st.sampled_from([BLOCK, 2 * BLOCK, 3 * BLOCK, 100 * BLOCK])

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from negcache_core.replicas import Route
+from negcache_core.sharding.replicas import Route
 
 REPLICAS, ROWS, CAPACITY, WIDTH = 3, 2, 9, 3
 OPTIONS = {

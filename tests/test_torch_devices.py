@@ -10,7 +10,7 @@ import torch
 from negcache_torch._backend import TORCH
 
 from negcache_core import exact
-from negcache_core.estimators import Weights
+from negcache_core.losses.estimators import Weights
 
 META = torch.device("meta")
 OPTIONS = [

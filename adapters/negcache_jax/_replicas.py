@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from negcache_core import OptionError
-from negcache_core.replicas import Replicas, Route
+from negcache_core.sharding.replicas import Replicas, Route
 
 
 class MeshAxis(Replicas):

@@ -10,13 +10,15 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from negcache_core import KindError, NegativeCache, OptionError
-from negcache_core.arguments import check_keys, check_mapping
-from negcache_core.checkpoint import check_layout
-from negcache_core.handlers import BaseHandler
-from negcache_core.handlers import CacheLossHandler as _CacheLossHandler
-from negcache_core.handlers import MultiCacheLossHandler as _MultiCacheLossHandler
-from negcache_core.results import CacheLossReturn
-from negcache_core.sharded import check_equal_shards
+from negcache_core.arrays.validation import check_keys, check_mapping
+from negcache_core.cache.restoring import check_layout
+from negcache_core.handlers.cache_loss_handler import CacheLossHandler as _CacheLossHandler
+from negcache_core.handlers.cache_loss_handler import (
+    MultiCacheLossHandler as _MultiCacheLossHandler,
+)
+from negcache_core.handlers.step import BaseHandler
+from negcache_core.losses.results import CacheLossReturn
+from negcache_core.sharding.placement import check_equal_shards
 
 from ._backend import JAX, KeyStream, check_key
 from .losses import CacheClassificationLoss, DistributedCacheClassificationLoss

@@ -7,8 +7,8 @@ from typing import Any
 from jax import Array
 
 from negcache_core import CacheLoss, CacheLossReturn, NegativeCache, Retrieval, ShapeError
-from negcache_core.losses import CacheClassificationLoss as _CacheClassificationLoss
-from negcache_core.sharded import ShardedLoss
+from negcache_core.losses.classification import CacheClassificationLoss as _CacheClassificationLoss
+from negcache_core.sharding.placement import ShardedLoss
 
 from ._backend import JAX, KeyStream, check_key
 from ._replicas import MeshAxis
@@ -64,7 +64,7 @@ class DistributedCacheClassificationLoss(CacheClassificationLoss, ShardedLoss):
     how `shard_map` cuts it, `handler.shardings(mesh)` where it lies; cache_size is a multiple of
     the number of devices. The mean over devices of the loss is that of the whole batch:
     differentiate its `pmean`, and with `check_vma=False` take the `pmean` of the gradients too.
-    With `top_k` no group may lie on two devices. See `negcache_core.sharded.ShardedLoss`.
+    With `top_k` no group may lie on two devices. See `negcache_core.sharding.ShardedLoss`.
 
     Raises OptionError outside of `shard_map`, ShapeError if `cache` is no shard of the handler's.
 

@@ -1,9 +1,9 @@
 """Functions that choose negatives from the score matrix, under the published module name."""
 
-from negcache_core.sampling import AbstractRetrievalFn
-from negcache_core.sampling import GumbelMaxRetrievalFn as _GumbelMaxRetrievalFn
-from negcache_core.sampling import MaxScoreRetrievalFn as _MaxScoreRetrievalFn
-from negcache_core.topk import approximate_top_k_with_indices
+from negcache_core.retrieval.retrieval_fns import AbstractRetrievalFn
+from negcache_core.retrieval.retrieval_fns import GumbelMaxRetrievalFn as _GumbelMaxRetrievalFn
+from negcache_core.retrieval.retrieval_fns import MaxScoreRetrievalFn as _MaxScoreRetrievalFn
+from negcache_core.retrieval.top_k import approximate_top_k_with_indices
 
 from ._backend import JAX
 

@@ -27,7 +27,7 @@ class CacheLayer(keras.layers.Layer):
 
     handler: a `negcache_tensorflow.CacheLossHandler` whose loss is a CacheClassificationLoss
     shown:   which of its metrics `fit` shows and History has, as `cache_fill`, …: averages over
-             an epoch's steps, see `negcache_core.metrics.step_metrics`
+             an epoch's steps, see `negcache_core.losses.metrics.step_metrics`
     name:    of the layer, and what these names begin with
 
     Make it an attribute of the model, and call `compute_loss` in the model's own. `save_weights`,

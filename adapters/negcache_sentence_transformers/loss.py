@@ -22,7 +22,7 @@ class NegativeCacheLoss(nn.Module):
     model:              a SentenceTransformer whose inputs are tokens
     cache_size:         C, texts that the cache holds; of all processes together
     scale:              factor on the cosine similarities, the inverse of the temperature
-    estimator:          "exact_query", "shared" or "paper", see `negcache_core.estimators`
+    estimator:          "exact_query", "shared" or "paper", see `negcache_core.losses.estimators`
     num_samples:        S, cached texts that each anchor draws and the model embeds anew, a step
     in_batch_negatives: whether the batch's other positives compete too, exactly, with gradients
     staleness_correction: see `CacheClassificationLoss`
@@ -102,7 +102,7 @@ class NegativeCacheLoss(nn.Module):
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """The last training step's scalars; see `negcache_core.metrics.step_metrics`."""
+        """The last training step's scalars; see `negcache_core.losses.metrics.step_metrics`."""
         return self.handler.metrics
 
     @property

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import tensorflow as tf
 
 from negcache_core import CheckpointError, FieldSpec, NegativeCache
-from negcache_core.arguments import check_keys
-from negcache_core.checkpoint import check_layout
+from negcache_core.arrays.validation import check_keys
+from negcache_core.cache.restoring import check_layout
 
 
 class Layout(tf.train.experimental.PythonState):

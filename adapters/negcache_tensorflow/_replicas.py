@@ -11,8 +11,8 @@ from typing import Any
 import tensorflow as tf
 
 from negcache_core import OptionError, ShapeError
-from negcache_core._array import mask_rows
-from negcache_core.replicas import Replicas, Route
+from negcache_core.arrays._array import mask_rows
+from negcache_core.sharding.replicas import Replicas, Route
 
 from ._backend import TENSORFLOW
 

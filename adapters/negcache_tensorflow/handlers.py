@@ -7,11 +7,13 @@ from typing import Any
 import tensorflow as tf
 
 from negcache_core import CacheLossReturn, DTypeError, NegativeCache
-from negcache_core.checkpoint import warn_of_nonfinite
-from negcache_core.handlers import BaseHandler
-from negcache_core.handlers import CacheLossHandler as _CacheLossHandler
-from negcache_core.handlers import MultiCacheLossHandler as _MultiCacheLossHandler
-from negcache_core.sharded import check_equal_shards
+from negcache_core.cache.restoring import warn_of_nonfinite
+from negcache_core.handlers.cache_loss_handler import CacheLossHandler as _CacheLossHandler
+from negcache_core.handlers.cache_loss_handler import (
+    MultiCacheLossHandler as _MultiCacheLossHandler,
+)
+from negcache_core.handlers.step import BaseHandler
+from negcache_core.sharding.placement import check_equal_shards
 
 from ._backend import TENSORFLOW
 from ._layout import Layout

@@ -6,8 +6,8 @@ from typing import Any
 import tensorflow as tf
 
 from negcache_core import CacheLoss, CacheLossReturn, OptionError
-from negcache_core.losses import CacheClassificationLoss as _CacheClassificationLoss
-from negcache_core.sharded import ShardedLoss
+from negcache_core.losses.classification import CacheClassificationLoss as _CacheClassificationLoss
+from negcache_core.sharding.placement import ShardedLoss
 
 from ._backend import TENSORFLOW
 from ._replicas import StrategyReplicas
@@ -33,7 +33,7 @@ class DistributedCacheClassificationLoss(ShardedLoss, tf.Module):
     need batches of one size, known when traced: batch a dataset with drop_remainder=True. A
     generator made from None or a seed gives each replica a stream of its own.
 
-    See `negcache_core.sharded.ShardedLoss`.
+    See `negcache_core.sharding.ShardedLoss`.
     """
 
     backend = TENSORFLOW

@@ -2,11 +2,11 @@
 
 import tensorflow as tf
 
-from negcache_core.arguments import as_array
-from negcache_core.sampling import AbstractRetrievalFn
-from negcache_core.sampling import GumbelMaxRetrievalFn as _GumbelMaxRetrievalFn
-from negcache_core.sampling import MaxScoreRetrievalFn as _MaxScoreRetrievalFn
-from negcache_core.topk import approximate_top_k_with_indices as _top_k
+from negcache_core.arrays.validation import as_array
+from negcache_core.retrieval.retrieval_fns import AbstractRetrievalFn
+from negcache_core.retrieval.retrieval_fns import GumbelMaxRetrievalFn as _GumbelMaxRetrievalFn
+from negcache_core.retrieval.retrieval_fns import MaxScoreRetrievalFn as _MaxScoreRetrievalFn
+from negcache_core.retrieval.top_k import approximate_top_k_with_indices as _top_k
 
 from ._backend import TENSORFLOW
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from negcache_core.backend import ACCELERATOR_TILE, CPU_TILE, Backend
-from negcache_core.scoring import block_log_sum_exp_in_place, exclude_in_place
+from negcache_core.arrays.backend import ACCELERATOR_TILE, CPU_TILE, Backend
+from negcache_core.arrays.numerics import block_log_sum_exp_in_place, exclude_in_place
 
 from . import _namespace
 from ._generator import BufferGenerator

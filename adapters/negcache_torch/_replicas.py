@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from negcache_core import OptionError
-from negcache_core.replicas import Replicas, Route
+from negcache_core.sharding.replicas import Replicas, Route
 
 
 class ProcessGroup(Replicas):

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from negcache_core import EMPTY, KeysError, NegativeCache
-from negcache_core.checkpoint import check_layout, nonfinite_rows, warn_of_nonfinite
+from negcache_core.cache.restoring import check_layout, nonfinite_rows, warn_of_nonfinite
 
 
 class CacheTable(nn.Module):

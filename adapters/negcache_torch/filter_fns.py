@@ -1,7 +1,7 @@
 """Filters of new items, under the published module name."""
 
-from negcache_core.filters import CacheFilterFn
-from negcache_core.filters import IsInCacheFilterFn as _IsInCacheFilterFn
+from negcache_core.cache.filters import CacheFilterFn
+from negcache_core.cache.filters import IsInCacheFilterFn as _IsInCacheFilterFn
 
 from ._backend import TORCH
 

@@ -5,9 +5,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from negcache_core import NegativeCache, OptionError
-from negcache_core.handlers import BaseHandler
-from negcache_core.handlers import CacheLossHandler as _CacheLossHandler
-from negcache_core.handlers import MultiCacheLossHandler as _MultiCacheLossHandler
+from negcache_core.handlers.cache_loss_handler import CacheLossHandler as _CacheLossHandler
+from negcache_core.handlers.cache_loss_handler import (
+    MultiCacheLossHandler as _MultiCacheLossHandler,
+)
+from negcache_core.handlers.step import BaseHandler
 
 from ._backend import TORCH
 from ._generator import refuse_recomputation

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from negcache_core import CacheLoss, CacheLossReturn
-from negcache_core.losses import CacheClassificationLoss as _CacheClassificationLoss
-from negcache_core.sharded import ShardedLoss
+from negcache_core.losses.classification import CacheClassificationLoss as _CacheClassificationLoss
+from negcache_core.sharding.placement import ShardedLoss
 
 from ._backend import TORCH
 from ._replicas import ProcessGroup
@@ -33,7 +33,7 @@ class DistributedCacheClassificationLoss(ShardedLoss, nn.Module):
 
     group: a process group of torch.distributed; None for all ranks
 
-    See `negcache_core.sharded.ShardedLoss`.
+    See `negcache_core.sharding.ShardedLoss`.
     """
 
     backend = TORCH

@@ -1,7 +1,7 @@
 """The cache and its manager, under the published module name."""
 
 from negcache_core import EMPTY, FieldSpec, NegativeCache
-from negcache_core.manager import CacheManager as _CacheManager
+from negcache_core.cache.manager import CacheManager as _CacheManager
 
 from ._backend import TORCH
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import negcache_core
-from negcache_core.backend import Backend
+from negcache_core.arrays.backend import Backend
 
 Tree = Any  # nested dicts, tuples and NamedTuples of arrays
 

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from negcache_core import exact
-from negcache_core._array import take
-from negcache_core.estimators import ESTIMATORS, Law
-from negcache_core.state import EMPTY, NegativeCache
-from negcache_core.surrogates import positive_weight
+from negcache_core.arrays._array import take
+from negcache_core.cache.state import EMPTY, NegativeCache
+from negcache_core.losses.estimators import ESTIMATORS, Law
+from negcache_core.losses.surrogate import positive_weight
 from negcache_core.testing._adapter import NUMPY_ADAPTER, Adapter
 
 WIDTH, TOKENS = 4, 3

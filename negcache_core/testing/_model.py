@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from negcache_core.state import EMPTY, OLDEST
+from negcache_core.cache.state import EMPTY, OLDEST
 
 Row = Mapping[str, Any]
 

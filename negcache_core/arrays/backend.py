@@ -1,0 +1,222 @@
+"""What an array library supplies beyond the array API: a few verbs, NumPy's as the default."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from negcache_core.arrays._array import Array, concat_rows, numpy_namespace
+from negcache_core.arrays.numerics import (
+    block_log_sum_exp_in_place,
+    exclude_in_place,
+    is_among,
+    log_sum_exp,
+)
+from negcache_core.errors import KindError, OptionError
+
+CPU_TILE = 4 * 2**20
+"""Bytes of a tile on a CPU: the passes over a tile find it in a core's own cache (measured)."""
+
+
+ACCELERATOR_TILE = 64 * 2**20
+"""Bytes of a tile on a GPU or TPU: large, so that launching kernels costs little."""
+
+
+class Backend:
+    """The verbs of one array library. An adapter overrides what differs, and nothing else.
+
+    >>> Backend().to_array([1, 2])
+    array([1, 2])
+    """
+
+    name = "numpy"
+    slices_copy = False  # whether `slice_rows` copies, so that a tile of rows takes memory too
+
+    def __init__(self, xp: Any = numpy_namespace) -> None:
+        self.xp = xp
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Backend":
+        return self  # it has no state, and modules cannot be copied
+
+    def to_array(self, value: Any) -> Array:
+        """Return `value` as an array of this library; its own arrays come back as they are."""
+        return self.xp.asarray(value)
+
+    def to_host(self, array: Array) -> np.ndarray[Any, Any]:
+        """Return the values as a NumPy array; bfloat16 as that of ml_dtypes."""
+        return np.asarray(array)
+
+    def from_host(self, table: Array, values: np.ndarray[Any, Any]) -> Array:
+        """Replace a table's values by what `to_host` of any library returned; as `overwrite`."""
+        return self.overwrite(table, self.to_array(values))
+
+    def generator_state(self, generator: Any) -> tuple[str, Any]:
+        """Return a noise generator's kind, and its whole state as JSON can hold it."""
+        state = generator.bit_generator.state
+        return state["bit_generator"], state
+
+    def set_generator_state(self, generator: Any, state: Any) -> None:
+        """Put a generator into a state that `generator_state` returned for one of its kind."""
+        generator.bit_generator.state = state
+
+    def owns(self, value: Any) -> bool:
+        """Return whether `value` is an array of this library."""
+        return hasattr(value, "shape") and hasattr(value, "dtype")
+
+    def truth(self, value: Array) -> bool | None:
+        """Return a bool scalar's value; None where a trace leaves it open."""
+        return bool(value)
+
+    def device(self, array: Array) -> Any:
+        """Return where an array is, to compare; None where the library moves arrays itself."""
+        return None
+
+    def tile_rows(self, queries: Array) -> int | None:
+        """Return the number of queries to size tiles for; None where a trace leaves it open."""
+        rows: int | None = queries.shape[0]
+        return rows
+
+    def tile_bytes(self, array: Array) -> int:
+        """Return the memory for a tile on the device of `array`, where the user names none."""
+        return CPU_TILE
+
+    def stop_gradient(self, array: Array) -> Array:
+        """Return the same values as a constant for differentiation."""
+        return array
+
+    def no_gradient(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context for constants: nothing is recorded for differentiation.
+
+        Nor does NumPy warn in it of values that are not finite: they are left out and counted.
+        """
+        return np.errstate(over="ignore", invalid="ignore")
+
+    def after(self, arrays: Any) -> contextlib.AbstractContextManager[Any]:
+        """Return a context of writes that come after `arrays`, nested, have all been computed.
+
+        For libraries that choose the order of operations: should one fail, nothing is written.
+        """
+        return contextlib.nullcontext()
+
+    def slice_rows(self, array: Array, start: Any, size: int) -> Array:
+        """Return rows start … start + size - 1 of `array`; `start` may be a traced integer."""
+        return array[start : start + size, ...]
+
+    def fold_tiles(
+        self, function: Callable[[Any], tuple[Array, ...]], count: int
+    ) -> tuple[Array, ...]:
+        """Return function(0), …, function(count - 1), each of arrays (n, B), joined along axis 0.
+
+        At most one tile is in memory at a time.
+        """
+        return self.scan_tiles(lambda carry, tile: (carry, function(tile)), (), count)[1]
+
+    def scan_tiles(
+        self,
+        function: Callable[[Any, Any], tuple[tuple[Array, ...], tuple[Array, ...]]],
+        carry: tuple[Array, ...],
+        count: int,
+    ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """Do what `fold_tiles` does with function(carry, tile) -> (carry, parts), tile after tile.
+
+        Returns the last carry and the joined parts. A library that traces must not unroll the loop.
+        """
+        found = []
+        for tile in range(count):
+            carry, parts = function(carry, tile)
+            found.append(parts)
+        return carry, concat_rows(found, self.xp)
+
+    def block_log_sum_exp(self, scores: Array, written: Array, block: int) -> Array:
+        """Return the log-sum-exp of every `block` rows of scores (n, B): (n / block, B).
+
+        written: bool (n,); other rows do not count
+
+        May overwrite `scores`: a library that can saves the time to allocate what it needs once.
+        """
+        xp = self.xp
+        scores = xp.where(written[:, None], scores, -float("inf"))
+        return log_sum_exp(xp.reshape(scores, (scores.shape[0] // block, block, -1)), 1, xp=xp)
+
+    def attention(self, queries: Array, rows: Array, written: Array) -> Array | None:
+        """Return softmax(queries @ rows.T) @ rows, for queries (B, D) and rows (n, D): (B, D).
+
+        By a kernel of the library's own, and None where it has none that is faster, or where not
+        all rows count, written (n,).
+        """
+        return None
+
+    def exclude(self, scores: Array, ids: Array, positive_ids: Array) -> Array:
+        """Return scores (n, B), -inf where the item, ids (n,), is one of positive_ids (B, P).
+
+        May overwrite `scores`.
+        """
+        return self.xp.where(is_among(ids, positive_ids), -float("inf"), scores)
+
+    def write_rows(self, table: Array, slots: Array, rows: Array) -> Array:
+        """Put `rows` (n, …) at `slots` (n,) of `table` (C, …), and return the table.
+
+        In place, but for libraries whose arrays never change: there the result is the new table.
+        """
+        table[slots] = rows
+        return table
+
+    def overwrite(self, table: Array, values: Array) -> Array:
+        """Replace all of a table's values, in place if possible, and return it."""
+        table[...] = values
+        return table
+
+    def make_generator(self, seed: Any) -> Any:
+        """Return a noise generator from None, an int, or a generator of the library."""
+        try:
+            return np.random.default_rng(seed)
+        except (TypeError, ValueError) as error:
+            raise KindError(
+                f"generator is {seed!r}: expected None, an int seed of at least 0, or a "
+                "numpy.random.Generator."
+            ) from error
+
+    def remember(self, generator: Any) -> Callable[[], Any] | None:
+        """Return a function that undoes all draws from here on.
+
+        None where there is nothing to undo, as in a trace: it has drawn nothing yet.
+        """
+        if not isinstance(generator, np.random.Generator):
+            return None
+        bits = generator.bit_generator
+        before = bits.state
+        return lambda: setattr(bits, "state", before)
+
+    def uniform(self, generator: Any, shape: tuple[Any, ...], like: Array) -> Array:
+        """Draw float64 uniforms in [0, 1) on the device of `like`, and advance the generator."""
+        return self.xp.asarray(generator.random(shape))
+
+    def all_gather(self, array: Array, group: Any = None) -> Array:
+        """Concatenate `array` (n, …) over the replicas of a group, in the order of their ranks."""
+        raise OptionError(
+            f"use_cross_replica=True needs a distributed backend, and {self.name!r} runs in one "
+            "process: use negcache_torch or negcache_tensorflow, or leave the option off."
+        )
+
+
+class NumpyBackend(Backend):
+    """NumPy, the reference: the defaults, and scores that are overwritten in place."""
+
+    def owns(self, value: Any) -> bool:
+        """Return whether it is an array; NumPy's scalars become some."""
+        return isinstance(value, np.ndarray)
+
+    def block_log_sum_exp(self, scores: Array, written: Array, block: int) -> Array:
+        """Do it in place; rows to leave out are found and filled."""
+        scores = np.require(scores, requirements=("C", "W"))  # a score_transform may return views
+        scores[~written] = -np.inf
+        with np.errstate(divide="ignore"):  # the logarithm of an empty block's sum
+            return block_log_sum_exp_in_place(scores, block, xp=self.xp)
+
+    def exclude(self, scores: Array, ids: Array, positive_ids: Array) -> Array:
+        """Do it in place; the few rows that hold anyone's positive are found first."""
+        return exclude_in_place(scores, ids, positive_ids, xp=self.xp)
+
+
+NUMPY = NumpyBackend()

@@ -1,0 +1,23 @@
+"""Undoing what a step has drawn when it fails."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+
+class UndoneOnError(AbstractContextManager[None]):
+    """A context that calls functions, such as those of `Backend.remember`, if an error passes it.
+
+    So a step that fails has drawn nothing: the next one goes on as if it had not been.
+    """
+
+    def __init__(self, undo: Sequence[Callable[[], Any]]) -> None:
+        self._undo = undo
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is not None:
+            for undo in self._undo:
+                undo()

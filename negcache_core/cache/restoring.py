@@ -1,0 +1,116 @@
+"""What fits into a cache that is loaded: its layout, its capacity, its finite rows."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from negcache_core.arrays._array import Array, cast, dtype_name
+from negcache_core.arrays.backend import NUMPY, Backend
+from negcache_core.arrays.numerics import finite_rows
+from negcache_core.arrays.validation import check_keys, check_mapping
+from negcache_core.cache.state import EMPTY, NegativeCache, check_cache, data_of, is_written
+from negcache_core.errors import CapacityError, DTypeError, KindError, NonFiniteWarning, ShapeError
+
+
+def check_layout(given: Any, own: Any, what: str, *, resize: bool = False) -> None:
+    """Raise unless two caches have the same fields, row shapes, dtypes and capacity.
+
+    given, own: NegativeCaches of arrays, or of anything with .shape and .dtype
+    resize:     whether capacities may differ
+    """
+    data = check_mapping(data_of(given), f"the data of {what}")
+    check_keys(data, own.data, f"the data of {what}", exact=True)
+    for array in (given.age, *data.values()):
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise KindError(f"{what} to load has a {type(array).__name__}: expected arrays.")
+    slots, capacity = (*given.age.shape, None)[0], own.age.shape[0]
+    if slots != capacity and not resize:
+        raise CapacityError(
+            f"{what} to load has {slots} slots: expected {capacity}. Make the handler with "
+            f"cache_size={slots}, or pass resize=True to handler.load or handler.restore, which "
+            "keeps the youngest rows."
+        )
+    named = {"age": (given.age, own.age)} | {
+        f"field {key!r}": (given.data[key], table) for key, table in own.data.items()
+    }
+    for part, (array, table) in named.items():
+        rows, wanted = tuple(array.shape), tuple(table.shape)
+        if len(rows) == 0 or rows[0] != slots or rows[1:] != wanted[1:]:
+            raise ShapeError(
+                f"{what} to load has {part} of shape {rows}: expected "
+                f"{(slots, *wanted[1:])}. It was saved with other specs: make the handler with "
+                "those, or start with an empty cache."
+            )
+        if dtype_name(array.dtype) != dtype_name(table.dtype):
+            raise DTypeError(
+                f"{what} to load has {part} of dtype {dtype_name(array.dtype)}: expected "
+                f"{dtype_name(table.dtype)}. Make the handler with that dtype, or cast the rows "
+                "yourself and pass them to handler.restore."
+            )
+
+
+def resize_cache(cache: NegativeCache, capacity: int) -> NegativeCache:
+    """Return a cache of NumPy arrays with `capacity` slots; see `Checkpointed.restore`.
+
+    >>> cache = NegativeCache({"x": np.asarray([5, 6, 7])}, np.asarray([1, 0, 2], dtype=np.int32))
+    >>> resize_cache(cache, 2).data["x"], resize_cache(cache, 4).age
+    (array([5, 6]), array([         1,          0,          2, 2147483647], dtype=int32))
+    """
+    spare = capacity - cache.age.shape[0]
+    if spare == 0:
+        return cache
+    if spare < 0:
+        by_age = np.argsort(-cache.age.astype(np.int64), kind="stable")  # in the order of leaving
+        kept = np.sort(by_age[-spare:])
+        return NegativeCache({key: rows[kept] for key, rows in cache.data.items()}, cache.age[kept])
+    data = {
+        key: np.concatenate([rows, np.zeros((spare, *rows.shape[1:]), rows.dtype)])
+        for key, rows in cache.data.items()
+    }
+    empty = np.full((spare,), EMPTY, dtype=np.int32)
+    return NegativeCache(data, np.concatenate([cache.age, empty]))
+
+
+def nonfinite_rows(cache: NegativeCache, embedding_key: str, backend: Backend) -> Array:
+    """Return bool (C,): which slots hold a row whose embedding is not finite."""
+    xp = backend.xp
+    finite = finite_rows(cache.data[embedding_key], xp=xp)
+    return is_written(cast(cache.age, xp.int32, xp)) & ~finite
+
+
+def warn_of_nonfinite(count: int) -> None:
+    """Say that rows of a cache to load were left out, if any were."""
+    if count:
+        warnings.warn(
+            f"{count} rows of the cache to load have an embedding that is not finite: their slots "
+            "were emptied, as each would have made every loss NaN. Find out what wrote them.",
+            NonFiniteWarning,
+            stacklevel=4,
+        )
+
+
+def on_host(cache: Any, backend: Backend, what: str) -> NegativeCache:
+    """Return a cache of any library, checked, as NumPy arrays."""
+
+    def moved(value: Any, part: str) -> Any:
+        if not backend.owns(value):
+            return value
+        try:
+            return backend.to_host(value)
+        except Exception as error:  # each library refuses in its own way, such as on "meta"
+            raise KindError(f"{part} of {what} has no values to copy: {error}") from error
+
+    rows = check_mapping(data_of(cache), f"the data of {what}")
+    held = {key: moved(value, f"field {key!r}") for key, value in rows.items()}
+    age = moved(getattr(cache, "age", None), "age")
+    data, age = check_cache(NegativeCache(held, age), NUMPY, what)
+    if age.dtype.kind in "iu" and (age <= EMPTY).all():  # a plain list's are of int64
+        age = age.astype(np.int32)
+    return NegativeCache(data, age)
+
+
+def without_nonfinite(cache: NegativeCache, key: str) -> tuple[NegativeCache, int]:
+    """Empty the slots of rows that are not finite; return how many there were."""
+    bad = nonfinite_rows(cache, key, NUMPY)
+    return cache._replace(age=np.where(bad, np.int32(EMPTY), cache.age)), int(bad.sum())

@@ -1,0 +1,154 @@
+"""Checks of what a caller hands in as rows of a cache; see `negcache_core.arrays.validation`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from negcache_core.arrays._array import Array, cast, dtype_kind, dtype_name, length
+from negcache_core.arrays.backend import Backend
+from negcache_core.arrays.validation import (
+    array_of,
+    check_device,
+    check_keys,
+    check_mapping,
+    check_shape,
+    shape_of,
+)
+from negcache_core.cache.plans import too_many_rows
+from negcache_core.cache.state import NegativeCache
+from negcache_core.errors import CapacityError, DTypeError, KeysError, ShapeError
+
+
+def check_rows(
+    rows: Mapping[str, Any],
+    cache: NegativeCache,
+    what: str,
+    backend: Backend,
+    too_many: Callable[[int, int], CapacityError] | None = None,
+) -> tuple[dict[str, Array], Any]:
+    """Check rows by field against a cache's tables; return them as arrays, and their number.
+
+    too_many: makes the error for more rows than slots; None where any number will do
+    """
+    arrays: dict[str, Array] = {}
+    for key, value in rows.items():
+        table, name = cache.data[key], f"{what}[{key!r}]"
+        expected = ("n", *shape_of(table, name)[1:])
+        advice = "One row per item, each of the field's shape."
+        if too_many is not None and hasattr(value, "shape"):  # before anything is copied
+            size = check_shape(value, expected, name, advice).shape[0]
+            if isinstance(size, int) and size > table.shape[0]:
+                raise too_many(size, table.shape[0])
+        array = array_of(value, expected, name, backend, advice)
+        if not hasattr(value, "dtype") and _literal_fits(array, table.dtype):
+            array = backend.xp.astype(array, table.dtype)
+        check_castable(array.dtype, table.dtype, name)
+        arrays[key] = check_device(array, table, name, backend)
+    counts = {key: array.shape[0] for key, array in arrays.items() if array.shape[0] is not None}
+    if any(count != next(iter(counts.values())) for count in counts.values()):
+        raise ShapeError(
+            f"{what} has row counts {counts}: expected one number of rows in all fields."
+        )
+    if not arrays:
+        return {}, 0
+    sized = next((array for key, array in arrays.items() if key in counts), None)
+    count = length(next(iter(arrays.values())) if sized is None else sized, backend.xp)
+    capacity = cache.age.shape[0]
+    if too_many is not None and isinstance(count, int) and count > capacity:
+        raise too_many(count, capacity)
+    return arrays, count
+
+
+def _literal_fits(array: Array, stored: Any) -> bool:
+    """Return whether a plain list, which has no dtype of its own, may become rows of `stored`."""
+    kinds = (dtype_kind(array.dtype), dtype_kind(stored))
+    return array.shape[0] == 0 or kinds[0] == kinds[1] or kinds == ("integer", "floating")
+
+
+def check_castable(given: Any, stored: Any, what: str) -> None:
+    """Raise DTypeError unless rows of dtype `given` may be stored as `stored`."""
+    kind = dtype_kind(stored)
+    fits = dtype_kind(given) == kind and (kind != "integer" or _holds(stored, given))
+    if not fits:
+        raise DTypeError(
+            f"{what} has dtype {dtype_name(given)} and its field stores {dtype_name(stored)}: "
+            "expected the field's dtype, any floating one for a floating field, or a narrower "
+            "integer for an integer field. Cast the rows, or declare the field with their dtype."
+        )
+
+
+def _holds(stored: Any, given: Any) -> bool:
+    """Return whether the integer dtype `stored` holds every value of the integer dtype `given`."""
+    (stored_unsigned, stored_bits), (given_unsigned, given_bits) = (
+        (name.startswith("u"), int(name.removeprefix("u").removeprefix("int")))
+        for name in (dtype_name(stored), dtype_name(given))
+    )
+    if stored_unsigned == given_unsigned:
+        return stored_bits >= given_bits
+    return given_unsigned and stored_bits > given_bits
+
+
+def check_new_rows(
+    new_items: Any, cache: NegativeCache, backend: Backend
+) -> tuple[dict[str, Array], Any]:
+    """Check rows that are to be inserted: every field of the cache, one number of rows."""
+    rows = check_mapping(new_items, "new_items")
+    check_keys(rows, cache.data, "new_items", exact=True)
+    return check_rows(rows, cache, "new_items", backend, too_many_rows)
+
+
+def check_refresh(
+    data: Any, indices: Any, mask: Any, cache: NegativeCache, backend: Backend
+) -> tuple[dict[str, Array], Array, Array | None]:
+    """Check a refresh: some fields, one slot index per row; return rows, indices and mask."""
+    if data is None or indices is None:
+        raise KeysError(
+            "updated_item_data, updated_item_indices and updated_item_mask belong together: "
+            "expected rows and their slots (the mask may be left out), or none of the three."
+        )
+    rows = check_mapping(data, "updated_item_data")
+    check_keys(rows, cache.data, "updated_item_data", exact=False)
+    arrays, count = check_rows(rows, cache, "updated_item_data", backend)
+    what, advice = "updated_item_indices", "One slot for each row of updated_item_data."
+    known = arrays and isinstance(count, int)
+    slots = array_of(indices, (count if known else "n",), what, backend, advice)
+    check_device(slots, cache.age, what, backend)
+    if dtype_kind(slots.dtype) != "integer" and slots.shape[0] != 0:
+        raise DTypeError(
+            f"updated_item_indices has dtype {dtype_name(slots.dtype)}: expected integers."
+        )
+    return (
+        arrays,
+        slots,
+        check_mask(mask, slots.shape[0], "updated_item_mask", backend, like=cache.age),
+    )
+
+
+def check_stand_in(
+    features: Any, data_keys: tuple[str, ...], caches: Mapping[str, NegativeCache], backend: Backend
+) -> dict[str, Array]:
+    """Check features that may stand in for drawn rows; return them in the caches' dtypes."""
+    check_mapping(features, "pos_features")
+    missing = [key for key in data_keys if key not in features]
+    if missing:
+        raise KeysError(
+            f"pos_features lack {missing}: expected all that the item network takes, "
+            f"{list(data_keys)}."
+        )
+    cache = next(iter(caches.values()))
+    rows, _ = check_rows({key: features[key] for key in data_keys}, cache, "pos_features", backend)
+    return {key: cast(value, cache.data[key].dtype, backend.xp) for key, value in rows.items()}
+
+
+def check_mask(
+    mask: Any, count: Any, what: str, backend: Backend, *, like: Array = None
+) -> Array | None:
+    """Check a mask of `count` rows and return it as a bool array, or None."""
+    if mask is None:
+        return None
+    expected = (count if isinstance(count, int) else "n",)
+    array = array_of(mask, expected, what, backend, "One bool for each row.")
+    if dtype_kind(array.dtype) != "bool":
+        if array.shape[0] == 0:
+            return backend.xp.astype(array, backend.xp.bool)
+        raise DTypeError(f"{what} has dtype {dtype_name(array.dtype)}: expected bool.")
+    return array if like is None else check_device(array, like, what, backend)

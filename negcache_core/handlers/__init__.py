@@ -1,0 +1,9 @@
+"""One training step, and what goes on beside steps: prefill, refresh, save and load.
+
+A handler holds the state of a cache, or of several, and runs these on it.
+"""
+
+from negcache_core.handlers.cache_loss_handler import CacheLossHandler, MultiCacheLossHandler
+from negcache_core.handlers.step import BaseHandler
+
+__all__ = ["BaseHandler", "CacheLossHandler", "MultiCacheLossHandler"]

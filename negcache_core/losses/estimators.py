@@ -1,0 +1,196 @@
+"""Estimators: the weights with which drawn negatives stand for the whole cache.
+
+An estimator turns what retrieval knows into constants; the loss multiplies them with fresh,
+differentiable scores. Each new estimator is one function here and one entry in ESTIMATORS.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from negcache_core.arrays._array import Array, cast
+from negcache_core.arrays.numerics import log_sum_exp, sigmoid, soft_plus
+from negcache_core.errors import OptionError
+from negcache_core.retrieval.proposal import Pool
+
+
+class Law(NamedTuple):
+    """What is known of the softmax of B queries when each drew S rows.
+
+    positive_scores: (B,) fresh
+    log_partition:   (B,) log-sum-exp of the stale scores over usable slots, -inf for none
+    log_exact:       (B,) log-sum-exp of the negatives that are there in full, such as in-batch
+                     ones; None where there are none
+    drawn:           bool (B, S), False where nothing could be drawn
+    pool:            all n rows that were drawn; None unless the estimator shares them
+    """
+
+    positive_scores: Array
+    log_partition: Array
+    drawn: Array
+    log_exact: Array | None = None
+    pool: Pool | None = None
+
+    def log_odds(self, *, xp: Any) -> Array:
+        """Return (B,): log((1 - p+) / p+), the negatives' log-partition minus the positive."""
+        rest = self.log_partition
+        if self.log_exact is not None:
+            both = xp.concat([rest[:, None], self.log_exact[:, None]], axis=1)
+            rest = log_sum_exp(both, xp=xp)
+        return rest - self.positive_scores
+
+    def log_total(self, *, xp: Any) -> Array:
+        """Return (B,): log Z, the log-partition of everything."""
+        return soft_plus(self.log_odds(xp=xp), xp=xp) + self.positive_scores
+
+    def cache_share(self, *, xp: Any) -> Array:
+        """Return (B,): the probability of all slots together."""
+        if self.log_exact is None:  # the same number, with all digits where p+ nears 1
+            return sigmoid(self.log_odds(xp=xp), xp=xp)
+        return xp.exp(self.log_partition - self.log_total(xp=xp))
+
+
+class Weights(NamedTuple):
+    """The cache's part of the surrogate: sum_k weight[i, k] * score(i, k). Constants.
+
+    own:     (B, S) weights of a query's own S draws, or None
+    every:   (B, n) weights of all rows that the batch drew, or None
+    readout: (B,) weight of the cache's mean embedding under a query's softmax, from which the
+             query's gradient then comes; None for estimators without a readout
+    stale:   (B, n) with a readout: weights of the drawn rows as they count in it
+    """
+
+    own: Array | None = None
+    every: Array | None = None
+    readout: Array | None = None
+    stale: Array | None = None
+
+    def each(self) -> Array:
+        """Return the weights of drawn rows, whichever there are."""
+        return self.every if self.own is None else self.own
+
+    def without(self, dropped: Array, *, xp: Any) -> "Weights":
+        """Return these weights with 0 for drawn rows (n,) where `dropped` is True."""
+        if self.own is not None:
+            own = xp.where(xp.reshape(dropped, (-1, self.own.shape[1])), 0.0, self.own)
+            return self._replace(own=own)
+        every, stale = (
+            None if each is None else xp.where(dropped[None, :], 0.0, each)
+            for each in (self.every, self.stale)
+        )
+        return self._replace(every=every, stale=stale)
+
+
+def paper(law: Law, *, xp: Any) -> Weights:
+    """Weigh each of a query's S draws by the probability of all slots together, over S.
+
+    Without other negatives that is (1 - p+) / S. Unbiased on a fresh cache:
+    E[(1 - p+) (grad s_j - grad s+)] with j ~ softmax(t) is the gradient of the cross-entropy.
+    Source: the paper, section 3.1, and the published `CacheClassificationLoss` (S = 1).
+
+    >>> import numpy as np
+    >>> paper(Law(np.zeros(1), np.log([3.0]), np.asarray([[True]])), xp=np).own
+    array([[0.75]])
+    """
+    share = law.cache_share(xp=xp)
+    return Weights(own=cast(law.drawn, share.dtype, xp) * share[:, None] / law.drawn.shape[1])
+
+
+def shared(law: Law, *, xp: Any) -> Weights:
+    """Weigh every drawn row for every query: w_ik = p_i(j_k) / sum_l S q_l(j_k).
+
+    p_i is the softmax over everything, q_l the law that query l drew from. This is the balance
+    heuristic of multiple importance sampling (Veach and Guibas, SIGGRAPH 1995): unbiased, no
+    further encoder work, and w_ik <= (1 - p+_i) / S. Goes beyond the paper.
+
+    >>> import numpy as np
+    >>> pool = Pool(np.zeros((1, 2)), np.zeros((1, 1)), -np.log([3.0]))
+    >>> one = Law(np.zeros(1), np.log([3.0]), np.asarray([[True]]), None, pool)
+    >>> shared(one, xp=np).every  # one query: what the paper's estimator gives
+    array([[0.75]])
+    """
+    pool: Any = law.pool
+    log_weight = pool.cross_scores - law.log_total(xp=xp)[:, None] - pool.log_proposal[None, :]
+    return Weights(every=xp.exp(log_weight))
+
+
+def exact_query(law: Law, *, xp: Any) -> Weights:
+    """Weigh as `shared` does for the items; the query reads the whole cache, and so without noise.
+
+    The drawn rows only correct the readout for staleness. Goes beyond the paper.
+
+    >>> import numpy as np
+    >>> pool = Pool(np.zeros((1, 2)), np.zeros((1, 1)), -np.log([3.0]))
+    >>> one = Law(np.zeros(1), np.log([3.0]), np.asarray([[True]]), None, pool)
+    >>> exact_query(one, xp=np).readout
+    array([0.75])
+    """
+    weights = shared(law, xp=xp)
+    return weights._replace(readout=law.cache_share(xp=xp), stale=weights.every)
+
+
+ESTIMATORS: dict[str, Callable[..., Weights]] = {
+    "paper": paper,
+    "shared": shared,
+    "exact_query": exact_query,
+}
+
+
+def corrected(law: Law, weights: Weights, moved: Array, *, xp: Any) -> tuple[Law, Weights]:
+    """Return a law and weights for the fresh softmax, as far as the drawn rows tell of it.
+
+    moved: (B, S) or (B, n), fresh minus stale score of each weighed row
+
+    A weight w grows by exp(moved), and the cache's partition by the self-normalised mean
+    sum_k w_k exp(moved_k) / sum_k w_k. On a fresh cache nothing changes; on a stale one the bias of
+    stale probabilities gives way to that of a ratio of estimates, and to its noise.
+
+    >>> import numpy as np
+    >>> law = Law(np.zeros(1), np.log([3.0]), np.asarray([[True]]))
+    >>> corrected(law, paper(law, xp=np), np.log([[3.0]]), xp=np)[1].own  # 9 / (9 + 1)
+    array([[0.9]])
+    """
+    each = weights.each()
+    log_each = xp.where(each > 0, xp.log(xp.where(each > 0, each, 1.0)), -float("inf"))
+    before, after = log_sum_exp(log_each, xp=xp), log_sum_exp(log_each + moved, xp=xp)
+    change = xp.where(before > -float("inf"), after - before, 0.0)
+    fresh = law._replace(log_partition=law.log_partition + change)
+    shift = law.log_total(xp=xp) - fresh.log_total(xp=xp)
+    each = xp.exp(log_each + moved + shift[:, None])
+    if weights.own is not None:
+        return fresh, weights._replace(own=each)
+    weights = weights._replace(every=each)
+    if weights.readout is not None:
+        total = xp.exp(shift)
+        weights = weights._replace(
+            readout=total * weights.readout, stale=total[:, None] * weights.stale
+        )
+    return fresh, weights
+
+
+def check_estimator(
+    name: Any, *, transform: bool, top_k: bool, retrieval_fn: bool, correction: bool
+) -> str:
+    """Return `name` if it names an estimator that works with the other options, or raise."""
+    if not isinstance(name, str) or name not in ESTIMATORS:
+        raise OptionError(f"estimator is {name!r}: expected one of {sorted(ESTIMATORS)}.")
+    if retrieval_fn and name != "paper":
+        raise OptionError(
+            f"estimator {name!r} needs the probabilities of the draws, which a retrieval_fn does "
+            "not tell: leave retrieval_fn out, or use estimator='paper'."
+        )
+    if retrieval_fn and correction:
+        raise OptionError(
+            "staleness_correction needs the probabilities of the draws, which a retrieval_fn does "
+            "not tell: leave one of the two out."
+        )
+    if name == "exact_query" and transform:
+        raise OptionError(
+            "estimator 'exact_query' needs scores that are linear in the query, which a "
+            "score_transform is not: use scale= for a temperature, or estimator='shared'."
+        )
+    if name == "exact_query" and top_k:
+        raise OptionError(
+            "estimator 'exact_query' reads out the whole cache, and top_k has a query compete with "
+            "k slots only: leave top_k out, or use estimator='shared'."
+        )
+    return name

@@ -1,0 +1,95 @@
+"""Metrics of a step: scalars that tell whether the cache is healthy."""
+
+from typing import Any
+
+from negcache_core.arrays._array import Array, cast, matmul_transposed
+from negcache_core.arrays.numerics import masked_mean, mean
+from negcache_core.losses.estimators import Weights
+from negcache_core.retrieval.result import Retrieval
+
+
+def staleness(stale: Array, fresh: Array, *, xp: Any) -> Array:
+    """Return |stale - fresh|^2 / |fresh|^2 by row, for (n, D) each; 0 where both are zero.
+
+    Source: the published `_get_staleness`, which divides by zero for a zero embedding.
+    """
+    error = xp.sum((stale - fresh) ** 2, axis=-1)
+    norm = xp.sum(fresh**2, axis=-1)
+    return error / xp.where(norm > 0, norm, xp.where(error > 0, error, 1.0))
+
+
+def weight_metrics(weights: Weights, fresh: Array, *, xp: Any) -> dict[str, Array]:
+    """Return what the weights of the drawn rows, fresh (n, D), tell of the estimate.
+
+    mean_weight:     mean probability that the drawn rows stand for
+    effective_draws: (sum of a query's weights)^2 / (sum of their squares): how many rows it is
+                     spread over
+    gradient_noise:  estimated variance of the drawn rows' part of a query's gradient, over its
+                     squared length; left out where each query has one draw, which tells nothing
+    """
+    each = weights.each()
+    total, square = xp.sum(each, axis=1), xp.sum(each**2, axis=1)
+    some = total > 0
+    safe = xp.where(some, total, 1.0)
+    found = {
+        "mean_weight": mean(total, xp=xp),
+        "effective_draws": masked_mean(
+            safe**2 / xp.where(some, square, 1.0), some & (square > 0), xp=xp
+        ),
+    }
+    if weights.own is not None and weights.own.shape[1] == 1:
+        return found
+    if weights.own is not None:
+        rows = xp.reshape(fresh, (-1, each.shape[1], fresh.shape[1]))
+        pulled = xp.sum(each[:, :, None] * rows, axis=1)
+        squares = xp.sum(each**2 * xp.sum(rows**2, axis=2), axis=1)
+        along = xp.sum(each**2 * xp.sum(rows * pulled[:, None, :], axis=2), axis=1)
+    else:
+        rows = xp.where(xp.any(each > 0, axis=0)[:, None], fresh, 0.0)
+        pulled = xp.matmul(each, rows)
+        squares = xp.sum(each**2 * xp.sum(rows**2, axis=1)[None, :], axis=1)
+        along = xp.sum(each**2 * matmul_transposed(pulled, rows, xp), axis=1)
+    length = xp.sum(pulled**2, axis=1)
+    # sum_k w_k^2 |f_k - mu|^2 with mu the weighted mean of the rows
+    noise = squares - 2.0 * along / safe + square * length / safe**2
+    top = mean(length, xp=xp)
+    found["gradient_noise"] = mean(noise, xp=xp) / xp.where(top > 0, top, 1.0)
+    return found
+
+
+def step_metrics(
+    retrieval: Retrieval,
+    interpretable_loss: Array,
+    miss: Array,
+    usable: Array,
+    row_staleness: Array,
+    nonfinite: Array,
+    *,
+    xp: Any,
+) -> dict[str, Array]:
+    """Return the scalars that a training loop should log.
+
+    interpretable_loss:   mean cross-entropy estimate, in nats, of the queries that have one
+    positive_probability: mean p+ of the softmax over the positive and the cache, of these
+    effective_negatives:  exp of the mean entropy of the draw: how many slots compete
+    fill:                 share of slots that hold a row
+    mean_age_drawn:       mean age of the drawn rows, in update steps
+    staleness:            mean |stale - fresh|^2 / |fresh|^2 of the drawn rows
+    masked_count:         draws without a usable slot, which got weight 0
+    nonfinite_count:      positives, drawn rows and hard negatives left out, of the cache and of
+                          other queries' losses, for a NaN or an infinity
+    """
+    dtype = miss.dtype
+    drawn = xp.reshape(retrieval.drawn, (-1,))
+    return {
+        "interpretable_loss": masked_mean(interpretable_loss, usable, xp=xp),
+        "positive_probability": masked_mean(1.0 - miss, usable, xp=xp),
+        "effective_negatives": xp.exp(
+            masked_mean(cast(retrieval.entropy, dtype, xp), xp.any(retrieval.drawn, axis=1), xp=xp)
+        ),
+        "fill": cast(retrieval.fill, dtype, xp),
+        "mean_age_drawn": masked_mean(cast(retrieval.ages, dtype, xp), drawn, xp=xp),
+        "staleness": masked_mean(row_staleness, drawn, xp=xp),
+        "masked_count": xp.sum(cast(~drawn, dtype, xp)),
+        "nonfinite_count": xp.sum(cast(nonfinite, dtype, xp)),
+    }

@@ -1,0 +1,100 @@
+"""What the networks made of a step's queries and items, and how little a poisoned row may reach.
+
+An embedding that is not finite, such as an overflow leaves, reaches no other query. Zeros stand in
+for it before anything is computed of it: 0 times it would be NaN, in the loss and on the way back.
+"""
+
+from typing import Any, NamedTuple
+
+from negcache_core.arrays._array import Array, cast
+from negcache_core.arrays.backend import Backend
+from negcache_core.arrays.numerics import finite_rows
+from negcache_core.retrieval.result import Retrieval
+from negcache_core.retrieval.scorer import Scorer
+
+
+class Embedded(NamedTuple):
+    """Fresh embeddings, differentiable: queries, positives (B, D); drawn (n, D); hard (B, H, D).
+
+    every_positive, every_drawn: those of all replicas, where there are several; else None
+    """
+
+    queries: Array
+    positives: Array
+    drawn: Array
+    hard: Array | None = None
+    every_positive: Array | None = None
+    every_drawn: Array | None = None
+
+    def pool(self) -> Array:
+        """Return the rows that all queries drew: those of all replicas, where there are several."""
+        return self.drawn if self.every_drawn is None else self.every_drawn
+
+    def batch(self) -> Array:
+        """Return the positives of all queries, those of all replicas."""
+        return self.positives if self.every_positive is None else self.every_positive
+
+
+class Usable(NamedTuple):
+    """Which embeddings are finite: bool, constants.
+
+    queries: (B,) those whose positive is too: the others have no loss
+    batch:   (n,) of the batch's positives as negatives
+    hard:    (B, H), or None
+    drawn:   (n,) in the cache's dtype, of the rows that these queries drew
+    pool:    (n,) of the rows that all queries drew; `drawn` where there are no replicas
+    """
+
+    queries: Array
+    batch: Array
+    hard: Array | None
+    drawn: Array
+    pool: Array
+
+
+def without_poison(
+    embedded: Embedded, stored: Array, scorer: Scorer, backend: Backend
+) -> tuple[Embedded, Usable]:
+    """Return the embeddings with zeros for those that must not count, and which do.
+
+    stored: (…, D) of the cache's dtype: a drawn row that is not finite in it does not count either
+    """
+    xp, constant = backend.xp, backend.stop_gradient
+
+    def finite(rows: Array, dtype: Any = scorer.dtype) -> Array:
+        return finite_rows(cast(constant(rows), dtype, xp), xp=xp)
+
+    def kept(rows: Array, mask: Array) -> Array:
+        return xp.where(mask[..., None], rows, 0.0)
+
+    with backend.no_gradient():
+        batch = own = finite(embedded.positives)
+        if embedded.every_positive is not None:
+            batch = finite(embedded.every_positive)
+        queries = own & finite(embedded.queries)
+        hard = None if embedded.hard is None else finite(embedded.hard)
+        pool = drawn = finite(embedded.drawn, stored.dtype)
+        if embedded.every_drawn is not None:
+            pool = finite(embedded.every_drawn, stored.dtype)
+    clean = Embedded(
+        kept(embedded.queries, queries),
+        kept(embedded.positives, own),
+        kept(embedded.drawn, drawn),
+        None if embedded.hard is None else kept(embedded.hard, hard),
+        None if embedded.every_positive is None else kept(embedded.every_positive, batch),
+        None if embedded.every_drawn is None else kept(embedded.every_drawn, pool),
+    )
+    return clean, Usable(queries, batch, hard, drawn, pool)
+
+
+def of_usable_queries(retrieval: Retrieval, usable: Array, *, xp: Any) -> Retrieval:
+    """Return a retrieval in which the queries (B,) that are not usable drew nothing."""
+    rows, pool, readout = usable[:, None], retrieval.pool, retrieval.readout
+    if pool is not None:
+        pool = pool._replace(cross_scores=xp.where(rows, pool.cross_scores, -float("inf")))
+    return retrieval._replace(
+        drawn=retrieval.drawn & rows,
+        log_partition=xp.where(usable, retrieval.log_partition, -float("inf")),
+        pool=pool,
+        readout=None if readout is None else xp.where(rows, readout, 0.0),
+    )

@@ -1,0 +1,43 @@
+"""What a cache loss is, and what it returns."""
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+from negcache_core.arrays._array import Array
+
+
+class CacheLossReturn(NamedTuple):
+    """What a cache loss returns. The first six fields are the published ones.
+
+    training_loss:        the surrogate: its gradient counts, its value means nothing
+    interpretable_loss:   the cross-entropy estimate from stale scores, in nats; never infinite.
+                          NaN, without a gradient, where a query or its positive is not finite
+    updated_item_data:    {embedding_key: (n, D)} fresh embeddings of the drawn rows, constants
+    updated_item_indices: (n,) their slots
+    updated_item_mask:    bool (n,); False: no row was drawn, or its embedding is not finite
+    staleness:            |stale - fresh|^2 / |fresh|^2 of the drawn rows, reduced like the losses
+    loss:                 value of interpretable_loss, gradient of training_loss: for training
+    metrics:              scalars, see `negcache_core.losses.metrics.step_metrics`
+
+    The three updated_item_* are dicts by cache name where the loss was given a dict of caches, and
+    fit `CacheManager.update_cache` as they are.
+    """
+
+    training_loss: Array
+    interpretable_loss: Array
+    updated_item_data: Any
+    updated_item_indices: Any
+    updated_item_mask: Any
+    staleness: Array
+    loss: Array | None = None
+    metrics: dict[str, Array] | None = None
+
+
+class CacheLoss(ABC):
+    """A loss of queries, positives and a cache, as a handler calls it."""
+
+    @abstractmethod
+    def __call__(
+        self, doc_network: Any, query_embeddings: Array, pos_doc_embeddings: Array, cache: Any
+    ) -> CacheLossReturn:
+        """Embed what the loss needs with `doc_network` and return a CacheLossReturn."""

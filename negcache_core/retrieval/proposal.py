@@ -1,0 +1,86 @@
+"""All rows that a step drew, together: what estimators need that share them among queries."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from negcache_core.arrays._array import Array, take
+from negcache_core.arrays.numerics import log_sum_exp
+from negcache_core.retrieval.tiled_scores import CacheScores
+from negcache_core.retrieval.top_k import group_of
+
+
+class Pool(NamedTuple):
+    """The n rows that all queries drew: constants.
+
+    stale:        (n, D) embeddings as the cache holds them
+    cross_scores: (B, n) stale score of each query with each row, -inf where the row is none of its
+                  negatives, or was not drawn
+    log_proposal: (n,) log of how often a row is drawn in a step, the sum of all queries' laws times
+                  S; 0 for a row that nobody can draw
+    """
+
+    stale: Array
+    cross_scores: Array
+    log_proposal: Array
+
+
+def log_laws(cross_scores: Array, log_partition: Array, *, xp: Any) -> Array:
+    """Return (n,): the log of the sum of the queries' laws for each of n drawn rows.
+
+    A query without a usable slot drew nothing; nor did one that is not finite, and it must not
+    reach the others.
+    """
+    drew = xp.isfinite(log_partition)
+    log_law = cross_scores - xp.where(drew, log_partition, 0.0)[:, None]
+    return log_sum_exp(xp.where(drew[:, None], log_law, -float("inf")), 0, xp=xp)
+
+
+def pool_of(
+    cross_scores: Array,
+    log_partition: Array,
+    stale: Array,
+    draws: int,
+    *,
+    xp: Any,
+    sum_logs: Callable[[Array], Array] = lambda logs: logs,
+) -> Pool:
+    """Return the pool of rows (n, D), of which each query drew `draws`.
+
+    sum_logs: adds up, as logarithms (n,), what other replicas' queries contribute
+    """
+    logs = sum_logs(log_laws(cross_scores, log_partition, xp=xp))
+    known = logs > -float("inf")
+    return Pool(stale, cross_scores, xp.where(known, logs + math.log(draws), 0.0))
+
+
+def cross_scores(
+    caches: Sequence[CacheScores],
+    rows: Mapping[str, Array],
+    drawn: Array,
+    slots: Array | None = None,
+    candidates: Array | None = None,
+    capacity: int | None = None,
+) -> Array:
+    """Return (B, n): the stale score of each query with each drawn row, -inf if not a negative.
+
+    caches:     of the queries (B, D)
+    rows:       of the drawn rows "stale_embeddings" (n, D); "ids", "bias" (n,) if there are such
+    drawn:      bool (n,), False where nothing could be drawn
+    slots:      (n,) over all caches, with `candidates` (B, k), the best slot of each group, where
+                a query competes with these only
+    capacity:   of all caches, where `caches` are not all
+    """
+    scores_of = caches[0]
+    xp, backend = scores_of.scorer.xp, scores_of.backend
+    scores = scores_of.scorer.by_item(scores_of.queries, rows["stale_embeddings"])
+    if "bias" in rows:
+        scores = scores - rows["bias"][:, None]
+    if "ids" in rows:
+        scores = backend.exclude(scores, rows["ids"], scores_of.positive_ids)
+    if candidates is not None and slots is not None:
+        capacity = sum(cache.slots for cache in caches) if capacity is None else capacity
+        group = group_of(slots, capacity, candidates.shape[1], xp)
+        best = take(xp.matrix_transpose(candidates), group, xp)
+        scores = xp.where(best == slots[:, None], scores, -float("inf"))
+    return xp.matrix_transpose(xp.where(drawn[:, None], scores, -float("inf")))

@@ -1,0 +1,134 @@
+"""What phase one returns, and the check of one that comes back for phase two."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from negcache_core.arrays._array import Array, dtype_kind, dtype_name
+from negcache_core.arrays.backend import Backend
+from negcache_core.arrays.validation import (
+    array_of,
+    check_device,
+    check_keys,
+    check_mapping,
+    shape_of,
+)
+from negcache_core.errors import DTypeError, KindError, OptionError
+from negcache_core.retrieval.proposal import Pool
+
+
+class Retrieval(NamedTuple):
+    """The negatives drawn for B queries, S each: constants, n = B * S rows, query-major.
+
+    features:         field -> (n, …), what to put through the item network
+    drawn:            bool (B, S); False where no slot was usable and a stand-in is in the row
+    log_partition:    (B,) log-sum-exp of the stale scores over usable slots, -inf for none
+    entropy:          (B,) of the softmax, in nats: log_partition minus the drawn scores' mean, an
+                      unbiased estimate (exact with a retrieval_fn or top_k)
+    stale_embeddings: (n, D) as the cache holds them
+    ages:             int32 (n,)
+    fill:             scalar, the share of slots that hold a row
+    slots, owned:     (n,) the slot in its cache, and whether it is that cache's row and was drawn;
+                      a dict of these by name where a dict of caches was given
+    route:            where the rows came from, if the cache is cut into shards; `slots` and `owned`
+                      are then about the (m,) draws that this replica served
+    pool:             what is known of all drawn rows; None unless the estimator shares them
+    readout:          (B, D) mean embedding under each query's softmax; None unless it is wanted
+    others:           bool (B, B), which of the batch's other positives are negatives of a query;
+                      None unless they are wanted
+    positive_bias:    (B,) taken from the scores of the batch's positives as negatives, or None
+    """
+
+    features: dict[str, Array]
+    drawn: Array
+    log_partition: Array
+    entropy: Array
+    stale_embeddings: Array
+    ages: Array
+    fill: Array
+    slots: Any
+    owned: Any
+    route: Any = None
+    pool: Pool | None = None
+    readout: Array | None = None
+    others: Array | None = None
+    positive_bias: Array | None = None
+
+
+Part = tuple[str, Any, tuple[Any, ...], str]  # name, value, expected shape, kind of dtype
+
+
+def check_retrieval(retrieval: Any, backend: Backend, **wanted: bool) -> Retrieval:
+    """Raise unless `retrieval` is what this loss's `retrieve` returns, as far as shapes tell.
+
+    wanted: name of a field -> whether this loss has it
+    """
+    if not isinstance(retrieval, Retrieval):
+        raise KindError(
+            f"retrieval is a {type(retrieval).__name__}: expected what retrieve() returned."
+        )
+    for name, here in wanted.items():
+        if (getattr(retrieval, name) is not None) != here:
+            raise OptionError(
+                f"retrieval has {'no ' if here else ''}{name}, and this loss "
+                f"{'needs it' if here else 'has no use for it'}: pass what this very loss's "
+                "retrieve() returned."
+            )
+    stale = retrieval.stale_embeddings
+    for parts in (_ends, _rows, _shared, _places):  # each may rely on those before
+        for name, value, expected, kind in parts(retrieval):
+            what = f"retrieval.{name}"
+            if not hasattr(value, "dtype"):  # it is used as it is
+                raise KindError(f"{what} is a {type(value).__name__}: expected retrieve()'s array.")
+            array = array_of(value, expected, what, backend)
+            if dtype_kind(array.dtype) != kind:
+                raise DTypeError(
+                    f"{what} has dtype {dtype_name(array.dtype)}: expected {kind} values."
+                )
+            check_device(array, stale, what, backend)
+    return retrieval
+
+
+def _ends(retrieval: Retrieval) -> Iterator[Part]:
+    yield "stale_embeddings", retrieval.stale_embeddings, ("n", "D"), "floating"
+    yield "drawn", retrieval.drawn, ("B", "S"), "bool"
+
+
+def _rows(retrieval: Retrieval) -> Iterator[Part]:
+    rows, draws = shape_of(retrieval.drawn, "retrieval.drawn")
+    width = shape_of(retrieval.stale_embeddings, "retrieval.stale_embeddings")[1]
+    total = None if rows is None else rows * draws
+    yield "stale_embeddings", retrieval.stale_embeddings, (total, width), "floating"
+    yield "log_partition", retrieval.log_partition, (rows,), "floating"
+    yield "entropy", retrieval.entropy, (rows,), "floating"
+    yield "ages", retrieval.ages, (total,), "integer"
+    yield "fill", retrieval.fill, (), "floating"
+    if retrieval.readout is not None:
+        yield "readout", retrieval.readout, (rows, width), "floating"
+    if retrieval.others is not None:
+        yield "others", retrieval.others, (rows, "n"), "bool"
+
+
+def _shared(retrieval: Retrieval) -> Iterator[Part]:
+    if retrieval.positive_bias is not None and retrieval.others is not None:
+        negatives = shape_of(retrieval.others, "retrieval.others")[1:]
+        yield "positive_bias", retrieval.positive_bias, negatives, "floating"
+    if retrieval.pool is not None:
+        if not isinstance(retrieval.pool, Pool):
+            raise KindError(f"retrieval.pool is a {type(retrieval.pool).__name__}: expected Pool.")
+        stale, cross_scores, log_proposal = retrieval.pool
+        width = shape_of(retrieval.stale_embeddings, "retrieval.stale_embeddings")[1]
+        rows = shape_of(retrieval.drawn, "retrieval.drawn")[0]
+        yield "pool.stale", stale, ("n", width), "floating"
+        known = shape_of(stale, "retrieval.pool.stale")[0]
+        yield "pool.cross_scores", cross_scores, (rows, known), "floating"
+        yield "pool.log_proposal", log_proposal, (known,), "floating"
+
+
+def _places(retrieval: Retrieval) -> Iterator[Part]:
+    slots, owned = retrieval.slots, retrieval.owned
+    if not isinstance(slots, Mapping):
+        slots, owned = {"": slots}, {"": owned}
+    check_keys(check_mapping(owned, "retrieval.owned"), slots, "retrieval.owned", exact=True)
+    for name in slots:
+        yield f"slots {name}".strip(), slots[name], ("m",), "integer"
+        yield f"owned {name}".strip(), owned[name], ("m",), "bool"

@@ -1,0 +1,63 @@
+"""How a query scores an item."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from negcache_core.arrays._array import Array, cast, matmul_transposed
+
+
+class Scorer(NamedTuple):
+    """score(q, d) = transform(scale * <q, d>), computed in `dtype`.
+
+    scale:     None, a number, or a function returning one or an array of one value, perhaps trained
+    transform: None, or an elementwise function of scores, which may hold trained values; it
+               returns the same shape and dtype
+    dtype:     the dtype to compute in; half types are raised to float32 before the product
+    """
+
+    scale: Any
+    transform: Callable[[Array], Array] | None
+    dtype: Any
+    xp: Any
+
+    def pairs(self, queries: Array, items: Array) -> Array:
+        """Score each query (B, D) with its own items (B, D) or (B, S, D): (B,) or (B, S)."""
+        queries = cast(queries, self.dtype, self.xp)
+        if len(items.shape) == 3:
+            queries = queries[:, None, :]
+        products = self.xp.sum(queries * cast(items, self.dtype, self.xp), axis=-1)
+        return self._transformed(products if self.scale is None else products * self._scale())
+
+    def by_row(self, scaled_queries: Array, items: Array) -> Array:
+        """Score each query (B, D), with the scale in it, with its own items (B, n, D): (B, n)."""
+        items = cast(items, self.dtype, self.xp)
+        return self._transformed(self.xp.matmul(items, scaled_queries[:, :, None])[:, :, 0])
+
+    def by_item(self, scaled_queries: Array, items: Array) -> Array:
+        """Score items (C, D) with queries (B, D) that have the scale in them: (C, B)."""
+        items = cast(items, self.dtype, self.xp)
+        scores = matmul_transposed(items, scaled_queries, self.xp)
+        if self.transform is None:
+            return scores
+        # The user's function sees (B, C), whichever way it is computed.
+        return self.xp.matrix_transpose(self._transformed(self.xp.matrix_transpose(scores)))
+
+    def cross(self, queries: Array, items: Array) -> Array:
+        """Score every query (B, D) with every item (n, D): (B, n)."""
+        return self.xp.matrix_transpose(self.by_item(self.scaled(queries), items))
+
+    def scaled(self, queries: Array) -> Array:
+        """Return queries (B, D) times the scale."""
+        queries = cast(queries, self.dtype, self.xp)
+        return queries if self.scale is None else queries * self._scale()
+
+    def _transformed(self, scores: Array) -> Array:
+        if self.transform is None:
+            return scores
+        return self.transform(scores)
+
+    def _scale(self) -> Any:
+        scale = self.scale() if callable(self.scale) else self.scale
+        if isinstance(scale, (int, float)):
+            return scale
+        return cast(self.xp.reshape(scale, ()), self.dtype, self.xp)

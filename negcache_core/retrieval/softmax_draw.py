@@ -1,0 +1,149 @@
+"""Exact softmax sampling: a block by its weight, then a slot inside by its score."""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from negcache_core.arrays._array import (
+    Array,
+    cast,
+    fill,
+    index_dtype,
+    length,
+    namespace,
+    positions,
+    take,
+    take_columns,
+)
+from negcache_core.arrays.numerics import log_sum_exp
+from negcache_core.retrieval.tiled_scores import BLOCK, CacheScores, empty_readout
+
+
+def inverse_cdf(log_weights: Array, uniforms: Array, *, xp: Any = None) -> Array:
+    """Map uniforms to positions: the softmax law, by the inverse of its distribution function.
+
+    log_weights: (B, n); uniforms: (B, S) in [0, 1). Returns (B, S) positions.
+    A weight of exp(-inf) is never drawn, whatever rounding does to the sums; where every weight of
+    a row is zero the position means nothing.
+
+    >>> import numpy as np
+    >>> inverse_cdf(np.log([[0.25, 0.5, 0.25]]), np.asarray([[0.0, 0.3, 0.74, 0.76]]))
+    array([[0, 1, 1, 2]])
+    """
+    xp = namespace(log_weights, uniforms, xp=xp)
+    top = xp.max(log_weights, axis=-1, keepdims=True)
+    cdf = xp.cumulative_sum(xp.exp(log_weights - xp.where(top > -float("inf"), top, 0.0)), axis=-1)
+    target = uniforms * cdf[:, -1:]
+    index_of = index_dtype(xp)
+    below = xp.sum(cast(cdf[:, None, :] <= target[:, :, None], index_of, xp), axis=-1)
+    # Where rounding makes the target the whole sum, the last position with any weight is meant.
+    last = xp.sum(cast(cdf < cdf[:, -1:], index_of, xp), axis=-1)
+    return xp.minimum(below, last[:, None])
+
+
+def draw_from_softmax(scores: Array, noise: Array, *, xp: Any = None) -> tuple[Array, Array]:
+    """Draw from softmax(scores), independently and with replacement.
+
+    scores: (B, C), -inf where a slot must not be drawn
+    noise:  (B, S, 2) uniforms in [0, 1): the first picks a block of slots, the second a slot in it
+
+    Returns positions (B, S), and the log-partition (B,): log-sum-exp of each row, -inf where
+    nothing can be drawn (its positions then mean nothing).
+    Differs from the 2021 code, which adds Gumbel noise to every score.
+    """
+    xp = namespace(scores, noise, xp=xp)
+    rows, slots = length(scores, xp), scores.shape[1]
+    blocks = -(-slots // BLOCK)
+    padding = blocks * BLOCK - slots
+    if padding:
+        pad = xp.broadcast_to(fill((1, 1), -float("inf"), scores, xp), (rows, padding))
+        scores = xp.concat([scores, pad], axis=1)
+    weights = log_sum_exp(xp.reshape(scores, (-1, blocks, BLOCK)), xp=xp)
+    first = positions(scores, xp)[:, None] * blocks
+
+    def scores_of(block: Array) -> Array:
+        numbers = xp.reshape(first + block, (-1,))
+        chosen = take(xp.reshape(scores, (-1, BLOCK)), numbers, xp)
+        return xp.reshape(chosen, (-1, block.shape[1], BLOCK))
+
+    block, inside, _, log_partition = draw_in_blocks(weights, noise, scores_of, xp=xp)
+    return block * BLOCK + inside, log_partition
+
+
+def draw_in_blocks(
+    weights: Array, noise: Array, scores_of: Callable[[Array], Array], *, xp: Any
+) -> tuple[Array, Array, Array, Array]:
+    """Draw a block by its weight, then a slot inside by its score.
+
+    weights:   (B, n) log-sum-exp of each block's scores; noise: (B, S, 2) uniforms in [0, 1)
+    scores_of: blocks (B, S), by number -> their scores (B, S, BLOCK)
+
+    Returns the block, the place in it and its score, (B, S) each; and the log-partition (B,).
+    """
+    noise = cast(noise, weights.dtype, xp)
+    block = inverse_cdf(weights, noise[:, :, 0], xp=xp)
+    draws = block.shape[1]
+    flat = xp.reshape(scores_of(block), (-1, BLOCK))
+    inside = inverse_cdf(flat, xp.reshape(noise[:, :, 1], (-1, 1)), xp=xp)
+    chosen = take_columns(flat, inside, xp)
+    inside, chosen = (xp.reshape(each, (-1, draws)) for each in (inside, chosen))
+    return block, inside, chosen, log_sum_exp(weights, xp=xp)
+
+
+class SoftmaxDraw(NamedTuple):
+    """What was drawn from the softmax over the written slots of all caches.
+
+    slots (B, S), numbered over all caches, and their scores (B, S); log_partition (B,), -inf for no
+    slot; readout (B, D), the mean of all embeddings under the law, where it was asked for
+    """
+
+    slots: Array
+    scores: Array
+    log_partition: Array
+    readout: Array | None = None
+
+
+def draw_from_caches(
+    caches: Sequence[CacheScores], noise: Array, *, readout: bool = False
+) -> SoftmaxDraw:
+    """Draw from the softmax over the written slots of all caches.
+
+    noise: (B, S, 2) uniforms in [0, 1): the first picks a block of slots, the second a slot in it.
+    Differs from the 2021 code, which scores everything at once and adds noise to every score.
+    """
+    weights, mean = weigh_blocks(caches, readout=readout)
+    return draw_given_blocks(caches, weights, noise)._replace(readout=mean)
+
+
+def weigh_blocks(
+    caches: Sequence[CacheScores], *, readout: bool = False
+) -> tuple[Array, Array | None]:
+    """Return the log-sum-exp of every block of all caches, (B, blocks), and the readout (B, D)."""
+    xp, parts = caches[0].scorer.xp, []
+    mean: tuple[Array, ...] = empty_readout(caches[0].queries, xp=xp) if readout else ()
+    for cache in caches:
+        part, mean = cache.block_weights(mean)
+        parts.append(part)
+    return xp.concat(parts, axis=1), mean[1] if readout else None
+
+
+def draw_given_blocks(caches: Sequence[CacheScores], weights: Array, noise: Array) -> SoftmaxDraw:
+    """Draw as `draw_from_caches` does, from what `weigh_blocks` found, or from rows of that."""
+    xp = caches[0].scorer.xp
+    passed = list(itertools.accumulate((cache.blocks for cache in caches), initial=0))
+
+    def scores_of(block: Array) -> Array:
+        # Each block is in one cache, and scores -inf in the others.
+        parts = [
+            cache.of_blocks(block - first) for cache, first in zip(caches, passed, strict=False)
+        ]
+        return functools.reduce(xp.maximum, parts)
+
+    block, inside, scores, log_partition = draw_in_blocks(weights, noise, scores_of, xp=xp)
+    slots = inside
+    for cache, first in zip(caches, passed, strict=False):
+        own = block - first
+        mine = (own >= 0) & (own < cache.blocks)
+        slots = slots + xp.where(mine, cache.first + own * BLOCK, 0)
+    return SoftmaxDraw(slots, scores, log_partition)

@@ -1,0 +1,258 @@
+"""Streaming retrieval: the cache is scored a tile at a time, and B x C scores never exist.
+
+Of each block of slots only the log-sum-exp of its scores is kept. A draw picks a block by its
+weight, scores that block again, and picks a slot inside: exactly softmax sampling, for
+B x C / BLOCK numbers of memory. Of each top-k group only the best score and its slot are kept.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from negcache_core.arrays._array import (
+    Array,
+    arange_like,
+    cast,
+    concat_rows,
+    dtype_name,
+    fill,
+    length,
+    take,
+)
+from negcache_core.arrays.backend import Backend
+from negcache_core.arrays.numerics import log_sum_exp
+from negcache_core.cache.state import NegativeCache, is_written
+from negcache_core.retrieval.scorer import Scorer
+
+BLOCK = 128
+"""Slots in a block: a draw first picks a block by its weight, then a slot inside."""
+
+
+UNKNOWN_ROWS = 256
+"""Queries assumed where tracing leaves their number open: it sizes tiles, and never the law."""
+
+
+def tile_slots(rows: int | None, width: int, itemsize: int, tile_bytes: int) -> int:
+    """Return how many slots a tile has: whole blocks, as many as fit the budget, at least one.
+
+    A slot takes two numbers for each of `rows` queries, its score and that one's exponential, and
+    `width` numbers for its embedding, if that is copied to be sliced or raised to another dtype.
+
+    >>> tile_slots(64, 0, 4, 2**20)
+    2048
+    """
+    per_slot = itemsize * (2 * max(1, UNKNOWN_ROWS if rows is None else rows) + width)
+    return max(BLOCK, tile_bytes // per_slot // BLOCK * BLOCK)
+
+
+class CacheScores(NamedTuple):
+    """The scores of queries (B, D) against one cache, any part of them on demand.
+
+    They are -inf where a slot is empty or holds an item that is a positive of the query.
+
+    queries:      with the scale in them; `scorer` then has none
+    first:        the number that slot 0 of this cache has among all caches' slots
+    tile:         slots to score at a time
+    ids:          (C,) which item each row is, or None
+    positive_ids: (B, P) which items are positives of each query
+    bias:         (C,) taken from each row's scores, or None
+    """
+
+    queries: Array
+    table: Array
+    age: Array
+    first: int
+    tile: int
+    scorer: Scorer
+    backend: Backend
+    ids: Array | None = None
+    positive_ids: Any = None
+    bias: Array | None = None
+
+    @property
+    def slots(self) -> int:
+        """The capacity."""
+        return int(self.age.shape[0])
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks, the last of which may be short."""
+        return -(-self.slots // BLOCK)
+
+    def matrix(self) -> Array:
+        """Score all slots at once: (B, C), for a user's function of the score matrix."""
+        return self.scorer.xp.matrix_transpose(self.mask(*self.by_slot(0, self.slots)[:2]))
+
+    def block_weights(self, readout: tuple[Array, ...] = ()) -> tuple[Array, tuple[Array, ...]]:
+        """Return the log-sum-exp of every block, (B, blocks), and `readout` with this cache in it.
+
+        readout: what `join_readouts` made of the caches so far; () where it is not wanted
+        """
+        xp = self.scorer.xp
+
+        def weigh(
+            readout: tuple[Array, ...], start: Any, size: int
+        ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+            scores, written, rows = self.by_slot(start, size)
+            mean = None
+            if readout and self.ids is None and self.bias is None:
+                mean = self.backend.attention(self.queries, rows, written)
+            if readout and mean is None:
+                # Rows of empty slots may hold anything, and 0 times it need not be 0.
+                rows = xp.where(written[:, None], cast(rows, self.scorer.dtype, xp), 0.0)
+                readout = join_readouts(
+                    readout, read_out(self.mask(scores, written), rows, xp=xp), xp=xp
+                )
+            short = -size % BLOCK
+            if short:
+                pad = xp.broadcast_to(fill((1, 1), 0, scores, xp), (short, length(scores, xp, 1)))
+                scores = xp.concat([scores, pad], axis=0)
+                written = xp.concat([written, fill((short,), value=False, like=written, xp=xp)])
+            weights = self.backend.block_log_sum_exp(scores, written, BLOCK)
+            if mean is not None:
+                readout = join_readouts(readout, (log_sum_exp(weights, 0, xp=xp), mean), xp=xp)
+            return readout, (weights,)
+
+        readout, (weights,) = self._scan_tiles(weigh, readout, self.slots, self.tile)
+        return xp.matrix_transpose(weights), readout
+
+    def of_blocks(self, block: Array) -> Array:
+        """Score blocks (B, S) by number again: (B, S, BLOCK); -inf outside of the cache."""
+        xp, draws = self.scorer.xp, block.shape[1]
+        every = block[:, :, None] * BLOCK + arange_like(BLOCK, block, xp)[None, None, :]
+        there = (every >= 0) & (every < self.slots)
+        flat = xp.reshape(xp.where(there, every, 0), (-1,))
+        rows = xp.reshape(take(self.table, flat, xp), (-1, draws * BLOCK, self.table.shape[1]))
+        scores = xp.reshape(self.scorer.by_row(self.queries, rows), (-1, draws, BLOCK))
+        if self.bias is not None:
+            scores = scores - xp.reshape(take(self.bias, flat, xp), (-1, draws, BLOCK))
+        if self.ids is not None:
+            ids = xp.reshape(take(self.ids, flat, xp), (-1, draws, BLOCK))
+            for place in range(self.positive_ids.shape[1]):
+                there = there & (ids != self.positive_ids[:, None, None, place])
+        written = is_written(xp.reshape(take(self.age, flat, xp), (-1, draws, BLOCK)))
+        return xp.where(there & written, scores, -float("inf"))
+
+    def of_queries(self, rows: Array) -> "CacheScores":
+        """Return the scores of some of the queries, or of all several times: rows (n,) of them."""
+        xp, own = self.scorer.xp, self.positive_ids
+        return self._replace(
+            queries=take(self.queries, rows, xp),
+            positive_ids=None if own is None else take(own, rows, xp),
+        )
+
+    def by_slot(self, start: Any, size: int) -> tuple[Array, Array, Array]:
+        """Score slots start … start + size - 1: (size, B); which are written, (size,); their rows.
+
+        One row of scores for each slot: products with a tall result and reductions down its columns
+        are measured to be faster than with a wide one. `start` may be a traced integer.
+        """
+        rows, age = (
+            self.backend.slice_rows(array, start, size) for array in (self.table, self.age)
+        )
+        scores = self.scorer.by_item(self.queries, rows)
+        if self.bias is not None:
+            scores = scores - self.backend.slice_rows(self.bias, start, size)[:, None]
+        if self.ids is not None:
+            ids = self.backend.slice_rows(self.ids, start, size)
+            scores = self.backend.exclude(scores, ids, self.positive_ids)
+        return scores, is_written(age), rows
+
+    def mask(self, scores: Array, written: Array) -> Array:
+        """Return `by_slot`'s scores with -inf where a slot is empty."""
+        # Scale first, then mask: an infinite score times a scale has no gradient.
+        return self.scorer.xp.where(written[:, None], scores, -float("inf"))
+
+    def over_tiles(
+        self, function: Callable[[Any, int], tuple[Array, ...]], slots: int, tile: int
+    ) -> tuple[Array, ...]:
+        """Concatenate function(start, size) over the tiles of a stretch and what is left of it."""
+        return self._scan_tiles(
+            lambda carry, start, size: (carry, function(start, size)), (), slots, tile
+        )[1]
+
+    def _scan_tiles(
+        self,
+        function: Callable[[Any, Any, int], tuple[tuple[Array, ...], tuple[Array, ...]]],
+        carry: tuple[Array, ...],
+        slots: int,
+        tile: int,
+    ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """Do it with function(carry, start, size) -> (carry, parts)."""
+        count, rest = divmod(slots, tile)
+        found = []
+        if count:
+            carry, parts = self.backend.scan_tiles(
+                lambda carry, at: function(carry, at * tile, tile), carry, count
+            )
+            found.append(parts)
+        if rest:
+            carry, parts = function(carry, count * tile, rest)
+            found.append(parts)
+        return carry, concat_rows(found, self.scorer.xp)
+
+
+def empty_readout(queries: Array, *, xp: Any) -> tuple[Array, Array]:
+    """Return the readout of no slots: log-partition (B,) of -inf, and mean embedding (B, D)."""
+    zero = xp.zeros_like(queries)
+    return xp.sum(zero, axis=1) - float("inf"), zero
+
+
+def read_out(scores: Array, rows: Array, *, xp: Any) -> tuple[Array, Array]:
+    """Return the log-sum-exp (B,) of scores (n, B), and the mean (B, D) of rows by their softmax.
+
+    This is attention with keys and values alike.
+    """
+    top = xp.max(scores, axis=0)
+    top = xp.where(top > -float("inf"), top, 0.0)
+    law = xp.exp(scores - top[None, :])
+    total = xp.sum(law, axis=0)
+    some = xp.where(total > 0, total, 1.0)
+    added = xp.where(total > 0, xp.log(some) + top, -float("inf"))
+    return added, xp.matmul(xp.matrix_transpose(law), rows) / some[:, None]
+
+
+def join_readouts(
+    readout: tuple[Array, ...], added: tuple[Array, Array], *, xp: Any
+) -> tuple[Array, Array]:
+    """Return the readout of the slots of two together: log-partition (B,) and mean (B, D)."""
+    parts = xp.concat([readout[0][None, :], added[0][None, :]], axis=0)
+    both = log_sum_exp(parts, 0, xp=xp)
+    shares = xp.exp(parts - xp.where(both > -float("inf"), both, 0.0)[None, :])
+    return both, readout[1] * shares[0, :, None] + added[1] * shares[1, :, None]
+
+
+def scores_of(
+    queries: Array,
+    caches: Mapping[str, NegativeCache],
+    embedding_key: str,
+    scorer: Scorer,
+    backend: Backend,
+    tile_bytes: int | None,
+    *,
+    id_key: str | None = None,
+    positive_ids: Array | None = None,
+    bias_key: str | None = None,
+    first: int = 0,
+) -> list[CacheScores]:
+    """Return the scores of queries (B, D) against each cache, none of them computed yet.
+
+    first: the number of the first slot of all
+    """
+    xp = backend.xp
+    itemsize = 8 if dtype_name(scorer.dtype) == "float64" else 4
+    budget = backend.tile_bytes(queries) if tile_bytes is None else tile_bytes
+    # The scale goes into the queries: B x D products instead of one for each score. Stopped, as a
+    # tape that watches the scale would otherwise keep every tile.
+    scaled, plain = backend.stop_gradient(scorer.scaled(queries)), scorer._replace(scale=None)
+    found = []
+    for cache in caches.values():
+        table, age = cache.data[embedding_key], cache.age
+        copied = backend.slices_copy or table.dtype != scorer.dtype
+        width = table.shape[1] if copied else 0
+        tile = tile_slots(backend.tile_rows(queries), width, itemsize, budget)
+        ids = None if id_key is None else cache.data[id_key]
+        own = None if ids is None else cast(positive_ids, ids.dtype, xp)
+        bias = None if bias_key is None else cast(cache.data[bias_key], scorer.dtype, xp)
+        found.append(CacheScores(scaled, table, age, first, tile, plain, backend, ids, own, bias))
+        first += found[-1].slots
+    return found

@@ -1,0 +1,9 @@
+"""The same over many devices: each holds a shard of the cache and a part of the batch.
+
+The softmax and the loss are those of the one big cache and the whole batch.
+"""
+
+from negcache_core.sharding.placement import ShardedLoss
+from negcache_core.sharding.replicas import Replicas
+
+__all__ = ["Replicas", "ShardedLoss"]

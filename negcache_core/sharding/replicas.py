@@ -1,0 +1,121 @@
+"""Replicas: the processes or devices that share a step, and what they send one another.
+
+Each holds a shard of the cache and a part of the batch. An adapter supplies these few verbs on its
+framework's own engine. What is sent depends on the batch, the width and the number of replicas, and
+never on the capacity.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from negcache_core.arrays._array import Array
+from negcache_core.errors import OptionError
+
+
+class Route(NamedTuple):
+    """Who serves each draw of the whole batch; the draws are numbered over all replicas.
+
+    owner:   (n,) the replica whose shard the drawn slot is in
+    entries: (m,) the draws that this replica serves, ascending
+    sizes:   draws of each replica's own queries
+    """
+
+    owner: Array
+    entries: Array
+    sizes: tuple[int, ...]
+
+
+class Replicas(ABC):
+    """What replicas do together. Every verb is called by all of them, in the same order.
+
+    count: how many there are; rank: which one this is, a number that may be traced
+    turns: in how many equal parts a replica makes the draws it serves, to save memory
+    """
+
+    count: int
+    rank: Any
+    turns: int = 1
+
+    def first(self, sizes: Sequence[int]) -> Any:
+        """Return the place of this replica's first row among those of all, which have `sizes`."""
+        return sum(sizes[: self.rank])
+
+    def own(self, array: Array, sizes: Sequence[int]) -> Array:
+        """Return this replica's rows of those of all."""
+        start = self.first(sizes)
+        return array[start : start + sizes[self.rank], ...]
+
+    @abstractmethod
+    def numbers(self, own: Sequence[int], like: Array) -> list[tuple[int, ...]]:
+        """Return every replica's few integers, by rank."""
+
+    @abstractmethod
+    def texts(self, own: str, like: Array) -> list[str]:
+        """Return every replica's text, by rank."""
+
+    @abstractmethod
+    def gather(self, arrays: Sequence[Array], sizes: Sequence[int]) -> list[Array]:
+        """Return arrays (n, …) concatenated over all replicas, which have `sizes` rows of each."""
+
+    @abstractmethod
+    def gather_fresh(self, array: Array, sizes: Sequence[int]) -> Array:
+        """Do so with gradients: a row's gradient is the sum of those of all replicas."""
+
+    @abstractmethod
+    def parts(self, array: Array, sizes: Sequence[int]) -> Array:
+        """Send rows (sum of sizes, …) to the replicas they are about: (replicas, own rows, …)."""
+
+    def sum_of_parts(self, array: Array, sizes: Sequence[int]) -> Array:
+        """Return the sum over replicas (own rows, …) of the `parts` sent here."""
+        return self.parts(array, sizes).sum(0)
+
+    @abstractmethod
+    def serve(self, arrays: Sequence[Array], route: Route) -> list[Array]:
+        """Send rows (m, …), for the draws that this replica serves, to those who drew them.
+
+        Returns the rows of this replica's own draws, in order.
+        """
+
+    @abstractmethod
+    def give_back(self, arrays: Sequence[Array], route: Route) -> list[Array]:
+        """Send rows of one's own draws to their owners: the way back of `serve`."""
+
+    @abstractmethod
+    def entries(self, owner: Array) -> Array:
+        """Return the positions (m,) at which `owner` (n,) is this replica, ascending."""
+
+    def agree(self, own: Mapping[str, Any], like: Array) -> None:
+        """Raise OptionError if the replicas' facts differ; the message names what does."""
+        texts = self.texts(_as_text(own), like)
+        if len(set(texts)) == 1:
+            return
+        every = [dict(line.split(" = ", 1) for line in text.split("\n")) for text in texts]
+        unlike = [
+            name
+            for name in sorted(set().union(*every))
+            if len({facts.get(name) for facts in every}) > 1
+        ]
+        given = "; ".join(
+            f"{name} is " + ", ".join(f"{facts.get(name)} on {r}" for r, facts in enumerate(every))
+            for name in unlike
+        )
+        raise OptionError(f"the ranks are not set up alike: {given}. Give all of them the same.")
+
+
+def _as_text(facts: Mapping[str, Any]) -> str:
+    lines = (f"{name} = {value}".replace("\n", " ") for name, value in sorted(facts.items()))
+    return "\n".join(lines)
+
+
+def shard_slots(capacity: int, count: int) -> tuple[int, ...]:
+    """Return how many of `capacity` slots each of `count` replicas holds: the longest first.
+
+    As frameworks cut a tensor in chunks, so that their checkpoints can be read by another number
+    of replicas.
+
+    >>> shard_slots(10, 4)
+    (3, 3, 3, 1)
+    """
+    chunk = -(-capacity // count)
+    return tuple(max(0, min(chunk, capacity - rank * chunk)) for rank in range(count))
