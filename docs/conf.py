@@ -26,7 +26,7 @@ nitpicky = True
 # Types of other libraries are named, not linked: the site is built without a network.
 nitpick_ignore_regex = [
     ("py:.*", r"(?!negcache_).*"),
-    ("py:.*", r"negcache_core\.(?:arrays|handlers\.upkeep|retrieval\.proposal|losses\.estimators)\..*"),
+    ("py:.*", r"negcache_core\.(?:arrays|cache|retrieval|losses|sharding|handlers)\..*"),
 ]
 
 autodoc_member_order = "bysource"

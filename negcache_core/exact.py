@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from negcache_core.arrays._array import Array, matmul_transposed, namespace, positions
+from negcache_core.arrays._array import Array, namespace, positions
 from negcache_core.arrays.numerics import log_sum_exp, sigmoid, soft_plus
 from negcache_core.losses.estimators import Weights
 
@@ -59,7 +59,7 @@ def softmax_cross_entropy(
     """
     xp = namespace(query, positive, items, xp=xp)
     fresh = items if fresh_items is None else fresh_items
-    scores = scale * matmul_transposed(query, items, xp)
+    scores = scale * xp.matmul_transposed(query, items)
     if mask is not None:
         scores = xp.where(mask, scores, -float("inf"))
     positive_scores = scale * xp.sum(query * positive, axis=1)

@@ -89,7 +89,7 @@ def enumerated_by_hand(backend, problem, outcomes, *, top_k, num_samples):
         drawn = loss.retrieve(query, cache, noise=backend.to_native(noise), pos_features=features)
         scores = scale * xp.sum(query * positive, axis=1)
         law = Law(scores, drawn.log_partition, drawn.drawn, pool=drawn.pool)
-        weights = ESTIMATORS[loss.estimator](law, xp=xp)
+        weights = ESTIMATORS[loss.estimator].weigh(law, xp=xp)
         slots = xp.reshape(drawn.slots, drawn.drawn.shape)
         miss = positive_weight(law, weights, xp=xp)
         return exact.surrogate_gradients(weights, miss, slots, query, positive, fresh, scale=scale)

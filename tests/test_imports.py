@@ -34,7 +34,9 @@ LEVELS = (
     {"losses"},
     {"sharding"},
     {"handlers"},
-    {"tools", "exact"},
+    {"tools"},
+    {"unbound", "exact"},
+    {"adapter"},
     {"testing", "__main__"},
 )
 

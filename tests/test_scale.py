@@ -250,7 +250,7 @@ def test_memory_is_that_of_the_arrays(dtype):
     queries = np.ones((batch, width), "float32")
     wide = np.float64 if dtype == "float64" else np.float32
     scores = scores_of(
-        queries, {"cache": cache}, "embedding", Scorer(None, None, wide, np), NUMPY, 2**16
+        queries, {"cache": cache}, "embedding", Scorer(None, None, wide, NUMPY.xp), NUMPY, 2**16
     )
     weights, _ = weigh_blocks(scores)
     assert found.work["block weights"] == weights.nbytes

@@ -16,77 +16,27 @@
 >>> (loss, state), gradient = gradient_of_step(jnp.eye(2), state, x)
 """
 
-from negcache_core import (
-    EMPTY,
-    CacheLoss,
-    CacheLossReturn,
-    CapacityError,
-    CheckpointError,
-    DeviceError,
-    DTypeError,
-    FieldSpec,
-    KeysError,
-    KindError,
-    NegativeCache,
-    NegcacheError,
-    NonFiniteWarning,
-    OptionError,
-    Retrieval,
-    Scaling,
-    ShapeError,
-    __version__,
-    plot_cache,
-    scaling,
-)
+from negcache_core import __version__, unbound
+from negcache_core.unbound import *  # noqa: F403 - what its __all__ lists
 
 from . import filter_fns, handlers, losses, negative_cache, retrieval_fns
-from .filter_fns import CacheFilterFn, IsInCacheFilterFn
-from .handlers import CacheLossHandler, HandlerState, MultiCacheLossHandler
-from .losses import CacheClassificationLoss, DistributedCacheClassificationLoss
-from .negative_cache import CacheManager
-from .retrieval_fns import (
-    AbstractRetrievalFn,
-    GumbelMaxRetrievalFn,
-    MaxScoreRetrievalFn,
-    approximate_top_k_with_indices,
-)
+from .filter_fns import *  # noqa: F403
+from .handlers import *  # noqa: F403
+from .losses import *  # noqa: F403
+from .negative_cache import *  # noqa: F403
+from .retrieval_fns import *  # noqa: F403
 
 __all__ = [
-    "EMPTY",
-    "AbstractRetrievalFn",
-    "CacheClassificationLoss",
-    "CacheFilterFn",
-    "CacheLoss",
-    "CacheLossHandler",
-    "CacheLossReturn",
-    "CacheManager",
-    "CapacityError",
-    "CheckpointError",
-    "DTypeError",
-    "DeviceError",
-    "DistributedCacheClassificationLoss",
-    "FieldSpec",
-    "GumbelMaxRetrievalFn",
-    "HandlerState",
-    "IsInCacheFilterFn",
-    "KeysError",
-    "KindError",
-    "MaxScoreRetrievalFn",
-    "MultiCacheLossHandler",
-    "NegativeCache",
-    "NegcacheError",
-    "NonFiniteWarning",
-    "OptionError",
-    "Retrieval",
-    "Scaling",
-    "ShapeError",
     "__version__",
-    "approximate_top_k_with_indices",
     "filter_fns",
     "handlers",
     "losses",
     "negative_cache",
-    "plot_cache",
     "retrieval_fns",
-    "scaling",
 ]
+__all__ += unbound.__all__
+__all__ += filter_fns.__all__
+__all__ += handlers.__all__
+__all__ += losses.__all__
+__all__ += negative_cache.__all__
+__all__ += retrieval_fns.__all__

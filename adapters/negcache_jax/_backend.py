@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from negcache_core import KindError, OptionError
-from negcache_core.arrays.backend import Backend
+from negcache_core.adapter import Backend
 
 from . import _namespace
 

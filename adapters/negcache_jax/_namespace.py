@@ -7,15 +7,22 @@ import jax.numpy as jnp
 from jax import Array
 from jax.numpy import *  # noqa: F403 - this module is jax.numpy and a little more
 
+index_dtype = int  # int64, or int32 without x64, also where that is switched later
+
+
+def device_of(array: Array) -> None:
+    """Return None: JAX places arrays itself, and under jit their device is not known."""
+    del array
+
 
 def arange(stop: Any, *, dtype: Any = None, device: Any = None) -> Array:
-    """Return 0 … stop - 1; under jit an array's device is not known, and JAX places it itself."""
+    """Return 0 … stop - 1."""
     del device
     return jnp.arange(stop, dtype=dtype)
 
 
 def full(shape: Any, value: Any, *, dtype: Any, device: Any = None) -> Array:
-    """Return an array of one value; see `arange` about the device."""
+    """Return an array of one value."""
     del device
     return jnp.full(shape, value, dtype=dtype)
 

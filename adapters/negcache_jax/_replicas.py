@@ -1,13 +1,14 @@
 """Exchange between the devices along an axis of a mesh, inside of `jax.shard_map`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from negcache_core import OptionError
-from negcache_core.sharding.replicas import Replicas, Route
+from negcache_core import OptionError, ShapeError
+from negcache_core.adapter import Replicas, Route
 
 
 class MeshAxis(Replicas):
@@ -18,6 +19,8 @@ class MeshAxis(Replicas):
     the others' are told apart by their owner. It does so in as many turns as there are devices, for
     no more memory than its own draws take.
     """
+
+    lasting = False  # the rank is a part of one trace
 
     def __init__(self, name: str | tuple[str, ...]) -> None:
         try:
@@ -40,6 +43,19 @@ class MeshAxis(Replicas):
 
     def texts(self, own: str, like: Array) -> list[str]:
         return [own] * self.count
+
+    def agree(self, own: Mapping[str, Any], like: Array) -> None:
+        """Return: one program runs on all devices."""
+
+    def check_slots(self, slots: Mapping[str, int], facts: Mapping[str, Any]) -> None:
+        for name, here in slots.items():
+            size = facts.get(f"{name}.cache_size")
+            if size is not None and here * self.count != size:
+                raise ShapeError(
+                    f"cache {name!r} has {here} slots on each of {self.count} devices along "
+                    f"{self.name!r}: expected {size} in all. Pass the state through shard_map "
+                    "with handler.specs() among in_specs and out_specs."
+                )
 
     def gather(self, arrays: Sequence[Array], sizes: Sequence[int]) -> list[Array]:
         return [jax.lax.all_gather(array, self.name, tiled=True) for array in arrays]

@@ -1,14 +1,7 @@
 """Filters of new items, under the published module name."""
 
-from negcache_core.cache.filters import CacheFilterFn
-from negcache_core.cache.filters import IsInCacheFilterFn as _IsInCacheFilterFn
+from negcache_core.cache import CacheFilterFn
 
-from ._backend import JAX
+from ._bound import IsInCacheFilterFn
 
 __all__ = ["CacheFilterFn", "IsInCacheFilterFn"]
-
-
-class IsInCacheFilterFn(_IsInCacheFilterFn):
-    """True for items that are not in the cache; see `negcache_core.IsInCacheFilterFn`."""
-
-    backend = JAX

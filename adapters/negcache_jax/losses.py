@@ -1,17 +1,8 @@
-"""Losses for JAX: pure functions of their arguments, with a random key among them."""
+"""Losses, under the published module name."""
 
-import copy
-from collections.abc import Mapping
-from typing import Any
+from negcache_core.losses import CacheLoss, CacheLossReturn
 
-from jax import Array
-
-from negcache_core import CacheLoss, CacheLossReturn, NegativeCache, Retrieval, ShapeError
-from negcache_core.losses.classification import CacheClassificationLoss as _CacheClassificationLoss
-from negcache_core.sharding.placement import ShardedLoss
-
-from ._backend import JAX, KeyStream, check_key
-from ._replicas import MeshAxis
+from ._bound import CacheClassificationLoss, DistributedCacheClassificationLoss
 
 __all__ = [
     "CacheClassificationLoss",
@@ -19,103 +10,3 @@ __all__ = [
     "CacheLossReturn",
     "DistributedCacheClassificationLoss",
 ]
-
-
-class CacheClassificationLoss(_CacheClassificationLoss):
-    """Cross-entropy against the cache; see `negcache_core.CacheClassificationLoss`.
-
-    A call, and `retrieve`, take `key=` for the draw. Pass a trained scale as a function of no
-    arguments that closes over it, or make the loss inside the differentiated function.
-    """
-
-    backend = JAX
-
-    def with_keys(self, keys: KeyStream) -> "CacheClassificationLoss":
-        """Return this loss drawing from `keys`; so does its retrieval function, if it draws."""
-        bound = copy.copy(self)
-        bound.generator = keys
-        if hasattr(self.retrieval_fn, "generator"):
-            bound.retrieval_fn = copy.copy(self.retrieval_fn)
-            bound.retrieval_fn.generator = keys
-        return bound
-
-    def retrieve(self, *arguments: Any, key: Array | None = None, **options: Any) -> Retrieval:
-        """Draw negatives: phase one; see `negcache_core`'s method."""
-        if key is not None:
-            return self.with_keys(KeyStream(check_key(key, "key"))).retrieve(*arguments, **options)
-        return super().retrieve(*arguments, **options)
-
-    def __call__(
-        self, *arguments: Any, key: Array | None = None, **options: Any
-    ) -> CacheLossReturn:
-        """Retrieve, embed and return the loss; see `negcache_core`'s method."""
-        if key is not None:
-            return self.with_keys(KeyStream(check_key(key, "key")))(*arguments, **options)
-        return super().__call__(*arguments, **options)
-
-
-class DistributedCacheClassificationLoss(CacheClassificationLoss, ShardedLoss):
-    """Cross-entropy against a cache that is cut into shards, one on each device of a mesh axis.
-
-    group: the name of the axis, or a tuple of several
-
-    Call it inside of `jax.shard_map`, with equal parts of the batch on all devices, and the key of
-    the state the same on all. Outside, a handler's state is the whole cache; `handler.specs()` says
-    how `shard_map` cuts it, `handler.shardings(mesh)` where it lies; cache_size is a multiple of
-    the number of devices. The mean over devices of the loss is that of the whole batch:
-    differentiate its `pmean`, and with `check_vma=False` take the `pmean` of the gradients too.
-    With `top_k` no group may lie on two devices. See `negcache_core.sharding.ShardedLoss`.
-
-    Raises OptionError outside of `shard_map`, ShapeError if `cache` is no shard of the handler's.
-
-    >>> import functools, jax, jax.numpy as jnp, negcache_jax as negcache
-    >>> from jax.sharding import PartitionSpec as P
-    >>> specs = {"x": negcache.FieldSpec((2,), jnp.float32),
-    ...          "embedding": negcache.FieldSpec((2,), jnp.float32)}
-    >>> handler = negcache.CacheLossHandler(
-    ...     negcache.CacheManager(specs, cache_size=8),
-    ...     negcache.DistributedCacheClassificationLoss("embedding", ("x",), group="data"),
-    ...     embedding_key="embedding", data_keys=("x",), group="data")
-    >>> auto = (jax.sharding.AxisType.Auto,)
-    >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=auto)
-    >>> @functools.partial(jax.jit, donate_argnums=1)
-    ... @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), handler.specs(), P("data")),
-    ...                    out_specs=(P(), P(), handler.specs()))
-    ... def step(weights, state, x):
-    ...     def loss_of(weights):
-    ...         item_network = lambda features: features["x"] @ weights
-    ...         loss, after = handler.update_cache_and_compute_loss(
-    ...             state, item_network, x, item_network({"x": x}), {"x": x})
-    ...         return jax.lax.pmean(loss, "data"), after
-    ...     (loss, after), gradient = jax.value_and_grad(loss_of, has_aux=True)(weights)
-    ...     return weights - 0.1 * gradient, loss, after
-    >>> weights = jnp.eye(2)
-    >>> state = jax.jit(handler.init, out_shardings=handler.shardings(mesh))(jax.random.key(0))
-    >>> for seed in range(2):
-    ...     x = jax.random.normal(jax.random.key(seed), (4 * jax.device_count(), 2))
-    ...     weights, loss, state = step(weights, state, x)
-    """
-
-    def __init__(
-        self, *arguments: Any, group: str | tuple[str, ...] = "data", **options: Any
-    ) -> None:
-        super().__init__(*arguments, **options)
-        self.group = group
-
-    @property
-    def replicas(self) -> MeshAxis:
-        """The devices along the axis."""
-        return MeshAxis(self.group)
-
-    def agree(self, cache: Mapping[str, NegativeCache], like: Array) -> None:
-        """Raise ShapeError unless `cache` is a device's shard; one program needs no other check."""
-        del like
-        count = self.replicas.count
-        for name, each in cache.items():
-            size, slots = self.facts.get(f"{name}.cache_size"), each.age.shape[0]
-            if size is not None and slots * count != size:
-                raise ShapeError(
-                    f"cache {name!r} has {slots} slots on each of {count} devices along "
-                    f"{self.group!r}: expected {size} in all. Pass the state through shard_map "
-                    "with handler.specs() among in_specs and out_specs."
-                )

@@ -1,11 +1,8 @@
 """Functions that choose negatives from the score matrix, under the published module name."""
 
-from negcache_core.retrieval.retrieval_fns import AbstractRetrievalFn
-from negcache_core.retrieval.retrieval_fns import GumbelMaxRetrievalFn as _GumbelMaxRetrievalFn
-from negcache_core.retrieval.retrieval_fns import MaxScoreRetrievalFn as _MaxScoreRetrievalFn
-from negcache_core.retrieval.top_k import approximate_top_k_with_indices
+from negcache_core.retrieval import AbstractRetrievalFn
 
-from ._backend import JAX
+from ._bound import GumbelMaxRetrievalFn, MaxScoreRetrievalFn, approximate_top_k_with_indices
 
 __all__ = [
     "AbstractRetrievalFn",
@@ -13,15 +10,3 @@ __all__ = [
     "MaxScoreRetrievalFn",
     "approximate_top_k_with_indices",
 ]
-
-
-class MaxScoreRetrievalFn(_MaxScoreRetrievalFn):
-    """The hardest negative; see `negcache_core.MaxScoreRetrievalFn`."""
-
-    backend = JAX
-
-
-class GumbelMaxRetrievalFn(_GumbelMaxRetrievalFn):
-    """Gumbel-max sampling; see `negcache_core.GumbelMaxRetrievalFn`."""
-
-    backend = JAX

@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from negcache_core import KindError
-from negcache_core.arrays.backend import Backend
+from negcache_core.adapter import Backend
 
 from . import _namespace
 

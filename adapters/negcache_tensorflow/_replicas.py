@@ -11,8 +11,8 @@ from typing import Any
 import tensorflow as tf
 
 from negcache_core import OptionError, ShapeError
+from negcache_core.adapter import Backend, Replicas, Route
 from negcache_core.arrays._array import mask_rows
-from negcache_core.sharding.replicas import Replicas, Route
 
 from ._backend import TENSORFLOW
 
@@ -67,6 +67,13 @@ class StrategyReplicas(Replicas):
         number = zlib.crc32(own.encode()) >> 1  # of 31 bits
         self._check_equal([number], f"the workers are not set up alike; this one has {own}.")
         return [own] * self.count
+
+    def noise(
+        self, backend: Backend, generator: Any, rows: Sequence[int], draws: int, like: tf.Tensor
+    ) -> tf.Tensor:
+        # No two replicas' streams are alike, so each makes its own queries' part.
+        own = backend.uniform(generator, (rows[0], draws, 2), like)
+        return self.gather([own], rows)[0]
 
     def gather(self, arrays: Sequence[tf.Tensor], sizes: Sequence[int]) -> list[tf.Tensor]:
         del sizes  # they are those of `arrays`

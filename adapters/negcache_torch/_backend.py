@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from negcache_core.arrays.backend import ACCELERATOR_TILE, CPU_TILE, Backend
+from negcache_core.adapter import ACCELERATOR_TILE, CPU_TILE, Backend
 from negcache_core.arrays.numerics import block_log_sum_exp_in_place, exclude_in_place
 
 from . import _namespace
-from ._generator import BufferGenerator
+from ._generator import BufferGenerator, refuse_recomputation
 from ._replicas import all_gather_rows
 
 
@@ -21,6 +21,7 @@ class TorchBackend(Backend):
     """PyTorch on any device; rows are written in place, gradients by autograd."""
 
     name = "torch"
+    has_devices = True
 
     def to_array(self, value: Any) -> Tensor:
         return value if isinstance(value, Tensor) else torch.as_tensor(value)
@@ -50,11 +51,8 @@ class TorchBackend(Backend):
     def truth(self, value: Tensor) -> bool | None:
         return None if torch.compiler.is_compiling() else bool(value)
 
-    def device(self, array: Tensor) -> torch.device:
-        return array.device
-
-    def stop_gradient(self, array: Tensor) -> Tensor:
-        return array.detach()
+    # No Python code of its own: a step does it often.
+    stop_gradient = staticmethod(torch.Tensor.detach)  # type: ignore[assignment]
 
     def tile_rows(self, queries: Tensor) -> int | None:
         return None if torch.compiler.is_compiling() else queries.shape[0]
@@ -64,6 +62,9 @@ class TorchBackend(Backend):
 
     def no_gradient(self) -> torch.no_grad:
         return torch.no_grad()
+
+    def begin_step(self) -> None:
+        refuse_recomputation()
 
     def slice_rows(self, array: Tensor, start: Any, size: int) -> Tensor:
         if not torch.compiler.is_compiling():

@@ -5,10 +5,14 @@ trace that, and it costs more than a small operation does.
 """
 
 import contextlib
+import operator
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from negcache_core.arrays._array import largest_by_keys
 
 bool = torch.bool
 float16, bfloat16, float32, float64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -25,16 +29,15 @@ finfo, searchsorted, zeros_like = torch.finfo, torch.searchsorted, torch.zeros_l
 
 index_dtype = int64
 
+_THIS = sys.modules[__name__]
+
 # PyTorch has no indexed writes for these: the same bits are written through a signed view.
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
-def device_of(array: Tensor) -> torch.device:
-    return array.device
-
-
-def astype(array: Tensor, dtype: torch.dtype) -> Tensor:
-    return array.to(dtype)
+# These run no Python code of their own.
+astype, take_rows, sum = torch.Tensor.to, operator.getitem, torch.sum
+device_of = operator.attrgetter("device")
 
 
 def asarray(value: Any, *, copy: Any = None) -> Tensor:
@@ -49,10 +52,6 @@ def minimum(left: Tensor, right: Any) -> Tensor:
     return torch.minimum(left, right) if isinstance(right, Tensor) else left.clamp(max=right)
 
 
-def sum(array: Tensor, *, axis: Any = None) -> Tensor:
-    return torch.sum(array) if axis is None else torch.sum(array, axis)
-
-
 def sort(array: Tensor) -> Tensor:
     return torch.sort(array).values
 
@@ -62,20 +61,28 @@ def matrix_transpose(array: Tensor) -> Tensor:
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
-    with as_wide_as_given(left):
-        return torch.matmul(left, right)
+    device = left.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with as_wide_as_given(left):
+            return torch.matmul(left, right)
+    return torch.matmul(left, right)
+
+
+def matmul_transposed(left: Tensor, right: Tensor) -> Tensor:
+    return matmul(left, right.mT)
 
 
 def as_wide_as_given(array: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which products keep their dtype, also inside of the user's autocast."""
-    device = array.device.type
-    if not torch.amp.is_autocast_available(device):
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(array.device.type, enabled=False)
 
 
-def take_rows(array: Tensor, indices: Tensor) -> Tensor:
-    return array[indices]
+def largest(values: Tensor, count: int) -> Tensor:
+    return largest_by_keys(_select, values, count, _THIS)
+
+
+def _select(keys: Tensor, count: int) -> Tensor:
+    return torch.topk(keys, count).indices
 
 
 def signed(array: Tensor) -> Tensor:

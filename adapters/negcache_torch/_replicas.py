@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from negcache_core import OptionError
-from negcache_core.sharding.replicas import Replicas, Route
+from negcache_core.adapter import Replicas, Route
 
 
 class ProcessGroup(Replicas):
@@ -38,6 +38,11 @@ class ProcessGroup(Replicas):
         sizes = [size for (size,) in self.numbers([len(letters)], like)]
         (every,) = self.gather([letters], sizes)
         return [bytes(part.tolist()).decode() for part in every.split(sizes)]
+
+    def share_generator(self, generator: Any, like: Tensor) -> None:
+        state = generator.state
+        (states,) = self.gather([state[None].to(like.device)], (1,) * self.count)
+        state.copy_(states[0])
 
     def gather(self, arrays: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         packed = _pack(arrays)

@@ -1,13 +1,8 @@
 """Functions that choose negatives from the score matrix, under the published module name."""
 
-from torch import nn
+from negcache_core.retrieval import AbstractRetrievalFn
 
-from negcache_core.retrieval.retrieval_fns import AbstractRetrievalFn
-from negcache_core.retrieval.retrieval_fns import GumbelMaxRetrievalFn as _GumbelMaxRetrievalFn
-from negcache_core.retrieval.retrieval_fns import MaxScoreRetrievalFn as _MaxScoreRetrievalFn
-from negcache_core.retrieval.top_k import approximate_top_k_with_indices
-
-from ._backend import TORCH
+from ._bound import GumbelMaxRetrievalFn, MaxScoreRetrievalFn, approximate_top_k_with_indices
 
 __all__ = [
     "AbstractRetrievalFn",
@@ -15,15 +10,3 @@ __all__ = [
     "MaxScoreRetrievalFn",
     "approximate_top_k_with_indices",
 ]
-
-
-class MaxScoreRetrievalFn(_MaxScoreRetrievalFn):
-    """The hardest negative; see `negcache_core.MaxScoreRetrievalFn`."""
-
-    backend = TORCH
-
-
-class GumbelMaxRetrievalFn(_GumbelMaxRetrievalFn, nn.Module):
-    """Gumbel-max sampling; see `negcache_core.GumbelMaxRetrievalFn`."""
-
-    backend = TORCH

@@ -1,53 +1,117 @@
 """The door to array libraries: the only file that imports array-api-compat.
 
-The core is written against the array-API standard. What the standard lacks (an ordered
-top-k, a scatter of rows, sizes that are unknown while tracing) is one function each here. A
-namespace may bring its own version under the same name, as the TensorFlow adapter's does.
+The core is written against the array-API standard. What the standard lacks, or has only in a slow
+form, is listed in `EXTRAS`: a library brings its own of any of these, `completed` adds the rest.
 """
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import array_api_compat
-import array_api_compat.numpy as numpy_namespace
+import array_api_compat.numpy
+import numpy as np
 
 from negcache_core.errors import DTypeError, KindError
 
-__all__ = [
-    "Array",
-    "accumulation_dtype",
-    "arange_like",
-    "cast",
-    "concat_rows",
-    "dtype_kind",
-    "dtype_name",
-    "fill",
-    "index_dtype",
-    "largest",
-    "length",
-    "mask_rows",
-    "matmul_transposed",
-    "namespace",
-    "native_dtype",
-    "numpy_namespace",
-    "positions",
-    "put_rows",
-    "take",
-    "take_columns",
-]
 
-Array = Any  # any array-API array, or a tensor whose namespace is passed as `xp`
+class Array(Protocol):  # noqa: PLW1641 - whether arrays have a hash is their library's affair
+    """What the core takes for granted of an array, whatever its library.
+
+    Functions of arrays come from a namespace `xp`. A comparison, like arithmetic, is elementwise.
+    """
+
+    @property
+    def shape(self) -> Any:
+        """The sizes, None where tracing leaves one unknown."""
+
+    @property
+    def dtype(self) -> Any:
+        """The library's own dtype object; `dtype_name` reads it."""
+
+    def __getitem__(self, key: Any, /) -> Any: ...
+    def __add__(self, other: Any, /) -> Any: ...
+    def __sub__(self, other: Any, /) -> Any: ...
+    def __mul__(self, other: Any, /) -> Any: ...
+    def __truediv__(self, other: Any, /) -> Any: ...
+    def __floordiv__(self, other: Any, /) -> Any: ...
+    def __mod__(self, other: Any, /) -> Any: ...
+    def __pow__(self, other: Any, /) -> Any: ...
+    def __radd__(self, other: Any, /) -> Any: ...
+    def __rsub__(self, other: Any, /) -> Any: ...
+    def __rmul__(self, other: Any, /) -> Any: ...
+    def __neg__(self) -> Any: ...
+    def __invert__(self) -> Any: ...
+    def __and__(self, other: Any, /) -> Any: ...
+    def __or__(self, other: Any, /) -> Any: ...
+    def __lt__(self, other: Any, /) -> Any: ...
+    def __le__(self, other: Any, /) -> Any: ...
+    def __gt__(self, other: Any, /) -> Any: ...
+    def __ge__(self, other: Any, /) -> Any: ...
+    def __eq__(self, other: object, /) -> Any: ...  # type: ignore[override] # elementwise
+    def __ne__(self, other: object, /) -> Any: ...  # type: ignore[override]
+
+
+EXTRAS = {
+    "index_dtype": "the dtype of positions: int64, or int32 in JAX without x64",
+    "device_of": "(array): what `device=` of arange and full takes to put the result beside it",
+    "dynamic_length": "(array, axis): a size that tracing leaves unknown, as a scalar tensor",
+    "matmul_transposed": "(left, right): left @ right.T, for left (B, D) and right (C, D)",
+    "take_rows": "(array, indices): a copy of the rows at indices (n,), never a view",
+    "put_rows": "(table, slots, rows): a copy of table with rows (n, …) at slots (n,); where a "
+    "slot is named twice its rows are equal, as scatters have no defined order",
+    "largest": "(values, count): the positions of the count largest integers, in order; ties go "
+    "to the lowest position",
+}
+"""What a namespace has besides the array API. An adapter may bring these, and nothing else."""
+
+
+class Namespace:
+    """An array library's functions with all of EXTRAS."""
+
+    def __init__(self, library: Any, extras: dict[str, Any]) -> None:
+        self.__name__ = getattr(library, "__name__", str(library))
+        functions = {key: getattr(library, key) for key in dir(library) if key[0] != "_"}
+        self.__dict__.update({**extras, **functions})
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{self.__name__} has no {name}.")
+
+
+@functools.lru_cache
+def completed(library: Any) -> Any:
+    """Return a library's namespace with those of EXTRAS that it lacks, by the standard's means."""
+    if isinstance(library, Namespace):
+        return library
+
+    def put_rows(table: Array, slots: Array, rows: Array) -> Array:
+        return _put_rows_by_bisection(table, slots, rows, xp)
+
+    extras = {
+        "index_dtype": getattr(library, "index_dtype", None) or library.arange(1).dtype,
+        "device_of": array_api_compat.device,
+        "dynamic_length": _no_dynamic_length,
+        "matmul_transposed": lambda left, right: left @ xp.matrix_transpose(right),
+        "take_rows": lambda array, indices: xp.take(array, indices, axis=0),
+        "put_rows": put_rows,
+        "largest": lambda values, count: xp.argsort(values, descending=True, stable=True)[:count],
+    }
+    xp = Namespace(library, extras)
+    if library is array_api_compat.numpy:
+        xp.__dict__.update(_NUMPY)
+    return xp
 
 
 def namespace(*arrays: Array, xp: Any = None) -> Any:
-    """Return `xp`, or else the array-API namespace of `arrays`; raise KindError for neither."""
+    """Return `xp`, or else the namespace of `arrays`, completed; raise KindError for neither."""
     if xp is not None:
         if not hasattr(xp, "asarray"):
             raise KindError(f"xp is {xp!r}: expected an array library's namespace, or None.")
-        return xp
+        return completed(xp)
     try:
-        return array_api_compat.array_namespace(*arrays)
+        return completed(array_api_compat.array_namespace(*arrays))
     except TypeError as error:
         given = ", ".join(type(array).__name__ for array in arrays)
         raise KindError(
@@ -88,25 +152,19 @@ def native_dtype(dtype: Any, xp: Any) -> Any:
     if native is not None:
         return native
     if isinstance(dtype, str) or dtype_kind(dtype) == name:
+        title = str(getattr(xp, "__name__", xp)).rpartition(".")[2]
         raise DTypeError(
-            f"dtype {name!r} is not available in {_title(xp)}: choose another dtype for the field."
+            f"dtype {name!r} is not available in {title}: choose another dtype for the field."
         )
     return dtype  # an extension dtype, such as ml_dtypes.bfloat16 for NumPy
 
 
-def _title(xp: Any) -> str:
-    return str(getattr(xp, "__name__", xp)).rpartition(".")[2]
-
-
 def accumulation_dtype(*arrays: Array, xp: Any) -> Any:
     """Return the dtype to compute in: the widest of `arrays`, and at least float32."""
-    wide = any(dtype_name(array.dtype) == "float64" for array in arrays)
-    return xp.float64 if wide else xp.float32
-
-
-def index_dtype(xp: Any) -> Any:
-    """Return the namespace's default dtype for positions (int32 in JAX without x64)."""
-    return xp.index_dtype if hasattr(xp, "index_dtype") else xp.arange(1).dtype
+    for array in arrays:
+        if array.dtype == xp.float64:
+            return xp.float64
+    return xp.float32
 
 
 def length(array: Array, xp: Any, axis: int = 0) -> Any:
@@ -115,67 +173,49 @@ def length(array: Array, xp: Any, axis: int = 0) -> Any:
     return xp.dynamic_length(array, axis) if size is None else size
 
 
-def cast(array: Array, dtype: Any, xp: Any) -> Array:
+def cast(array: Array, dtype: Any, xp: Any) -> Any:
     """Return `array` in `dtype`; the very same array, not a copy, where it already is."""
     return array if array.dtype == dtype else xp.astype(array, dtype)
 
 
-def matmul_transposed(left: Array, right: Array, xp: Any) -> Array:
-    """Return `left @ right.T` for left (B, D) and right (C, D)."""
-    if hasattr(xp, "matmul_transposed"):
-        return xp.matmul_transposed(left, right)
-    return xp.matmul(left, xp.matrix_transpose(right))
-
-
-def take(array: Array, indices: Array, xp: Any) -> Array:
-    """Return a copy of the rows of `array` (C, …) at `indices` (n,), never a view."""
-    if hasattr(xp, "take_rows"):
-        return xp.take_rows(array, indices)
-    if array_api_compat.is_torch_namespace(xp):
-        return array[indices]  # its own take knows no unsigned integers
-    return xp.take(array, indices, axis=0)
-
-
-def take_columns(array: Array, columns: Array, xp: Any) -> Array:
+def take_columns(array: Array, columns: Array, xp: Any) -> Any:
     """Return array[i, columns[i, k]] for array (B, n) and columns (B, S): (B, S)."""
     flat = positions(array, xp)[:, None] * array.shape[1] + columns
-    chosen = take(xp.reshape(array, (-1,)), xp.reshape(flat, (-1,)), xp)
+    chosen = xp.take_rows(xp.reshape(array, (-1,)), xp.reshape(flat, (-1,)))
     return xp.reshape(chosen, (-1, columns.shape[1]))
 
 
-def arange_like(count: Any, like: Array, xp: Any) -> Array:
+def arange_like(count: Any, like: Array, xp: Any) -> Any:
     """Return 0, 1, …, count - 1 on the device of `like`."""
-    return xp.arange(count, dtype=index_dtype(xp), device=_device(like, xp))
+    return xp.arange(count, dtype=xp.index_dtype, device=xp.device_of(like))
 
 
-def positions(array: Array, xp: Any) -> Array:
+def positions(array: Array, xp: Any) -> Any:
     """Return 0, 1, …, n - 1 for `array` (n, …), on its device."""
-    return arange_like(length(array, xp), array, xp)
+    size = array.shape[0]
+    count = xp.dynamic_length(array, 0) if size is None else size
+    return xp.arange(count, dtype=xp.index_dtype, device=xp.device_of(array))
 
 
-def fill(shape: tuple[int, ...], value: Any, like: Array, xp: Any) -> Array:
+def fill(shape: tuple[int, ...], value: Any, like: Array, xp: Any) -> Any:
     """Return an array of `value` with the dtype and the device of `like`."""
-    return xp.full(shape, value, dtype=like.dtype, device=_device(like, xp))
+    return xp.full(shape, value, dtype=like.dtype, device=xp.device_of(like))
 
 
-def _device(array: Array, xp: Any) -> Any:
-    return xp.device_of(array) if hasattr(xp, "device_of") else array_api_compat.device(array)
-
-
-def concat_rows(parts: Sequence[tuple[Array, ...]], xp: Any) -> tuple[Array, ...]:
+def concat_rows(parts: Sequence[tuple[Array, ...]], xp: Any) -> tuple[Any, ...]:
     """Concatenate the first members of all parts, then the second ones, …."""
     if len(parts) == 1:
         return parts[0]
     return tuple(xp.concat(list(each), axis=0) for each in zip(*parts, strict=True))
 
 
-def mask_rows(mask: Array, array: Array) -> Array:
+def mask_rows(mask: Array, array: Array) -> Any:
     """Reshape a row mask (n,) so that it broadcasts over `array` (n, …)."""
     return mask[(slice(None),) + (None,) * (len(array.shape) - 1)]
 
 
-def largest(values: Array, count: Any, xp: Any) -> Array:
-    """Return the positions of the `count` largest integers, in order; ties to the lowest position.
+def largest(values: Array, count: Any, xp: Any) -> Any:
+    """Return what `xp.largest` does, faster where few of many values are wanted.
 
     One pass finds the best of each group of values; only the groups with the `count` highest bests
     can hold one of the largest, and only they are looked at again.
@@ -183,56 +223,37 @@ def largest(values: Array, count: Any, xp: Any) -> Array:
     groups, rest = divmod(values.shape[0], GROUP)
     known = isinstance(count, int)
     if known and 2 * count >= groups:
-        return _sorted_largest(values, count, xp)
+        return xp.largest(values, count)
     whole = xp.reshape(values[: groups * GROUP], (groups, GROUP))
     few = count if known else xp.minimum(count, groups)
     # In ascending order, so that ties still go to the lowest position.
-    held = xp.sort(_sorted_largest(xp.max(whole, axis=1), few, xp))
+    held = xp.sort(xp.largest(xp.max(whole, axis=1), few))
     places = held[:, None] * GROUP + arange_like(GROUP, held, xp)[None, :]
     places = xp.concat([xp.reshape(places, (-1,)), groups * GROUP + arange_like(rest, held, xp)])
-    return take(places, _sorted_largest(take(values, places, xp), count, xp), xp)
+    return xp.take_rows(places, xp.largest(xp.take_rows(values, places), count))
 
 
 GROUP = 128
 
 
-def _sorted_largest(values: Array, count: Any, xp: Any) -> Array:
-    """Do what `largest` does, with a partial sort where the library has one."""
-    if hasattr(xp, "largest"):
-        return xp.largest(values, count)
-    if not (hasattr(xp, "topk") or hasattr(xp, "argpartition")) or not _has_int64(xp):
-        return xp.argsort(values, descending=True, stable=True)[:count]
-    # Partial sorts leave the order of ties open, so the position goes into the key.
-    size = values.shape[0]
-    position = positions(values, xp)
-    keys = cast(values, xp.int64, xp) * size + (size - 1 - position)
-    if hasattr(xp, "topk"):
-        return xp.topk(keys, count).indices
-    chosen = xp.argpartition(keys, size - count)[size - count :] if 0 < count < size else position
-    return chosen[xp.argsort(keys[chosen], descending=True)][:count]
+def largest_by_keys(select: Callable[[Any, int], Any], values: Array, count: int, xp: Any) -> Any:
+    """Return what `xp.largest` does by a partial sort, which leaves the order of ties open.
 
+    select: (keys, count) -> the positions of the count largest of distinct keys, in order
 
-def _has_int64(xp: Any) -> bool:
-    return bool(index_dtype(xp) == xp.int64)
-
-
-def put_rows(table: Array, slots: Array, rows: Array, xp: Any) -> Array:
-    """Return a copy of `table` (C, …) with `rows` (n, …) at `slots` (n,).
-
-    Where a slot is named twice its rows must be equal: scatters have no defined order.
+    So the position goes into the key.
     """
-    if hasattr(xp, "put_rows"):
-        return xp.put_rows(table, slots, rows)
-    if array_api_compat.is_jax_namespace(xp):
-        return table.at[slots].set(rows)
-    # PyTorch has no indexed writes for its wider unsigned integers.
-    in_torch = array_api_compat.is_torch_namespace(xp) and "uint" not in dtype_name(table.dtype)
-    in_numpy = array_api_compat.is_numpy_namespace(xp) or array_api_compat.is_cupy_namespace(xp)
-    if in_torch or in_numpy:
-        copy = xp.asarray(table, copy=True)
-        copy[slots] = rows
-        return copy
-    # The standard has no scatter: find each slot's row by bisection instead.
+    size = values.shape[0]
+    keys = cast(values, xp.int64, xp) * size + (size - 1 - positions(values, xp))
+    return select(keys, count)
+
+
+def _no_dynamic_length(array: Array, axis: int) -> Any:
+    raise DTypeError(f"axis {axis} of an array of shape {array.shape} has no known size.")
+
+
+def _put_rows_by_bisection(table: Array, slots: Array, rows: Array, xp: Any) -> Any:
+    """Find each slot's row by bisection: the standard has no scatter."""
     if math.prod(slots.shape) == 0:
         return xp.asarray(table, copy=True)
     order = xp.argsort(slots)
@@ -241,4 +262,37 @@ def put_rows(table: Array, slots: Array, rows: Array, xp: Any) -> Array:
     place = xp.searchsorted(ordered, every)
     place = xp.where(place < slots.shape[0], place, slots.shape[0] - 1)
     hit = ordered[place] == every
-    return xp.where(mask_rows(hit, table), take(rows, order[place], xp), table)
+    return xp.where(mask_rows(hit, table), xp.take_rows(rows, order[place]), table)
+
+
+def _numpy_put_rows(table: Any, slots: Any, rows: Any) -> Any:
+    copy = table.copy()
+    copy[slots] = rows
+    return copy
+
+
+def _numpy_largest(values: Any, count: int) -> Any:
+    return largest_by_keys(_numpy_select, values, count, numpy_namespace)
+
+
+def _numpy_select(keys: Any, count: int) -> Any:
+    size = keys.shape[0]
+    inside = 0 < count < size
+    chosen = np.argpartition(keys, size - count)[size - count :] if inside else np.arange(size)
+    return chosen[np.argsort(-keys[chosen])][:count]
+
+
+# NumPy's own reductions go through several Python functions each.
+_NUMPY = {
+    "sum": functools.partial(np.add.reduce, axis=None),
+    "max": functools.partial(np.maximum.reduce, axis=None),
+    "any": functools.partial(np.logical_or.reduce, axis=None),
+    "arange": np.arange,
+    "device_of": operator.attrgetter("device"),
+    "matmul_transposed": lambda left, right: left @ right.T,
+    "take_rows": functools.partial(np.ndarray.take, axis=0),
+    "put_rows": _numpy_put_rows,
+    "largest": _numpy_largest,
+}
+
+numpy_namespace: Any = completed(array_api_compat.numpy)

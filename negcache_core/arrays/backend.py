@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from negcache_core.arrays._array import Array, concat_rows, numpy_namespace
+from negcache_core.arrays._array import Array, completed, concat_rows, numpy_namespace
 from negcache_core.arrays.numerics import (
     block_log_sum_exp_in_place,
     exclude_in_place,
@@ -32,9 +32,12 @@ class Backend:
 
     name = "numpy"
     slices_copy = False  # whether `slice_rows` copies, so that a tile of rows takes memory too
+    has_devices = (
+        False  # whether arrays are on devices, `.device`, and moved by nobody but the user
+    )
 
     def __init__(self, xp: Any = numpy_namespace) -> None:
-        self.xp = xp
+        self.xp = completed(xp)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Backend":
         return self  # it has no state, and modules cannot be copied
@@ -68,10 +71,6 @@ class Backend:
         """Return a bool scalar's value; None where a trace leaves it open."""
         return bool(value)
 
-    def device(self, array: Array) -> Any:
-        """Return where an array is, to compare; None where the library moves arrays itself."""
-        return None
-
     def tile_rows(self, queries: Array) -> int | None:
         """Return the number of queries to size tiles for; None where a trace leaves it open."""
         rows: int | None = queries.shape[0]
@@ -91,6 +90,10 @@ class Backend:
         Nor does NumPy warn in it of values that are not finite: they are left out and counted.
         """
         return np.errstate(over="ignore", invalid="ignore")
+
+    def begin_step(self) -> None:
+        """Raise OptionError where a step must not run, as where it would run a second time."""
+        return  # not an empty body, of which TensorFlow's AutoGraph would warn
 
     def after(self, arrays: Any) -> contextlib.AbstractContextManager[Any]:
         """Return a context of writes that come after `arrays`, nested, have all been computed.

@@ -1,6 +1,6 @@
 """Undoing what a step has drawn when it fails."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,8 +11,8 @@ class UndoneOnError(AbstractContextManager[None]):
     So a step that fails has drawn nothing: the next one goes on as if it had not been.
     """
 
-    def __init__(self, undo: Sequence[Callable[[], Any]]) -> None:
-        self._undo = undo
+    def __init__(self, undo: Iterable[Callable[[], Any] | None]) -> None:
+        self._undo = [each for each in undo if each is not None]
 
     def __enter__(self) -> None:
         return None

@@ -1,10 +1,10 @@
 """The cache manager: which rows enter, stay, are refreshed, and leave."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
-from negcache_core.arrays._array import Array, cast, native_dtype, put_rows
+from negcache_core.arrays._array import Array, cast, native_dtype
 from negcache_core.arrays.backend import NUMPY, Backend
 from negcache_core.arrays.validation import as_whole, check_flag, in_order
 from negcache_core.cache.matching import check_identifies
@@ -16,26 +16,25 @@ from negcache_core.cache.plans import (
     plan_unique_insert,
     rows_to_write,
 )
-from negcache_core.cache.row_checks import check_mask, check_new_rows, check_refresh
+from negcache_core.cache.row_checks import NewRows, Refresh, check_new_rows, check_refresh
 from negcache_core.cache.specs import as_field_specs
 from negcache_core.cache.state import EMPTY, NegativeCache, check_cache
 from negcache_core.errors import CapacityError, KeysError, KindError
 
+Write = tuple[WritePlan, dict[str, Array]]
+
 
 class UpdatePlan(NamedTuple):
-    """One checked update: what to write, and the ages after it. Nothing is written yet.
+    """One update: what to write, and the ages after it. Nothing is written yet.
 
-    refresh, new_items: (WritePlan, rows by field), or None where there is nothing to write
+    refresh, new_items: (WritePlan, rows by field), in the order in which they count; None for
+                        nothing to write
     age:                int32 (C,) afterwards
     """
 
-    refresh: tuple[WritePlan, dict[str, Array]] | None
-    new_items: tuple[WritePlan, dict[str, Array]] | None
+    refresh: Write | None
+    new_items: Write | None
     age: Array
-
-    def writes(self) -> list[tuple[WritePlan, dict[str, Array]]]:
-        """Return the writes in the order in which they count."""
-        return [write for write in (self.refresh, self.new_items) if write is not None]
 
 
 MOST_VALUES = 2**59
@@ -114,61 +113,6 @@ class CacheManager:
         }
         return NegativeCache(data, xp.full((slots,), EMPTY, dtype=xp.int32))
 
-    def plan_update(
-        self,
-        cache: NegativeCache,
-        *,
-        new_items: Mapping[str, Any] | None = None,
-        new_items_mask: Any = None,
-        updated_item_data: Mapping[str, Any] | None = None,
-        updated_item_indices: Any = None,
-        updated_item_mask: Any = None,
-    ) -> UpdatePlan:
-        """Check an update and decide what it writes, without writing; see `update_cache`."""
-        backend, xp = self.backend, self.backend.xp
-        cache = self._own(cache)
-        age, refresh, insert = cache.age, None, None
-        refresh_args = (updated_item_data, updated_item_indices, updated_item_mask)
-        if any(argument is not None for argument in refresh_args):
-            rows, indices, mask = check_refresh(*refresh_args, cache, backend)
-            plan = plan_refresh(age, indices, mask, use_lru=self.use_lru, xp=xp)
-            refresh, age = (plan, rows), plan.age
-        if new_items is not None:
-            insert = self.plan_new_items(cache, new_items, new_items_mask, refresh)
-            age = insert[0].age
-        return UpdatePlan(refresh, insert, grow_older(age, xp=xp))
-
-    def plan_new_items(
-        self,
-        cache: NegativeCache,
-        new_items: Mapping[str, Any],
-        mask: Any = None,
-        refresh: tuple[WritePlan, dict[str, Array]] | None = None,
-    ) -> tuple[WritePlan, dict[str, Array]]:
-        """Check rows to insert after `refresh`, and choose their slots; no age grows."""
-        xp, key, cache = self.backend.xp, self.unique_key, self._own(cache)
-        age = cache.age if refresh is None else refresh[0].age
-        rows, count = self.check_new_items(cache, new_items)
-        mask = check_mask(mask, count, "new_items_mask", self.backend, like=cache.age)
-        if key is None:
-            return plan_insert(age, count, mask, xp=xp), rows
-        if key not in cache.data:
-            raise KeysError(
-                f"unique_key {key!r} is not in the cache, which has {in_order(cache.data)}: make "
-                "it with this manager's init_cache()."
-            )
-        held = cache.data[key]
-        if refresh is not None and key in refresh[1]:  # an item may have become another one
-            plan, refreshed = refresh
-            held = put_rows(held, plan.slots, rows_to_write(plan, held, refreshed[key], xp=xp), xp)
-        return plan_unique_insert(age, held, cast(rows[key], held.dtype, xp), mask, xp=xp), rows
-
-    def check_new_items(
-        self, cache: NegativeCache, new_items: Mapping[str, Any]
-    ) -> tuple[dict[str, Array], Any]:
-        """Raise unless `new_items` could be inserted; return them as arrays, and their number."""
-        return check_new_rows(new_items, cache, self.backend)
-
     def update_cache(
         self,
         cache: NegativeCache,
@@ -196,35 +140,68 @@ class CacheManager:
         Floating rows are cast to the field's dtype; integers may only widen.
         Raises KeysError, ShapeError, DTypeError or CapacityError.
         """
-        plan = self.plan_update(
-            cache,
-            new_items=new_items,
-            new_items_mask=new_items_mask,
-            updated_item_data=updated_item_data,
-            updated_item_indices=updated_item_indices,
-            updated_item_mask=updated_item_mask,
+        backend = self.backend
+        cache = check_cache(cache, backend)
+        cache = NegativeCache(cache.data, cast(cache.age, backend.xp.int32, backend.xp))
+        refresh = check_refresh(
+            updated_item_data, updated_item_indices, updated_item_mask, cache, backend
         )
-        xp = self.backend.xp
-        data = dict(self._own(cache).data)
-        for write, rows_by_key in plan.writes():
-            for key, rows in rows_by_key.items():
-                final = rows_to_write(write, data[key], rows, xp=xp)
-                data[key] = put_rows(data[key], write.slots, final, xp)
-        return NegativeCache(data, plan.age)
+        new_rows = None
+        if new_items is not None:
+            new_rows = check_new_rows(new_items, cache, backend, new_items_mask)
+        plan = self.plan_update(cache, refresh, new_rows)
+        return NegativeCache(self._write(cache, plan, backend.xp.put_rows), plan.age)
+
+    def plan_update(
+        self, cache: NegativeCache, refresh: Refresh | None, new_rows: NewRows | None
+    ) -> UpdatePlan:
+        """Decide what one step writes into a sound cache, from checked rows."""
+        xp, age, refreshed, inserted = self.backend.xp, cache.age, None, None
+        if refresh is not None:
+            plan = plan_refresh(age, refresh.slots, refresh.mask, use_lru=self.use_lru, xp=xp)
+            refreshed, age = (plan, refresh.rows), plan.age
+        if new_rows is not None:
+            inserted = self.plan_new_items(cache, new_rows, refreshed)
+            age = inserted[0].age
+        return UpdatePlan(refreshed, inserted, grow_older(age, xp=xp))
+
+    def plan_new_items(
+        self, cache: NegativeCache, new: NewRows, refreshed: Write | None = None
+    ) -> Write:
+        """Choose the slots of new rows, after `refreshed`; no age grows."""
+        xp, key = self.backend.xp, self.unique_key
+        age = cache.age if refreshed is None else refreshed[0].age
+        if key is None:
+            return plan_insert(age, new.count, new.mask, xp=xp), new.rows
+        if key not in cache.data:
+            raise KeysError(
+                f"unique_key {key!r} is not in the cache, which has {in_order(cache.data)}: make "
+                "it with this manager's init_cache()."
+            )
+        held = cache.data[key]
+        if refreshed is not None and key in refreshed[1]:  # an item may have become another one
+            plan, rows = refreshed
+            held = xp.put_rows(held, plan.slots, rows_to_write(plan, held, rows[key], xp=xp))
+        keys = cast(new.rows[key], held.dtype, xp)
+        return plan_unique_insert(age, held, keys, new.mask, xp=xp), new.rows
 
     def carry_out(self, cache: NegativeCache, plan: UpdatePlan) -> NegativeCache:
         """Write a plan and return the cache; in place, the same arrays, where the library can."""
-        backend, data = self.backend, dict(cache.data)
-        for write, rows_by_key in plan.writes():
-            for key, rows in rows_by_key.items():
-                final = rows_to_write(write, data[key], rows, xp=backend.xp)
-                data[key] = backend.write_rows(data[key], write.slots, final)
-        return NegativeCache(data, backend.overwrite(cache.age, plan.age))
+        data = self._write(cache, plan, self.backend.write_rows)
+        return NegativeCache(data, self.backend.overwrite(cache.age, plan.age))
 
-    def _own(self, cache: NegativeCache) -> NegativeCache:
-        """Return `cache` checked, with ages of int32."""
-        cache = check_cache(cache, self.backend)
-        return NegativeCache(cache.data, cast(cache.age, self.backend.xp.int32, self.backend.xp))
+    def _write(
+        self, cache: NegativeCache, plan: UpdatePlan, write_rows: Callable[..., Array]
+    ) -> dict[str, Array]:
+        """Return the cache's tables after `write_rows` has put a plan's rows into each."""
+        data = dict(cache.data)
+        for write in (plan.refresh, plan.new_items):
+            if write is not None:
+                where, rows = write
+                for key, array in rows.items():
+                    final = rows_to_write(where, data[key], array, xp=self.backend.xp)
+                    data[key] = write_rows(data[key], where.slots, final)
+        return data
 
 
 def _check_unique_key(key: Any, specs: Mapping[str, Any]) -> None:

@@ -10,7 +10,6 @@ from negcache_core.arrays._array import (
     fill,
     namespace,
     positions,
-    take,
 )
 from negcache_core.errors import DTypeError
 
@@ -72,7 +71,7 @@ def first_match(
     by_group = xp.reshape(equal, (-1, groups, GROUP))
     group = xp.argmax(xp.max(by_group, axis=2), axis=1)
     flat = positions(rows, xp) * groups + group
-    inside = take(xp.reshape(equal, (-1, GROUP)), flat, xp)
+    inside = xp.take_rows(xp.reshape(equal, (-1, GROUP)), flat)
     return group * GROUP + xp.argmax(inside, axis=1), xp.max(inside, axis=1) > 0
 
 

@@ -1,11 +1,9 @@
 """Several named caches that count as one, in sorted order of their names."""
 
-import functools
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from negcache_core.arrays._array import Array, cast, mask_rows, take
+from negcache_core.arrays._array import Array, cast, mask_rows
 from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.validation import check_device, shape_of
 from negcache_core.cache.state import NegativeCache, check_cache, is_written
@@ -14,8 +12,18 @@ from negcache_core.errors import KeysError, ShapeError
 SINGLE = "cache"  # the name a cache goes by where the caller gave it none
 
 
-def named_caches(cache: Any, fields: tuple[str, ...], backend: Backend) -> dict[str, NegativeCache]:
+class Caches(dict[str, NegativeCache]):
+    """Caches by sorted name that are known to be sound: checked, or a handler's own."""
+
+    def first(self) -> NegativeCache:
+        """Return one of them; fields are alike in all."""
+        return next(iter(self.values()))
+
+
+def named_caches(cache: Any, fields: tuple[str, ...], backend: Backend) -> Caches:
     """Return caches by sorted name; check that each has `fields`, of one shape and dtype."""
+    if isinstance(cache, Caches):
+        return cache
     single = isinstance(cache, NegativeCache) or not isinstance(cache, Mapping)
     given = {SINGLE: cache} if single else dict(cache)
     if not given:
@@ -23,8 +31,10 @@ def named_caches(cache: Any, fields: tuple[str, ...], backend: Backend) -> dict[
     for name in given:
         if not isinstance(name, str):
             raise KeysError(f"cache has key {name!r}: the names of caches are strings.")
-    caches = {name: check_cache(given[name], backend, f"cache {name!r}") for name in sorted(given)}
-    first = next(iter(caches.values()))
+    caches = Caches(
+        {name: check_cache(given[name], backend, f"cache {name!r}") for name in sorted(given)}
+    )
+    first = caches.first()
     for name, each in caches.items():
         missing = [key for key in fields if key not in each.data]
         if missing:
@@ -33,7 +43,7 @@ def named_caches(cache: Any, fields: tuple[str, ...], backend: Backend) -> dict[
                 f"has {sorted(each.data)}. Add the field to its specs, or correct the keys."
             )
         for key in fields:
-            own, other = (cache.data[key] for cache in (each, first))
+            own, other = each.data[key], first.data[key]
             if shape_of(own, key)[1:] != shape_of(other, key)[1:] or own.dtype != other.dtype:
                 raise ShapeError(
                     f"field {key!r} of cache {name!r} has row shape {tuple(own.shape)[1:]} and "
@@ -46,51 +56,51 @@ def named_caches(cache: Any, fields: tuple[str, ...], backend: Backend) -> dict[
     return caches
 
 
-def filled(caches: Mapping[str, NegativeCache], dtype: Any, xp: Any) -> Array:
+def filled(caches: Caches, dtype: Any, xp: Any) -> Any:
     """Return the share of all slots that hold a row."""
-    written = [xp.sum(cast(is_written(cache.age), dtype, xp)) for cache in caches.values()]
-    total = sum(cache.age.shape[0] for cache in caches.values())
-    return functools.reduce(operator.add, written) / total
+    written, slots = 0, 0
+    for cache in caches.values():
+        written = xp.sum(cast(is_written(cache.age), dtype, xp)) + written
+        slots += cache.age.shape[0]
+    return written / slots
 
 
 def gather(
-    caches: Mapping[str, NegativeCache],
-    slots: Array,
-    drawn: Array,
-    embedding_key: str,
-    data_keys: tuple[str, ...],
-    backend: Backend,
-    more: Mapping[str, str] | None = None,
+    caches: Caches, slots: Array, drawn: Array, fields: Iterable[str], xp: Any
 ) -> dict[str, Any]:
-    """Copy the drawn rows out of the caches: the row-wise fields of a Retrieval.
+    """Copy rows out of the caches: "fields", "ages", and by cache name "slots" and "owned".
 
-    slots, drawn: of the same shape; slots over all caches
-    more:         name in the result -> field, for further fields
+    slots: (m, S) over all caches; drawn: bool (m, S), False where the row is to count as nobody's
     """
-    xp = backend.xp
-    every, drawn = (xp.reshape(array, (-1,)) for array in (slots, drawn))
+    flat, drawn = xp.reshape(slots, (-1,)), xp.reshape(drawn, (-1,))
+    if len(caches) == 1:
+        ((name, cache),) = caches.items()
+        return {
+            "fields": {key: xp.take_rows(cache.data[key], flat) for key in fields},
+            "ages": xp.take_rows(cache.age, flat),
+            "slots": {name: flat},
+            "owned": {name: drawn},
+        }
     start, places, mine = 0, {}, {}
     for name, cache in caches.items():
         capacity = cache.age.shape[0]
-        mine[name] = (every >= start) & (every < start + capacity)
-        places[name] = xp.where(mine[name], every - start, 0)
+        mine[name] = (flat >= start) & (flat < start + capacity)
+        places[name] = xp.where(mine[name], flat - start, 0)
         start += capacity
 
-    def rows_of(pick: Callable[[NegativeCache], Array]) -> Array:
-        result = None
+    def rows_of(pick: Callable[[NegativeCache], Array]) -> Any:
+        result: Any = None
         for name, cache in caches.items():
-            rows = take(pick(cache), places[name], xp)
+            rows = xp.take_rows(pick(cache), places[name])
             result = rows if result is None else xp.where(mask_rows(mine[name], rows), rows, result)
         return result
 
-    def field(key: str) -> Array:
+    def field(key: str) -> Any:
         return rows_of(lambda cache: cache.data[key])
 
     return {
-        "features": {key: field(key) for key in data_keys},
-        "stale_embeddings": field(embedding_key),
+        "fields": {key: field(key) for key in fields},
         "ages": rows_of(lambda cache: cache.age),
-        **{name: field(key) for name, key in (more or {}).items()},
         "slots": places,
         "owned": {name: mask & drawn for name, mask in mine.items()},
     }

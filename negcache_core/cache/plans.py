@@ -11,14 +11,11 @@ from negcache_core.arrays._array import (
     Array,
     cast,
     fill,
-    index_dtype,
     largest,
     length,
     mask_rows,
     namespace,
     positions,
-    put_rows,
-    take,
 )
 from negcache_core.cache.matching import first_match, last_of_each
 from negcache_core.cache.state import OLDEST, is_written
@@ -73,9 +70,9 @@ def plan_insert(age: Array, n_new: Any, mask: Array | None = None, *, xp: Any = 
     else:
         # The rows to keep come first and so meet the oldest slots.
         source = xp.argsort(xp.astype(~mask, xp.int32), stable=True)
-        live = take(mask, source, xp)
-        age_of_slot = xp.where(live, NEW, take(age, slots, xp))
-    return WritePlan(slots, source, live, put_rows(age, slots, age_of_slot, xp))
+        live = xp.take_rows(mask, source)
+        age_of_slot = xp.where(live, NEW, xp.take_rows(age, slots))
+    return WritePlan(slots, source, live, xp.put_rows(age, slots, age_of_slot))
 
 
 def plan_unique_insert(
@@ -110,16 +107,16 @@ def plan_unique_insert(
     # Entries without a slot of their own write to one more place, which is cut off.
     rank = xp.concat([age, fill((1,), 0, age, xp)])
     below = xp.full_like(own, NEW - 1, dtype=age.dtype)
-    rank = put_rows(rank, xp.where(found, own, capacity), below, xp)[:capacity]
+    rank = xp.put_rows(rank, xp.where(found, own, capacity), below)[:capacity]
     others = largest(rank, count, xp)
     # Really new rows come first and so meet the oldest slots, then rows that touch nothing. Both
     # together are at most the slots that no item of the batch owns: no slot is named twice.
     turn = cast(~live, xp.int32, xp) + 2 * cast(found, xp.int32, xp)
     source = xp.argsort(turn, stable=True)
-    slots = xp.where(take(found, source, xp), take(own, source, xp), others)
-    live = take(live, source, xp)
-    age_of_slot = xp.where(live, NEW, take(age, slots, xp))
-    return WritePlan(slots, source, live, put_rows(age, slots, age_of_slot, xp))
+    slots = xp.where(xp.take_rows(found, source), xp.take_rows(own, source), others)
+    live = xp.take_rows(live, source)
+    age_of_slot = xp.where(live, NEW, xp.take_rows(age, slots))
+    return WritePlan(slots, source, live, xp.put_rows(age, slots, age_of_slot))
 
 
 def plan_refresh(
@@ -142,24 +139,24 @@ def plan_refresh(
     """
     xp = namespace(age, indices, xp=xp)
     capacity = length(age, xp)
-    wanted = cast(indices, index_dtype(xp), xp)
+    wanted = cast(indices, xp.index_dtype, xp)
     valid = (wanted >= 0) & (wanted < capacity)
     if mask is not None:
         valid = valid & mask
     # One more entry, which never wins, keeps every gather below defined when n is 0.
     key = xp.concat([xp.where(valid, wanted, capacity), fill((1,), capacity, wanted, xp)])
     order = xp.argsort(key, stable=True)
-    ordered = take(key, order, xp)
+    ordered = xp.take_rows(key, order)
     wins = (ordered[:-1] != ordered[1:]) & (ordered[:-1] < capacity)
     # Entries that lost or were masked repeat one winner's write.
     place = xp.where(wins, positions(wins, xp), 0)
     place = xp.where(wins, place, xp.max(xp.concat([place, fill((1,), 0, place, xp)])))
     any_live = ordered[:1] < capacity
-    slots = xp.where(any_live, take(ordered, place, xp), 0)
-    source = xp.where(any_live, take(order, place, xp), 0)
+    slots = xp.where(any_live, xp.take_rows(ordered, place), 0)
+    source = xp.where(any_live, xp.take_rows(order, place), 0)
     live = any_live & (slots >= 0)
     if use_lru:
-        age = put_rows(age, slots, xp.where(live, NEW, take(age, slots, xp)), xp)
+        age = xp.put_rows(age, slots, xp.where(live, NEW, xp.take_rows(age, slots)))
     return WritePlan(slots, source, live, age)
 
 
@@ -177,7 +174,7 @@ def oldest_written(age: Array, count: int, *, xp: Any = None) -> tuple[Array, Ar
     xp = namespace(age, xp=xp)
     written = is_written(age)
     slots = largest(xp.where(written, age, NEW), count, xp)
-    live = take(written, slots, xp)
+    live = xp.take_rows(written, slots)
     return xp.where(live, slots, slots[:1]), live
 
 
@@ -196,9 +193,9 @@ def plan_reembed(
     xp = namespace(age, slots, xp=xp)
     # Stand-ins repeat the first entry's write: a slot that is named twice gets one row.
     source = xp.where(live, positions(slots, xp), 0)
-    live = take(live & finite, source, xp)
-    age_of_slot = xp.where(live, 0, take(age, slots, xp))
-    return WritePlan(slots, source, live, put_rows(age, slots, age_of_slot, xp))
+    live = xp.take_rows(live & finite, source)
+    age_of_slot = xp.where(live, 0, xp.take_rows(age, slots))
+    return WritePlan(slots, source, live, xp.put_rows(age, slots, age_of_slot))
 
 
 def grow_older(age: Array, *, xp: Any = None) -> Array:
@@ -221,5 +218,5 @@ def rows_to_write(plan: WritePlan, table: Array, rows: Array, *, xp: Any = None)
     rows = cast(rows, table.dtype, xp)
     if plan.source is None or plan.live is None:
         return rows
-    held = take(table, plan.slots, xp)
-    return xp.where(mask_rows(plan.live, held), take(rows, plan.source, xp), held)
+    held = xp.take_rows(table, plan.slots)
+    return xp.where(mask_rows(plan.live, held), xp.take_rows(rows, plan.source), held)

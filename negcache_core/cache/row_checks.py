@@ -1,7 +1,7 @@
 """Checks of what a caller hands in as rows of a cache; see `negcache_core.arrays.validation`."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from negcache_core.arrays._array import Array, cast, dtype_kind, dtype_name, length
 from negcache_core.arrays.backend import Backend
@@ -30,6 +30,8 @@ def check_rows(
     too_many: makes the error for more rows than slots; None where any number will do
     """
     arrays: dict[str, Array] = {}
+    counts: dict[str, int] = {}
+    sized: Any = None
     for key, value in rows.items():
         table, name = cache.data[key], f"{what}[{key!r}]"
         expected = ("n", *shape_of(table, name)[1:])
@@ -41,16 +43,17 @@ def check_rows(
         array = array_of(value, expected, name, backend, advice)
         if not hasattr(value, "dtype") and _literal_fits(array, table.dtype):
             array = backend.xp.astype(array, table.dtype)
-        check_castable(array.dtype, table.dtype, name)
+        if array.dtype != table.dtype:
+            check_castable(array.dtype, table.dtype, name)
         arrays[key] = check_device(array, table, name, backend)
-    counts = {key: array.shape[0] for key, array in arrays.items() if array.shape[0] is not None}
-    if any(count != next(iter(counts.values())) for count in counts.values()):
+        if array.shape[0] is not None:
+            counts[key], sized = array.shape[0], array
+    if len(set(counts.values())) > 1:
         raise ShapeError(
             f"{what} has row counts {counts}: expected one number of rows in all fields."
         )
     if not arrays:
         return {}, 0
-    sized = next((array for key, array in arrays.items() if key in counts), None)
     count = length(next(iter(arrays.values())) if sized is None else sized, backend.xp)
     capacity = cache.age.shape[0]
     if too_many is not None and isinstance(count, int) and count > capacity:
@@ -87,19 +90,44 @@ def _holds(stored: Any, given: Any) -> bool:
     return given_unsigned and stored_bits > given_bits
 
 
+class CheckedRows(dict[str, Array]):
+    """Rows by field that were checked against the caches, as a handler does with its batch."""
+
+
+class NewRows(NamedTuple):
+    """Checked rows to insert: every field -> (n, …), and bool (n,) which of them, None for all."""
+
+    rows: CheckedRows
+    count: Any
+    mask: Array | None = None
+
+
+class Refresh(NamedTuple):
+    """Checked rows to write in place: some fields -> (m, …), slots (m,), and bool (m,) or None."""
+
+    rows: dict[str, Array]
+    slots: Array
+    mask: Array | None = None
+
+
 def check_new_rows(
-    new_items: Any, cache: NegativeCache, backend: Backend
-) -> tuple[dict[str, Array], Any]:
+    new_items: Any, cache: NegativeCache, backend: Backend, mask: Any = None
+) -> NewRows:
     """Check rows that are to be inserted: every field of the cache, one number of rows."""
     rows = check_mapping(new_items, "new_items")
     check_keys(rows, cache.data, "new_items", exact=True)
-    return check_rows(rows, cache, "new_items", backend, too_many_rows)
+    arrays, count = check_rows(rows, cache, "new_items", backend, too_many_rows)
+    if mask is not None:
+        mask = check_mask(mask, count, "new_items_mask", backend, like=cache.age)
+    return NewRows(CheckedRows(arrays), count, mask)
 
 
 def check_refresh(
     data: Any, indices: Any, mask: Any, cache: NegativeCache, backend: Backend
-) -> tuple[dict[str, Array], Array, Array | None]:
-    """Check a refresh: some fields, one slot index per row; return rows, indices and mask."""
+) -> Refresh | None:
+    """Check a refresh: some fields, one slot index per row; None where all three are None."""
+    if data is None and indices is None and mask is None:
+        return None
     if data is None or indices is None:
         raise KeysError(
             "updated_item_data, updated_item_indices and updated_item_mask belong together: "
@@ -116,31 +144,38 @@ def check_refresh(
         raise DTypeError(
             f"updated_item_indices has dtype {dtype_name(slots.dtype)}: expected integers."
         )
-    return (
-        arrays,
-        slots,
-        check_mask(mask, slots.shape[0], "updated_item_mask", backend, like=cache.age),
-    )
+    mask = check_mask(mask, slots.shape[0], "updated_item_mask", backend, like=cache.age)
+    return Refresh(arrays, slots, mask)
 
 
 def check_stand_in(
-    features: Any, data_keys: tuple[str, ...], caches: Mapping[str, NegativeCache], backend: Backend
-) -> dict[str, Array]:
-    """Check features that may stand in for drawn rows; return them in the caches' dtypes."""
-    check_mapping(features, "pos_features")
-    missing = [key for key in data_keys if key not in features]
-    if missing:
-        raise KeysError(
-            f"pos_features lack {missing}: expected all that the item network takes, "
-            f"{list(data_keys)}."
-        )
-    cache = next(iter(caches.values()))
-    rows, _ = check_rows({key: features[key] for key in data_keys}, cache, "pos_features", backend)
-    return {key: cast(value, cache.data[key].dtype, backend.xp) for key, value in rows.items()}
+    features: Any, data_keys: tuple[str, ...], cache: NegativeCache, backend: Backend
+) -> dict[str, Array] | None:
+    """Check features that may stand in for drawn rows; return them in the cache's dtypes.
+
+    None where there are no rows.
+    """
+    rows: Any = features
+    if not isinstance(features, CheckedRows):
+        check_mapping(features, "pos_features")
+        missing = [key for key in data_keys if key not in features]
+        if missing:
+            raise KeysError(
+                f"pos_features lack {missing}: expected all that the item network takes, "
+                f"{list(data_keys)}."
+            )
+        given = {key: features[key] for key in data_keys}
+        rows, _ = check_rows(given, cache, "pos_features", backend)
+    found = {}
+    for key in data_keys:
+        if rows[key].shape[0] == 0:
+            return None
+        found[key] = cast(rows[key], cache.data[key].dtype, backend.xp)
+    return found
 
 
 def check_mask(
-    mask: Any, count: Any, what: str, backend: Backend, *, like: Array = None
+    mask: Any, count: Any, what: str, backend: Backend, *, like: Array | None = None
 ) -> Array | None:
     """Check a mask of `count` rows and return it as a bool array, or None."""
     if mask is None:

@@ -1,4 +1,4 @@
-"""Handlers: hold the state of a cache, or of several, and run training steps on it."""
+"""The handlers that users make: of one cache, and of several that the loss treats as one."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -9,13 +9,16 @@ from negcache_core.cache.manager import CacheManager
 from negcache_core.cache.named import SINGLE
 from negcache_core.cache.state import NegativeCache
 from negcache_core.errors import KindError
-from negcache_core.handlers.upkeep import ItemNetwork, Progress, Upkeep
-from negcache_core.losses.classification import CacheClassificationLoss
+from negcache_core.handlers import upkeep
+from negcache_core.handlers.base import BaseHandler
+from negcache_core.handlers.setup import NewItemsFilter
+from negcache_core.handlers.step import ItemNetwork
+from negcache_core.handlers.upkeep import Progress
 from negcache_core.losses.results import CacheLossReturn
 from negcache_core.retrieval.result import Retrieval
 
 
-class CacheLossHandler(Upkeep):
+class CacheLossHandler(BaseHandler):
     """One cache, its loss, and the step that uses and updates them.
 
     cache_manager:     a CacheManager; its specs are embedding_key, data_keys, and any more fields
@@ -29,7 +32,7 @@ class CacheLossHandler(Upkeep):
     group:             the replicas that share the cache; None for all
 
     `cache` is the live state, `metrics` the last step's scalars; `prefill` and `refresh` keep the
-    cache up beside the steps. Source: the paper, algorithm 2, and the published
+    cache up between steps. Source: the paper, algorithm 2, and the published
     `handlers.CacheLossHandler`, which has no filter and returns another loss.
 
     >>> import numpy as np
@@ -54,7 +57,7 @@ class CacheLossHandler(Upkeep):
         data_keys: Iterable[str],
         use_cross_replica: bool = False,
         *,
-        new_items_filter: Callable[[NegativeCache, Mapping[str, Any]], Array] | None = None,
+        new_items_filter: NewItemsFilter | None = None,
         group: Any = None,
     ) -> None:
         super().__init__(
@@ -71,7 +74,7 @@ class CacheLossHandler(Upkeep):
     @property
     def cache(self) -> NegativeCache:
         """The cache as it is now."""
-        return self._caches()[SINGLE]
+        return self._store.read()[SINGLE]
 
     def update_cache_and_compute_loss(
         self,
@@ -99,6 +102,26 @@ class CacheLossHandler(Upkeep):
             options,
         )
 
+    def evaluate(
+        self,
+        item_network: ItemNetwork | None,
+        query_embeddings: Array,
+        pos_item_embeddings: Array,
+        features: Mapping[str, Array],
+        **options: Any,
+    ) -> CacheLossReturn:
+        """Return the loss against the cache as it is: nothing is drawn, written, or grows older.
+
+        item_network: None, or a network to embed a few rows with, for the metrics that tell how
+                      stale the cache is; without it they are those of a fresh cache
+        options:      positive_ids, hard_negative_embeddings, sample_weight: see the loss
+
+        The value does not depend on draws: no generator is asked, rows are chosen without one.
+        """
+        return self._evaluate(
+            item_network, query_embeddings, pos_item_embeddings, {SINGLE: features}, options
+        )
+
     def retrieve(
         self, query_embeddings: Array, features: Mapping[str, Array], **options: Any
     ) -> Retrieval:
@@ -107,39 +130,71 @@ class CacheLossHandler(Upkeep):
         features: the positives', as in `update_cache_and_compute_loss`
         options:  positive_ids, noise: see the loss
         """
-        return _two_phase(self.cache_loss).retrieve(
-            query_embeddings,
-            self._caches(),
-            pos_features=self._stand_in({SINGLE: features}),
-            **options,
-        )
-
-    def compute_loss(
-        self,
-        query_embeddings: Array,
-        pos_item_embeddings: Array,
-        neg_item_embeddings: Array,
-        retrieval: Retrieval,
-        **options: Any,
-    ) -> CacheLossReturn:
-        """Phase two: the loss from embeddings (B * S, D) of the retrieved features.
-
-        options: hard_negative_embeddings, sample_weight: see the loss
-        """
-        result = _two_phase(self.cache_loss).loss_from_negatives(
-            query_embeddings, pos_item_embeddings, neg_item_embeddings, retrieval, **options
-        )
-        return self._weighted(result, query_embeddings)
+        return self._retrieve(query_embeddings, {SINGLE: features}, options)
 
     def commit(
         self, result: CacheLossReturn, pos_item_embeddings: Array, features: Mapping[str, Array]
     ) -> None:
         """Phase three: write the fresh embeddings and the batch's own items into the cache."""
-        self._check({SINGLE: pos_item_embeddings}, {SINGLE: features})
         self._commit(result, {SINGLE: pos_item_embeddings}, {SINGLE: features})
 
+    def refresh(self, item_network: ItemNetwork, n: int) -> Array:
+        """Embed the n oldest written rows anew; return how many were left out as not finite.
 
-class MultiCacheLossHandler(Upkeep):
+        item_network: data_keys -> (n, …), rows of the cache -> embeddings (n, D)
+        n:            rows to embed, 0 <= n <= C; of equal ages the lowest slots
+
+        Their age becomes 0, that of a new row, whatever `use_lru` is: so the next call goes on
+        with other rows, and they leave the cache later. No other row grows older: this is no step.
+        With a capacity of the whole corpus and a refresh every step this is the paper's algorithm
+        for a cache that is not streaming (section 3.2).
+
+        A row whose fresh embedding is not finite keeps the old one and its age: it is first in
+        line again, to be embedded and to be overwritten by a new item. Where fewer than n rows are
+        written, the oldest stands in for the rest. An empty cache is left alone; in a traced
+        function, which cannot see that it is empty, the network gets rows of zeros and its
+        output is dropped. With `use_cross_replica`, every replica writes the embeddings of the
+        first. Cost: the network on n rows, and one pass over the ages.
+
+        JAX: `state = handler.refresh(state, item_network, n)`, with no count.
+
+        Raises CapacityError if n > C, KindError or OptionError if n is no such number, and
+        ShapeError or DTypeError for a wrong output. Any exception leaves the cache as it was.
+        """
+        return upkeep.refresh(self._setup, self._store, (SINGLE,), item_network, n)
+
+    def prefill(
+        self,
+        item_network: ItemNetwork,
+        features: Mapping[str, Any],
+        batch_size: int,
+        *,
+        progress: Progress | None = None,
+    ) -> Array:
+        """Fill the cache from a corpus; return how many rows were left out as not finite.
+
+        item_network: data_keys -> (n, …) -> embeddings (n, D), for n <= batch_size
+        features:     field -> (N, …), every field of the cache but the embedding, N <= C
+        batch_size:   rows to embed at a time; the last batch may be smaller
+        progress:     None, or a function that wraps the list of batches, such as tqdm.tqdm
+
+        Rows enter as new items do: past `new_items_filter`, to their own slot if the manager has a
+        `unique_key`, else into empty slots and then over the oldest. Afterwards they are equally
+        young, all of age 0, and all other rows are as old as they were. If the network raises, the
+        batches before it are in the cache. Runs eagerly: it is a Python loop. With
+        `use_cross_replica`, give every replica the same features; the first's embeddings count.
+
+        JAX: `state = handler.prefill(state, item_network, features, batch_size)`, with no count.
+
+        Raises CapacityError if N > C, KindError or OptionError for a wrong batch_size or progress,
+        and KeysError, ShapeError or DTypeError for wrong features, before the network runs.
+        """
+        return upkeep.prefill(
+            self._setup, self._store, {SINGLE: features}, item_network, batch_size, progress
+        )
+
+
+class MultiCacheLossHandler(BaseHandler):
     """Several named caches that the loss treats as one, each fed by its own new items.
 
     cache_managers: name -> CacheManager; for the other arguments see CacheLossHandler
@@ -148,7 +203,7 @@ class MultiCacheLossHandler(Upkeep):
     @property
     def cache(self) -> dict[str, NegativeCache]:
         """The caches as they are now, by name."""
-        return dict(self._caches())
+        return dict(self._store.read())
 
     def update_cache_and_compute_loss(
         self,
@@ -172,6 +227,19 @@ class MultiCacheLossHandler(Upkeep):
             options,
         )
 
+    def evaluate(
+        self,
+        item_network: ItemNetwork | None,
+        query_embeddings: Array,
+        pos_item_embeddings: Array,
+        new_item_features: Mapping[str, Mapping[str, Array]],
+        **options: Any,
+    ) -> CacheLossReturn:
+        """Return the loss against the caches as they are; see CacheLossHandler."""
+        return self._evaluate(
+            item_network, query_embeddings, pos_item_embeddings, new_item_features, options
+        )
+
     def retrieve(
         self,
         query_embeddings: Array,
@@ -179,14 +247,7 @@ class MultiCacheLossHandler(Upkeep):
         **options: Any,
     ) -> Retrieval:
         """Phase one: draw negatives from all caches together."""
-        return _two_phase(self.cache_loss).retrieve(
-            query_embeddings,
-            self._caches(),
-            pos_features=self._stand_in(new_item_features),
-            **options,
-        )
-
-    compute_loss = CacheLossHandler.compute_loss
+        return self._retrieve(query_embeddings, new_item_features, options)
 
     def commit(
         self,
@@ -195,7 +256,6 @@ class MultiCacheLossHandler(Upkeep):
         new_item_features: Mapping[str, Mapping[str, Array]],
     ) -> None:
         """Phase three: write the fresh embeddings and the new items into the caches."""
-        self._check(new_item_embeddings, new_item_features)
         self._commit(result, new_item_embeddings, new_item_features)
 
     def refresh(self, item_network: ItemNetwork, n: int, *, cache_name: str | None = None) -> Array:
@@ -207,7 +267,7 @@ class MultiCacheLossHandler(Upkeep):
         if not all(isinstance(name, str) for name in names):
             raise KindError(f"cache_name is {cache_name!r}: expected the name of a cache, or None.")
         check_keys(names, self._managers, "cache_name", exact=False)
-        return self._refresh(names, item_network, n)
+        return upkeep.refresh(self._setup, self._store, names, item_network, n)
 
     def prefill(
         self,
@@ -222,13 +282,6 @@ class MultiCacheLossHandler(Upkeep):
         features: name -> field -> (N, …)
         """
         check_keys(check_mapping(features, "features"), self._managers, "features", exact=False)
-        return self._prefill(features, item_network, batch_size, progress)
-
-
-def _two_phase(cache_loss: Any) -> CacheClassificationLoss:
-    if not isinstance(cache_loss, CacheClassificationLoss):
-        raise KindError(
-            f"cache_loss is a {type(cache_loss).__name__}, which has no phases: use "
-            "update_cache_and_compute_loss, or a CacheClassificationLoss."
+        return upkeep.prefill(
+            self._setup, self._store, features, item_network, batch_size, progress
         )
-    return cache_loss

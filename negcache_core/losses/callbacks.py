@@ -30,10 +30,9 @@ def scale_for(scale: Any, like: Array, backend: Backend) -> Any:
         raise ShapeError(f"scale has shape {sizes}: expected one value, shape ().")
     if dtype_kind(array.dtype) not in {"floating", "integer"}:
         raise DTypeError(f"scale has dtype {dtype_name(array.dtype)}: expected a floating one.")
-    device = backend.device(array)
     # Scalars on the host go with arrays anywhere.
-    if device is not None and device != backend.device(like) and str(device) != "cpu":
-        raise DeviceError(f"scale is on {device} and the queries on {backend.device(like)}.")
+    if backend.has_devices and array.device != like.device and str(array.device) != "cpu":
+        raise DeviceError(f"scale is on {array.device} and the queries on {like.device}.")
     return array
 
 

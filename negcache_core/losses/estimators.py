@@ -1,7 +1,8 @@
 """Estimators: the weights with which drawn negatives stand for the whole cache.
 
 An estimator turns what retrieval knows into constants; the loss multiplies them with fresh,
-differentiable scores. Each new estimator is one function here and one entry in ESTIMATORS.
+differentiable scores. A new estimator is one function here and one entry in ESTIMATORS: nothing
+else knows it by name.
 """
 
 from collections.abc import Callable
@@ -128,10 +129,27 @@ def exact_query(law: Law, *, xp: Any) -> Weights:
     return weights._replace(readout=law.cache_share(xp=xp), stale=weights.every)
 
 
-ESTIMATORS: dict[str, Callable[..., Weights]] = {
-    "paper": paper,
-    "shared": shared,
-    "exact_query": exact_query,
+class Estimator(NamedTuple):
+    """An estimator: how it weighs, and what that takes.
+
+    weigh:               (softmax, *, xp) -> Weights
+    shares_draws:        whether every query weighs what all queries drew
+    reads_out:           whether it takes the mean embedding under a query's softmax
+    needs_linear_scores: whether the score must be linear in the query
+    """
+
+    weigh: Callable[..., Weights]
+    shares_draws: bool = False
+    reads_out: bool = False
+    needs_linear_scores: bool = False
+
+
+ESTIMATORS = {
+    "paper": Estimator(paper),
+    "shared": Estimator(shared, shares_draws=True),
+    "exact_query": Estimator(
+        exact_query, shares_draws=True, reads_out=True, needs_linear_scores=True
+    ),
 }
 
 
@@ -173,7 +191,8 @@ def check_estimator(
     """Return `name` if it names an estimator that works with the other options, or raise."""
     if not isinstance(name, str) or name not in ESTIMATORS:
         raise OptionError(f"estimator is {name!r}: expected one of {sorted(ESTIMATORS)}.")
-    if retrieval_fn and name != "paper":
+    estimator = ESTIMATORS[name]
+    if retrieval_fn and estimator.shares_draws:
         raise OptionError(
             f"estimator {name!r} needs the probabilities of the draws, which a retrieval_fn does "
             "not tell: leave retrieval_fn out, or use estimator='paper'."
@@ -183,14 +202,14 @@ def check_estimator(
             "staleness_correction needs the probabilities of the draws, which a retrieval_fn does "
             "not tell: leave one of the two out."
         )
-    if name == "exact_query" and transform:
+    if transform and estimator.needs_linear_scores:
         raise OptionError(
-            "estimator 'exact_query' needs scores that are linear in the query, which a "
+            f"estimator {name!r} needs scores that are linear in the query, which a "
             "score_transform is not: use scale= for a temperature, or estimator='shared'."
         )
-    if name == "exact_query" and top_k:
+    if top_k and estimator.reads_out:
         raise OptionError(
-            "estimator 'exact_query' reads out the whole cache, and top_k has a query compete with "
+            f"estimator {name!r} reads out the whole cache, and top_k has a query compete with "
             "k slots only: leave top_k out, or use estimator='shared'."
         )
     return name

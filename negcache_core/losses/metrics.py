@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from negcache_core.arrays._array import Array, cast, matmul_transposed
+from negcache_core.arrays._array import Array, cast
 from negcache_core.arrays.numerics import masked_mean, mean
 from negcache_core.losses.estimators import Weights
 from negcache_core.retrieval.result import Retrieval
@@ -48,7 +48,7 @@ def weight_metrics(weights: Weights, fresh: Array, *, xp: Any) -> dict[str, Arra
         rows = xp.where(xp.any(each > 0, axis=0)[:, None], fresh, 0.0)
         pulled = xp.matmul(each, rows)
         squares = xp.sum(each**2 * xp.sum(rows**2, axis=1)[None, :], axis=1)
-        along = xp.sum(each**2 * matmul_transposed(pulled, rows, xp), axis=1)
+        along = xp.sum(each**2 * xp.matmul_transposed(pulled, rows), axis=1)
     length = xp.sum(pulled**2, axis=1)
     # sum_k w_k^2 |f_k - mu|^2 with mu the weighted mean of the rows
     noise = squares - 2.0 * along / safe + square * length / safe**2

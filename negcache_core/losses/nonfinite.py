@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from negcache_core.arrays._array import Array, cast
 from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.numerics import finite_rows
+from negcache_core.retrieval.placement import Placement
 from negcache_core.retrieval.result import Retrieval
 from negcache_core.retrieval.scorer import Scorer
 
@@ -33,6 +34,27 @@ class Embedded(NamedTuple):
     def batch(self) -> Array:
         """Return the positives of all queries, those of all replicas."""
         return self.positives if self.every_positive is None else self.every_positive
+
+
+def gathered(
+    embedded: Embedded, retrieval: Retrieval, placement: Placement, dtype: Any, xp: Any
+) -> Embedded:
+    """Return the embeddings in `dtype`, with those of all replicas that a loss needs.
+
+    They are raised once, so that what each of their uses adds to a gradient is summed up wide, and
+    rounded to the towers' dtype once.
+    """
+    if placement.sharded:
+        draws, sizes = retrieval.drawn.shape[1], retrieval.route.sizes
+        rows = tuple([size // draws for size in sizes])
+        # In this order everywhere, as the gradients travel back in the opposite one.
+        if retrieval.others is not None:
+            every = placement.gather_fresh(embedded.positives, rows)
+            embedded = embedded._replace(every_positive=every)
+        if retrieval.pool is not None:
+            every = placement.gather_fresh(embedded.drawn, sizes)
+            embedded = embedded._replace(every_drawn=every)
+    return Embedded(*[None if each is None else cast(each, dtype, xp) for each in embedded])
 
 
 class Usable(NamedTuple):

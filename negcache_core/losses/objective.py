@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from negcache_core.arrays._array import Array, cast
 from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.numerics import finite_rows, sigmoid, soft_plus
-from negcache_core.losses.estimators import ESTIMATORS, Law, Weights, corrected
+from negcache_core.losses.estimators import Estimator, Law, Weights, corrected
 from negcache_core.losses.metrics import staleness, step_metrics, weight_metrics
 from negcache_core.losses.nonfinite import Embedded, Usable, of_usable_queries, without_poison
 from negcache_core.losses.surrogate import (
@@ -44,7 +44,7 @@ def estimate(
     scorer: Scorer,
     backend: Backend,
     *,
-    estimator: str,
+    estimator: Estimator,
     staleness_correction: bool,
 ) -> Estimate:
     """Return the estimate of one step; see `CacheClassificationLoss.loss_from_negatives`."""
@@ -65,7 +65,7 @@ def estimate(
     )
     log_odds = law.log_odds(xp=xp)
     interpretable = xp.where(usable.queries, soft_plus(log_odds, xp=xp), float("nan"))
-    weights = ESTIMATORS[estimator](law, xp=xp).without(~usable.pool, xp=xp)
+    weights = estimator.weigh(law, xp=xp).without(~usable.pool, xp=xp)
     if staleness_correction:
         with backend.no_gradient():
             moved = _moved(weights, scorer, constant(queries), constant(weighed), stale)

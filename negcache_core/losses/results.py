@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 from negcache_core.arrays._array import Array
+from negcache_core.retrieval.result import Retrieval
 
 
 class CacheLossReturn(NamedTuple):
@@ -31,6 +32,17 @@ class CacheLossReturn(NamedTuple):
     staleness: Array
     loss: Array | None = None
     metrics: dict[str, Array] | None = None
+
+
+def refresh_of(retrieval: Retrieval, data: dict[str, Array], finite: Array) -> tuple[Any, Any, Any]:
+    """Return the updated_item_* of drawn rows, by cache name where the caches were named.
+
+    data: field -> (m, …) fresh; finite: bool (m,), which rows may be written
+    """
+    if not isinstance(retrieval.slots, dict):
+        return data, retrieval.slots, retrieval.owned & finite
+    masks = {name: mask & finite for name, mask in retrieval.owned.items()}
+    return dict.fromkeys(retrieval.slots, data), retrieval.slots, masks
 
 
 class CacheLoss(ABC):

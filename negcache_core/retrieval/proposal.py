@@ -1,10 +1,10 @@
 """All rows that a step drew, together: what estimators need that share them among queries."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from negcache_core.arrays._array import Array, take
+from negcache_core.arrays._array import Array
 from negcache_core.arrays.numerics import log_sum_exp
 from negcache_core.retrieval.tiled_scores import CacheScores
 from negcache_core.retrieval.top_k import group_of
@@ -55,32 +55,32 @@ def pool_of(
 
 
 def cross_scores(
-    caches: Sequence[CacheScores],
-    rows: Mapping[str, Array],
+    scores_of: CacheScores,
+    stale: Array,
+    ids: Array | None,
+    bias: Array | None,
     drawn: Array,
-    slots: Array | None = None,
-    candidates: Array | None = None,
-    capacity: int | None = None,
+    slots: Array | None,
+    candidates: Array | None,
+    capacity: int,
 ) -> Array:
     """Return (B, n): the stale score of each query with each drawn row, -inf if not a negative.
 
-    caches:     of the queries (B, D)
-    rows:       of the drawn rows "stale_embeddings" (n, D); "ids", "bias" (n,) if there are such
-    drawn:      bool (n,), False where nothing could be drawn
-    slots:      (n,) over all caches, with `candidates` (B, k), the best slot of each group, where
-                a query competes with these only
-    capacity:   of all caches, where `caches` are not all
+    scores_of:       the scores of the queries (B, D), of any cache
+    stale, ids, bias: (n, D), (n,), (n,) of the drawn rows; drawn: bool (n,), False where nothing
+                     could be drawn
+    slots:           (n,) of all `capacity` slots, with `candidates` (B, k), the best slot of each
+                     group, where a query competes with these only
     """
-    scores_of = caches[0]
     xp, backend = scores_of.scorer.xp, scores_of.backend
-    scores = scores_of.scorer.by_item(scores_of.queries, rows["stale_embeddings"])
-    if "bias" in rows:
-        scores = scores - rows["bias"][:, None]
-    if "ids" in rows:
-        scores = backend.exclude(scores, rows["ids"], scores_of.positive_ids)
+    scores = scores_of.scorer.by_item(scores_of.queries, stale)
+    if bias is not None:
+        scores = scores - bias[:, None]
+    if ids is not None:
+        scores = backend.exclude(scores, ids, scores_of.positive_ids)
     if candidates is not None and slots is not None:
-        capacity = sum(cache.slots for cache in caches) if capacity is None else capacity
         group = group_of(slots, capacity, candidates.shape[1], xp)
-        best = take(xp.matrix_transpose(candidates), group, xp)
+        best = xp.take_rows(xp.matrix_transpose(candidates), group)
         scores = xp.where(best == slots[:, None], scores, -float("inf"))
-    return xp.matrix_transpose(xp.where(drawn[:, None], scores, -float("inf")))
+    crossed: Array = xp.matrix_transpose(xp.where(drawn[:, None], scores, -float("inf")))
+    return crossed

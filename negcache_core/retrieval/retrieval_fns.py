@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from negcache_core.arrays._array import Array, cast, dtype_kind, index_dtype, length, namespace
+from negcache_core.arrays._array import Array, cast, dtype_kind, length, namespace
 from negcache_core.arrays.backend import NUMPY, Backend
 from negcache_core.arrays.validation import (
     array_of,
@@ -103,4 +103,4 @@ def choice(chosen: Any, rows: Any, backend: Backend) -> Array:
             f"retrieval_fn returned shape {tuple(chosen.shape)} and dtype {chosen.dtype} for "
             f"{rows} queries: expected integer slots of shape (B, 1), or (B, S) for S draws each."
         )
-    return cast(chosen, index_dtype(xp), xp)
+    return cast(chosen, xp.index_dtype, xp)

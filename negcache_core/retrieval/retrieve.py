@@ -3,72 +3,82 @@
 Everything here is integers and constants; nothing is differentiated.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-from negcache_core.arrays._array import Array, length, mask_rows, positions, take, take_columns
-from negcache_core.arrays.backend import Backend
-from negcache_core.arrays.numerics import log_sum_exp
-from negcache_core.retrieval.retrieval_fns import choice
-from negcache_core.retrieval.softmax_draw import draw_from_caches, draw_from_softmax
+from negcache_core.arrays._array import Array, length, mask_rows, positions
+from negcache_core.retrieval.placement import Found, Placement, Sizes
+from negcache_core.retrieval.positives import others_of
+from negcache_core.retrieval.proposal import Pool, cross_scores, pool_of
+from negcache_core.retrieval.request import Request
+from negcache_core.retrieval.result import Retrieval
 from negcache_core.retrieval.tiled_scores import CacheScores
-from negcache_core.retrieval.top_k import best_of_all_groups, check_groups
 
 
-class Draw(NamedTuple):
-    """Slots (B, S) over all caches; drawn (B, S); log_partition (B,); entropy (B,).
+def retrieve(request: Request, placement: Placement) -> Retrieval:
+    """Draw negatives for checked arguments; slots are by cache name."""
+    wanted, batch, backend = request.wanted, request.batch, request.backend
+    xp, constant = backend.xp, backend.stop_gradient
+    sizes = placement.meet(request)
+    queries, ids = placement.gather((request.queries, batch.ids), sizes.rows)
+    scores = request.scores(queries, ids, placement.first(sizes.slots))
+    found = placement.draw(request, scores, sizes)
+    others, bias, pool = None, None, None
+    if wanted.in_batch:
+        items, bias = placement.gather((batch.items, batch.bias), sizes.rows)
+        first = placement.first(sizes.rows)
+        others = others_of(request.queries, batch.ids, queries, items, first, xp=xp)
+    if wanted.shares_draws:
+        if placement.sharded:  # those above are of everyone's queries
+            scores = request.scores(request.queries, batch.ids)
+        pool = Pool(*map(constant, _pool(request, placement, sizes, scores, found)))
+    fields, rows = found.rows["fields"], found.rows
+    features = {key: fields[key] for key in wanted.data_keys}
+    return Retrieval(
+        with_stand_ins(features, found.drawn, request.stand_in, xp),
+        found.drawn,
+        constant(found.log_partition),
+        constant(found.entropy),
+        fields[wanted.embedding_key],
+        rows["ages"],
+        placement.fill(request, sizes),
+        rows["slots"],
+        rows["owned"],
+        found.route,
+        pool,
+        None if found.readout is None else constant(found.readout),
+        others,
+        bias,
+    )
 
-    readout (B, D), where it was wanted; candidates (B, k), the best slot of each top-k group
-    """
 
-    slots: Array
-    drawn: Array
-    log_partition: Array
-    entropy: Array
-    readout: Array | None = None
-    candidates: Array | None = None
-
-
-def draw(
-    caches: Sequence[CacheScores],
-    *,
-    noise: Array | None,
-    retrieval_fn: Callable[[Array], Array] | None,
-    top_k: int | None,
-    readout: bool,
-    backend: Backend,
-) -> Draw:
-    """Draw slots.
-
-    Without `retrieval_fn` the draw is from the softmax, driven by `noise`; the score matrix (with
-    top_k: of the groups' best) is made for a user's function alone. A slot that such a function
-    chooses outside of the matrix counts as not drawn.
-    """
-    xp, columns, mean = backend.xp, None, None
-    if top_k is None and retrieval_fn is None:
-        slots, scores, log_partition, mean = draw_from_caches(caches, noise, readout=readout)
-        drawn, mean_score = scores > -float("inf"), xp.mean(scores, axis=1)
-    else:
-        if top_k is None:
-            matrix = xp.concat([cache.matrix() for cache in caches], axis=1)
-        else:
-            check_groups(top_k, sum(cache.slots for cache in caches))
-            matrix, columns = best_of_all_groups(caches, top_k)
-        if retrieval_fn is None:
-            slots, log_partition = draw_from_softmax(matrix, noise, xp=xp)
-        else:
-            slots = choice(retrieval_fn(matrix), matrix.shape[0], backend)
-            log_partition = log_sum_exp(matrix, xp=xp)
-        inside = (slots >= 0) & (slots < matrix.shape[1])
-        slots = xp.where(inside, slots, 0)
-        scores = take_columns(matrix, slots, xp)
-        drawn = inside & (scores > -float("inf"))
-        slots = slots if columns is None else take_columns(columns, slots, xp)
-        # The whole law is at hand here, so the entropy can be exact.
-        law = xp.exp(matrix - xp.where(log_partition > -float("inf"), log_partition, 0.0)[:, None])
-        mean_score = xp.sum(law * xp.where(matrix > -float("inf"), matrix, 0.0), axis=1)
-    entropy = xp.where(log_partition > -float("inf"), log_partition - mean_score, 0.0)
-    return Draw(slots, drawn, log_partition, entropy, mean, columns)
+def _pool(
+    request: Request,
+    placement: Placement,
+    sizes: Sizes,
+    scores: list[CacheScores],
+    found: Found,
+) -> Pool:
+    """Return what is known of all rows that were drawn for anyone."""
+    wanted, xp, fields = request.wanted, request.backend.xp, found.rows["fields"]
+    known = [
+        None if key is None else fields[key]
+        for key in (wanted.embedding_key, wanted.id_key, wanted.bias_key)
+    ]
+    draws = () if found.route is None else found.route.sizes
+    flat = xp.reshape(found.drawn, (-1,))
+    stale, ids, bias, slots, drawn = placement.gather((*known, found.slots, flat), draws)
+    cross = cross_scores(
+        scores[0], stale, ids, bias, drawn, slots, found.candidates, sum(sizes.slots)
+    )
+    return pool_of(
+        cross,
+        found.log_partition,
+        stale,
+        wanted.num_samples,
+        xp=xp,
+        sum_logs=lambda logs: placement.sum_logs(logs, xp),
+    )
 
 
 def with_stand_ins(
@@ -84,6 +94,6 @@ def with_stand_ins(
     flat = xp.reshape(drawn, (-1,))
     row = positions(flat, xp) // drawn.shape[1] % count
     return {
-        key: xp.where(mask_rows(flat, rows), rows, take(stand_in[key], row, xp))
+        key: xp.where(mask_rows(flat, rows), rows, xp.take_rows(stand_in[key], row))
         for key, rows in features.items()
     }

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from negcache_core.arrays._array import Array, cast, matmul_transposed
+from negcache_core.arrays._array import Array, cast
 
 
 class Scorer(NamedTuple):
@@ -36,7 +36,7 @@ class Scorer(NamedTuple):
     def by_item(self, scaled_queries: Array, items: Array) -> Array:
         """Score items (C, D) with queries (B, D) that have the scale in them: (C, B)."""
         items = cast(items, self.dtype, self.xp)
-        scores = matmul_transposed(items, scaled_queries, self.xp)
+        scores = self.xp.matmul_transposed(items, scaled_queries)
         if self.transform is None:
             return scores
         # The user's function sees (B, C), whichever way it is computed.

@@ -9,11 +9,9 @@ from negcache_core.arrays._array import (
     Array,
     cast,
     fill,
-    index_dtype,
     length,
     namespace,
     positions,
-    take,
     take_columns,
 )
 from negcache_core.arrays.numerics import log_sum_exp
@@ -35,7 +33,7 @@ def inverse_cdf(log_weights: Array, uniforms: Array, *, xp: Any = None) -> Array
     top = xp.max(log_weights, axis=-1, keepdims=True)
     cdf = xp.cumulative_sum(xp.exp(log_weights - xp.where(top > -float("inf"), top, 0.0)), axis=-1)
     target = uniforms * cdf[:, -1:]
-    index_of = index_dtype(xp)
+    index_of = xp.index_dtype
     below = xp.sum(cast(cdf[:, None, :] <= target[:, :, None], index_of, xp), axis=-1)
     # Where rounding makes the target the whole sum, the last position with any weight is meant.
     last = xp.sum(cast(cdf < cdf[:, -1:], index_of, xp), axis=-1)
@@ -64,7 +62,7 @@ def draw_from_softmax(scores: Array, noise: Array, *, xp: Any = None) -> tuple[A
 
     def scores_of(block: Array) -> Array:
         numbers = xp.reshape(first + block, (-1,))
-        chosen = take(xp.reshape(scores, (-1, BLOCK)), numbers, xp)
+        chosen = xp.take_rows(xp.reshape(scores, (-1, BLOCK)), numbers)
         return xp.reshape(chosen, (-1, block.shape[1], BLOCK))
 
     block, inside, _, log_partition = draw_in_blocks(weights, noise, scores_of, xp=xp)

@@ -16,7 +16,6 @@ from negcache_core.arrays._array import (
     dtype_name,
     fill,
     length,
-    take,
 )
 from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.numerics import log_sum_exp
@@ -121,23 +120,23 @@ class CacheScores(NamedTuple):
         every = block[:, :, None] * BLOCK + arange_like(BLOCK, block, xp)[None, None, :]
         there = (every >= 0) & (every < self.slots)
         flat = xp.reshape(xp.where(there, every, 0), (-1,))
-        rows = xp.reshape(take(self.table, flat, xp), (-1, draws * BLOCK, self.table.shape[1]))
+        rows = xp.reshape(xp.take_rows(self.table, flat), (-1, draws * BLOCK, self.table.shape[1]))
         scores = xp.reshape(self.scorer.by_row(self.queries, rows), (-1, draws, BLOCK))
         if self.bias is not None:
-            scores = scores - xp.reshape(take(self.bias, flat, xp), (-1, draws, BLOCK))
+            scores = scores - xp.reshape(xp.take_rows(self.bias, flat), (-1, draws, BLOCK))
         if self.ids is not None:
-            ids = xp.reshape(take(self.ids, flat, xp), (-1, draws, BLOCK))
+            ids = xp.reshape(xp.take_rows(self.ids, flat), (-1, draws, BLOCK))
             for place in range(self.positive_ids.shape[1]):
                 there = there & (ids != self.positive_ids[:, None, None, place])
-        written = is_written(xp.reshape(take(self.age, flat, xp), (-1, draws, BLOCK)))
+        written = is_written(xp.reshape(xp.take_rows(self.age, flat), (-1, draws, BLOCK)))
         return xp.where(there & written, scores, -float("inf"))
 
     def of_queries(self, rows: Array) -> "CacheScores":
         """Return the scores of some of the queries, or of all several times: rows (n,) of them."""
         xp, own = self.scorer.xp, self.positive_ids
         return self._replace(
-            queries=take(self.queries, rows, xp),
-            positive_ids=None if own is None else take(own, rows, xp),
+            queries=xp.take_rows(self.queries, rows),
+            positive_ids=None if own is None else xp.take_rows(own, rows),
         )
 
     def by_slot(self, start: Any, size: int) -> tuple[Array, Array, Array]:

@@ -9,7 +9,6 @@ from negcache_core.arrays._array import (
     arange_like,
     cast,
     concat_rows,
-    index_dtype,
     length,
     namespace,
     take_columns,
@@ -131,7 +130,7 @@ def no_groups(cache: CacheScores, groups: int) -> tuple[Array, Array]:
         xp.sum(xp.zeros_like(cache.queries), axis=1)[None, :],
         (groups, length(cache.queries, xp)),
     )
-    return zero - float("inf"), cast(zero, index_dtype(xp), xp)
+    return zero - float("inf"), cast(zero, xp.index_dtype, xp)
 
 
 def best_of_parts(scores: Array, places: Array, *, xp: Any) -> tuple[Array, Array]:

@@ -3,7 +3,7 @@
 The softmax and the loss are those of the one big cache and the whole batch.
 """
 
-from negcache_core.sharding.placement import ShardedLoss
+from negcache_core.sharding.classification import DistributedCacheClassificationLoss
 from negcache_core.sharding.replicas import Replicas
 
-__all__ = ["Replicas", "ShardedLoss"]
+__all__ = ["DistributedCacheClassificationLoss", "Replicas"]

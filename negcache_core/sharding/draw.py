@@ -7,7 +7,7 @@ a slot inside, by its owner; the rows travel to the replica whose query drew the
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from negcache_core.arrays._array import Array, cast, take, take_columns
+from negcache_core.arrays._array import Array, cast, take_columns
 from negcache_core.arrays.numerics import log_sum_exp
 from negcache_core.retrieval.softmax_draw import draw_given_blocks, inverse_cdf, weigh_blocks
 from negcache_core.retrieval.tiled_scores import CacheScores
@@ -63,8 +63,8 @@ def draw_from_shards(
         query = entries // draws
         drawn = draw_given_blocks(
             [cache.of_queries(query) for cache in caches],
-            take(weights, query, xp),
-            take(inner, entries, xp)[:, None, :],
+            xp.take_rows(weights, query),
+            xp.take_rows(inner, entries)[:, None, :],
         )
         return drawn.slots, drawn.scores
 
@@ -80,7 +80,7 @@ def draw_from_shards(
         whole = xp.where(log_partition > -float("inf"), log_partition, 0.0)
         share = xp.exp(own - whole)
         mean = replicas.sum_of_parts(share[:, None] * mean, sizes)
-    served = take(owner, entries, xp) == replicas.rank
+    served = xp.take_rows(owner, entries) == replicas.rank
     return ShardDraw(
         slots - caches[0].first,
         xp.where(served, scores[:, 0], -float("inf")),

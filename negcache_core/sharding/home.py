@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from negcache_core.arrays._array import Array, cast, positions, take
+from negcache_core.arrays._array import Array, cast, positions
 from negcache_core.cache.matching import equal_rows, first_match
 from negcache_core.errors import CapacityError
 from negcache_core.sharding.replicas import Replicas, Route
@@ -48,6 +48,6 @@ def bring_home(
     home = xp.where(
         xp.any(holders, axis=0),
         xp.argmax(cast(holders, xp.uint8, xp), axis=0),
-        xp.where(counted, take(asker, last, xp), asker),
+        xp.where(counted, xp.take_rows(asker, last), asker),
     )
     return Route(home, replicas.entries(home), sizes)

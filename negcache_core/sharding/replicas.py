@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from negcache_core.arrays._array import Array
+from negcache_core.arrays.backend import Backend
 from negcache_core.errors import OptionError
 
 
@@ -29,13 +30,15 @@ class Route(NamedTuple):
 class Replicas(ABC):
     """What replicas do together. Every verb is called by all of them, in the same order.
 
-    count: how many there are; rank: which one this is, a number that may be traced
-    turns: in how many equal parts a replica makes the draws it serves, to save memory
+    count:   how many there are; rank: which one this is, a number that may be traced
+    turns:   in how many equal parts a replica makes the draws it serves, to save memory
+    lasting: whether this object may be kept from one step to the next
     """
 
     count: int
     rank: Any
     turns: int = 1
+    lasting = True
 
     def first(self, sizes: Sequence[int]) -> Any:
         """Return the place of this replica's first row among those of all, which have `sizes`."""
@@ -54,6 +57,21 @@ class Replicas(ABC):
     def texts(self, own: str, like: Array) -> list[str]:
         """Return every replica's text, by rank."""
 
+    def noise(
+        self, backend: Backend, generator: Any, rows: Sequence[int], draws: int, like: Array
+    ) -> Array:
+        """Return noise (n, draws, 2) for the queries of all replicas, the same on each of them."""
+        # Every replica makes all of it: there is one generator state in the whole job.
+        return backend.uniform(generator, (sum(rows), draws, 2), like)
+
+    def share_generator(self, generator: Any, like: Array) -> None:
+        """Give every replica the first one's noise, where their generators may differ."""
+        del generator, like  # not an empty body, of which TensorFlow's AutoGraph would warn
+
+    def check_slots(self, slots: Mapping[str, int], facts: Mapping[str, Any]) -> None:
+        """Raise ShapeError unless the caches' `slots` here are a shard of what `facts` say."""
+        del slots, facts
+
     @abstractmethod
     def gather(self, arrays: Sequence[Array], sizes: Sequence[int]) -> list[Array]:
         """Return arrays (n, …) concatenated over all replicas, which have `sizes` rows of each."""
@@ -68,7 +86,8 @@ class Replicas(ABC):
 
     def sum_of_parts(self, array: Array, sizes: Sequence[int]) -> Array:
         """Return the sum over replicas (own rows, …) of the `parts` sent here."""
-        return self.parts(array, sizes).sum(0)
+        total: Array = self.parts(array, sizes).sum(0)  # type: ignore[attr-defined] # all have it
+        return total
 
     @abstractmethod
     def serve(self, arrays: Sequence[Array], route: Route) -> list[Array]:

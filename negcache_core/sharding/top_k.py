@@ -4,7 +4,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 
-from negcache_core.arrays._array import Array, cast, take, take_columns
+from negcache_core.arrays._array import Array, cast, take_columns
 from negcache_core.errors import OptionError
 from negcache_core.retrieval.softmax_draw import draw_from_softmax
 from negcache_core.retrieval.tiled_scores import CacheScores
@@ -45,14 +45,15 @@ def draw_from_shard_groups(
         lambda found, end: found + cast(slots >= end, slots.dtype, xp), ends[:-1], slots * 0
     )
     entries = replicas.entries(owner)
-    own = take(slots, entries, xp) - caches[0].first
+    # Where shapes must be known, every replica has all draws: the others' are put aside.
+    own, served = xp.take_rows(slots, entries), xp.take_rows(owner, entries) == replicas.rank
     return ShardDraw(
-        own[:, None],
-        take(all_scores, entries, xp),
+        xp.where(served, own - caches[0].first, 0)[:, None],
+        xp.where(served, xp.take_rows(all_scores, entries), -float("inf")),
         Route(owner, entries, draws),
         log_partition,
         candidates=places,
-        slot_of_all=take(slots, entries, xp),
+        slot_of_all=own,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import negcache_core
+from negcache_core import adapter
 from negcache_core.arrays.backend import Backend
 
 Tree = Any  # nested dicts, tuples and NamedTuples of arrays
@@ -75,16 +76,7 @@ def map_tree(function: Callable[[Any], Any], tree: Tree) -> Tree:
 def bind(backend: Backend) -> SimpleNamespace:
     """Return negcache's public names bound to `backend`, for a library without an adapter."""
     public = {name: getattr(negcache_core, name) for name in negcache_core.__all__}
-    bound = {
-        name: type(name, (value,), {"backend": backend})
-        for name, value in public.items()
-        if hasattr(value, "backend")
-    }
-
-    def top_k(scores: Any, k: int) -> tuple[Any, Any]:
-        return negcache_core.approximate_top_k_with_indices(scores, k, xp=backend.xp)
-
-    return SimpleNamespace(**{**public, **bound, "approximate_top_k_with_indices": top_k})
+    return SimpleNamespace(**{**public, **adapter.bind(backend, __name__)._asdict()})
 
 
 NUMPY_ADAPTER = Adapter("numpy", negcache_core, np.asarray, np.asarray)

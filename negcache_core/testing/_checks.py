@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from negcache_core import exact
-from negcache_core.arrays._array import take
 from negcache_core.cache.state import EMPTY, NegativeCache
 from negcache_core.losses.estimators import ESTIMATORS, Law
 from negcache_core.losses.surrogate import positive_weight
@@ -47,7 +46,7 @@ def _as(mask: Any, like: Any) -> Any:
 def _embed(adapter: Adapter, features: dict[str, Any]) -> Any:
     """Return the same function of token ids on every library: the mean of their rows of TABLE."""
     xp = adapter.module.CacheManager.backend.xp
-    rows = take(adapter.to_native(TABLE), xp.reshape(features["tokens"], (-1,)), xp)
+    rows = xp.take_rows(adapter.to_native(TABLE), xp.reshape(features["tokens"], (-1,)))
     return xp.mean(xp.reshape(rows, (-1, TOKENS, WIDTH)), axis=1)
 
 
@@ -323,7 +322,7 @@ def check_gradients(adapter: Adapter) -> None:
             np.asarray(adapter.to_numpy(drawn.log_partition)),
             np.asarray(adapter.to_numpy(drawn.drawn)),
         )
-        weights = ESTIMATORS["paper"](law, xp=np)
+        weights = ESTIMATORS["paper"].weigh(law, xp=np)
         miss = positive_weight(law, weights, xp=np)
         expected = exact.surrogate_gradients(
             weights, miss, np.arange(4)[:, None], query, positive, fresh[slots], scale=scale

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from negcache_core.arrays._array import Array, index_dtype, take
+from negcache_core.arrays._array import Array
 from negcache_core.arrays.validation import as_whole, check_function, embeddings_of, in_order
 from negcache_core.cache.named import SINGLE
 from negcache_core.cache.state import EMPTY, NegativeCache
@@ -131,8 +131,8 @@ def stale_rows(
         return Aged(ages[:0], np.zeros(0))
     chosen = order[np.linspace(0, len(order) - 1, min(count, len(order))).astype(np.int64)]
     with backend.no_gradient():
-        slots = xp.astype(backend.to_array(chosen), index_dtype(xp))
-        features = {field: take(cache.data[field], slots, xp) for field in handler.data_keys}
+        slots = xp.astype(backend.to_array(chosen), xp.index_dtype)
+        features = {field: xp.take_rows(cache.data[field], slots) for field in handler.data_keys}
         fresh = embeddings_of(
             item_network(features),
             (len(chosen), cache.data[key].shape[1]),
@@ -140,7 +140,7 @@ def stale_rows(
             backend,
             like=cache.age,
         )
-        stale = take(cache.data[key], slots, xp)
+        stale = xp.take_rows(cache.data[key], slots)
         pair = (backend.to_host(each).astype(np.float64) for each in (stale, fresh))
         found = staleness(*pair, xp=np)
     finite = np.isfinite(found)

@@ -2,16 +2,17 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from negcache_core import EMPTY, KeysError, NegativeCache
+from negcache_core.adapter import Caches, Setup, Store
 from negcache_core.cache.restoring import check_layout, nonfinite_rows, warn_of_nonfinite
+
+from ._backend import TORCH
 
 
 class CacheTable(nn.Module):
     """One cache's rows and ages as buffers: they are saved, moved and copied with the module."""
-
-    age: Tensor
 
     def __init__(self, cache: NegativeCache) -> None:
         super().__init__()
@@ -23,12 +24,42 @@ class CacheTable(nn.Module):
     @property
     def cache(self) -> NegativeCache:
         """The live rows and ages: writing to these tensors writes to the buffers."""
-        return self.view(dict(self.named_buffers()))
+        return self.view(self._buffers)
 
     def view(self, buffers: dict[str, Any]) -> NegativeCache:
         """Return buffers, by their names in this module, as a cache."""
         data = {key: buffers[name] for key, name in self._names.items()}
         return NegativeCache(data, buffers["age"])
+
+
+class BufferStore(Store):
+    """The caches of a handler as buffers of its module `tables`; written in place."""
+
+    def __init__(self, caches: Caches) -> None:
+        self.tables = {name: CacheTable(cache) for name, cache in caches.items()}
+
+    @classmethod
+    def of(cls, setup: Setup) -> "BufferStore":
+        """Return the store of a new handler."""
+        return cls(setup.placement.init_caches(setup.managers))
+
+    def attach(self, handler: Any) -> None:
+        """Make the tables a part of the handler's module, and so of its state_dict."""
+        named = {table_name(name): table for name, table in self.tables.items()}
+        handler.tables = nn.ModuleDict(named)
+        handler.register_load_state_dict_pre_hook(check_loaded)
+
+    def read(self) -> Caches:
+        """Return the live buffers."""
+        return Caches({name: table.cache for name, table in self.tables.items()})
+
+    def write(self, caches: Caches) -> None:
+        """Do nothing: buffers are written in place."""
+
+
+def table_name(name: str) -> str:
+    """Return the name of a cache's module in `tables`."""
+    return "cache_" + module_name(name)
 
 
 def module_name(key: str) -> str:
@@ -56,11 +87,12 @@ def check_loaded(
             "options. Make such a one, load into it, and pass its cache to handler.restore."
         )
     count = 0
-    for name, key in handler._table_names.items():  # noqa: SLF001 - of its own package
-        table, at = handler.tables[key], f"{prefix}tables.{key}."
+    store: BufferStore = handler._store  # type: ignore[assignment]  # noqa: SLF001 - its own
+    for name, table in store.tables.items():
+        at = f"{prefix}tables.{table_name(name)}."
         given = table.view({each: state_dict[at + each] for each, _ in table.named_buffers()})
         check_layout(given, table.cache, f"cache {name!r}")
-        bad = nonfinite_rows(given, handler.embedding_key, handler.backend)
+        bad = nonfinite_rows(given, handler.embedding_key, TORCH)
         if not given.age.is_meta and bad.any():
             state_dict[at + "age"] = given.age.masked_fill(bad, EMPTY)  # of load_state_dict's copy
             count += int(bad.sum())

@@ -1,0 +1,43 @@
+"""negcache's classes in JAX; what mypy knows of them stands in _bound.pyi."""
+
+from negcache_core.adapter import bind
+
+from ._backend import JAX
+from ._handler import Holding, StateHandler
+from ._loss import KeyedLoss, ShardedKeyedLoss
+
+# Handlers that hold a state while it is worked on.
+_HOLDING = bind(
+    JAX,
+    "negcache_jax",
+    mixins={"CacheLossHandler": Holding, "MultiCacheLossHandler": Holding},
+)
+
+
+class _OneCache(StateHandler):
+    holding = _HOLDING.CacheLossHandler
+
+
+class _ManyCaches(StateHandler):
+    holding = _HOLDING.MultiCacheLossHandler
+
+
+BOUND = bind(
+    JAX,
+    "negcache_jax",
+    mixins={
+        "CacheClassificationLoss": KeyedLoss,
+        "DistributedCacheClassificationLoss": ShardedKeyedLoss,
+        "CacheLossHandler": _OneCache,
+        "MultiCacheLossHandler": _ManyCaches,
+    },
+)
+CacheManager = BOUND.CacheManager
+CacheClassificationLoss = BOUND.CacheClassificationLoss
+DistributedCacheClassificationLoss = BOUND.DistributedCacheClassificationLoss
+CacheLossHandler = BOUND.CacheLossHandler
+MultiCacheLossHandler = BOUND.MultiCacheLossHandler
+IsInCacheFilterFn = BOUND.IsInCacheFilterFn
+MaxScoreRetrievalFn = BOUND.MaxScoreRetrievalFn
+GumbelMaxRetrievalFn = BOUND.GumbelMaxRetrievalFn
+approximate_top_k_with_indices = BOUND.approximate_top_k_with_indices

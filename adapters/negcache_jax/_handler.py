@@ -1,0 +1,174 @@
+"""What a handler is in JAX besides the core's: without state, which goes in and comes out."""
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+from jax import Array
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from negcache_core import CacheLossReturn, KindError, NegativeCache, OptionError
+from negcache_core.adapter import Setup
+from negcache_core.arrays.validation import check_keys, check_mapping
+from negcache_core.cache.restoring import check_layout
+from negcache_core.retrieval.placement import HERE
+from negcache_core.sharding.placement import check_equal_shards
+
+from ._backend import KeyStream, check_key
+from ._loss import KeyedLoss
+from ._store import HandlerState, NoStore, TreeStore
+
+
+class Silent:
+    """A handler that keeps no metrics: a traced array must not outlive its trace.
+
+    Use the phases for metrics.
+    """
+
+    def _report(self, result: CacheLossReturn) -> None:
+        """Keep nothing."""
+
+
+class Holding(Silent):
+    """A handler that holds a state, as `bind` returns it: it has the core's methods."""
+
+    _store: TreeStore
+
+    @property
+    def state(self) -> HandlerState:
+        """What became of the state."""
+        return self._store.state()
+
+
+class StateHandler(Silent):
+    """A handler without state of its own. Donate the state to jit, and no table is copied."""
+
+    _setup: Setup
+    _managers: Mapping[str, Any]
+    cache_loss: Any
+    holding: ClassVar[type[Any]]
+
+    @staticmethod
+    def make_store(setup: Setup) -> NoStore:
+        """Return an empty store: the state is explicit."""
+        del setup
+        return NoStore()
+
+    def init(self, key: Array) -> HandlerState:
+        """Return the state of empty caches; `key` seeds all draws.
+
+        A cache in shards is made whole. To make each shard on its own device, write
+        `jax.jit(handler.init, out_shardings=handler.shardings(mesh))(key)`.
+        """
+        return HandlerState(dict(HERE.init_caches(self._managers)), check_key(key, "key"))
+
+    def specs(self) -> HandlerState:
+        """Return a PartitionSpec for each array of the state: `in_specs` and `out_specs`.
+
+        Only for a handler whose cache is in shards: rows are cut along the loss's `group`, and the
+        key is the same everywhere.
+        """
+        if not self._setup.placement.sharded:
+            raise OptionError(
+                "specs and shardings are for a cache in shards: this handler's loss is a "
+                f"{type(self.cache_loss).__name__}. Use a DistributedCacheClassificationLoss."
+            )
+        rows = PartitionSpec(self.cache_loss.group)
+        caches = {
+            name: NegativeCache(dict.fromkeys(manager.specs, rows), rows)
+            for name, manager in self._managers.items()
+        }
+        return HandlerState(caches, PartitionSpec())
+
+    def shardings(self, mesh: Mesh) -> HandlerState:
+        """Return where each array of the state lies on a mesh: for jax.device_put, jit and Orbax.
+
+        Raises OptionError if the mesh lacks the axis, CapacityError if the number of devices along
+        it does not divide a cache_size.
+        """
+        specs = self.specs()
+        if not isinstance(mesh, (Mesh, AbstractMesh)):
+            raise KindError(f"mesh is a {type(mesh).__name__}: expected a jax.sharding.Mesh.")
+        group = self.cache_loss.group
+        axes = (group,) if isinstance(group, str) else tuple(group)
+        missing = [axis for axis in axes if axis not in mesh.shape]
+        if missing:
+            raise OptionError(
+                f"the loss's group is {group!r}, and the mesh has axes {tuple(mesh.shape)}: name "
+                "one of these, or several in a tuple."
+            )
+        count = math.prod(mesh.shape[axis] for axis in axes)
+        check_equal_shards(self._managers, count, f"device along {group!r}")
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+    def bind(self, state: HandlerState) -> Any:
+        """Return a handler holding `state`, for the phases; `.state` is what became of it.
+
+        Raises KeysError, CapacityError, ShapeError or DTypeError unless it is a state of this
+        handler, and not of one with other fields or another capacity.
+        """
+        if not isinstance(state, HandlerState):
+            raise KindError(
+                f"state is a {type(state).__name__}: expected a HandlerState, as handler.init(key) "
+                "makes. Give that to a checkpoint library as the target to restore."
+            )
+        caches = check_mapping(state.caches, "state.caches")
+        check_keys(caches, self._managers, "the state", exact=True)
+        if not self._setup.placement.sharded:
+            own = jax.eval_shape(lambda: dict(HERE.init_caches(self._managers)))
+            for name, cache in own.items():
+                check_layout(caches[name], cache, f"cache {name!r}")
+        keys, loss = KeyStream(check_key(state.key, "state.key")), self.cache_loss
+        if isinstance(loss, KeyedLoss):
+            loss = loss.with_keys(keys)
+        return self.holding.over(self, loss, TreeStore(state, keys))
+
+    def update_cache_and_compute_loss(
+        self, state: HandlerState, *arguments: Any, **options: Any
+    ) -> tuple[Array, HandlerState]:
+        """Return the loss and the state after the step, fit for `value_and_grad(has_aux=True)`.
+
+        The arguments after the state are those of `negcache_core`'s handler.
+        """
+        bound = self.bind(state)
+        loss = bound.update_cache_and_compute_loss(*arguments, **options)
+        return loss, bound.state
+
+    def evaluate(self, state: HandlerState, *arguments: Any, **options: Any) -> CacheLossReturn:
+        """Return the loss against the caches as they are; see `negcache_core`'s handler."""
+        result: CacheLossReturn = self.bind(state).evaluate(*arguments, **options)
+        return result
+
+    def refresh(self, state: HandlerState, *arguments: Any, **options: Any) -> HandlerState:
+        """Return the state with its oldest rows embedded anew; see `negcache_core`'s handler."""
+        return self._after("refresh", state, *arguments, **options)
+
+    def prefill(self, state: HandlerState, *arguments: Any, **options: Any) -> HandlerState:
+        """Return the state filled from a corpus; see `negcache_core`'s handler."""
+        return self._after("prefill", state, *arguments, **options)
+
+    def save(self, state: HandlerState, path: str | os.PathLike[str]) -> None:
+        """Write the state to a safetensors file, atomically; see `negcache_core`'s handler."""
+        self.bind(state).save(path)
+
+    def load(
+        self, state: HandlerState, path: str | os.PathLike[str], **options: bool
+    ) -> HandlerState:
+        """Return what `save` wrote, where `state` lies; see `negcache_core`'s handler."""
+        return self._after("load", state, path, **options)
+
+    def restore(self, state: HandlerState, *arguments: Any, **options: bool) -> HandlerState:
+        """Return the state with the rows and ages of a cache; see `negcache_core`'s handler."""
+        return self._after("restore", state, *arguments, **options)
+
+    def evict_nonfinite(self, state: HandlerState) -> HandlerState:
+        """Return the state without rows that are not finite; see `negcache_core`'s handler."""
+        return self._after("evict_nonfinite", state)
+
+    def _after(self, name: str, state: HandlerState, *arguments: Any, **options: Any) -> Any:
+        """Return the state after a method of the core's handler."""
+        bound = self.bind(state)
+        getattr(bound, name)(*arguments, **options)
+        return bound.state

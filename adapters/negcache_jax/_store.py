@@ -1,0 +1,48 @@
+"""Where a cache's state lives in JAX: in a pytree that goes into each call and comes out of it."""
+
+from typing import Any, NamedTuple
+
+from jax import Array
+
+from negcache_core import KindError, NegativeCache
+from negcache_core.adapter import Caches, Store
+
+from ._backend import KeyStream
+
+
+class HandlerState(NamedTuple):
+    """All state of a handler, a pytree: caches by name, and the key of the next draw."""
+
+    caches: dict[str, NegativeCache]
+    key: Array
+
+
+class NoStore(Store):
+    """What a handler holds that no state is bound to."""
+
+    def __init__(self) -> None:
+        super().__init__(Caches())
+
+    def read(self) -> Caches:
+        """Raise KindError."""
+        raise KindError(
+            "this handler holds no state: bind one to it, bound = handler.bind(state), and "
+            "take bound.state afterwards."
+        )
+
+
+class TreeStore(Store):
+    """One state while it is worked on; `keys` are for its draws."""
+
+    def __init__(self, state: HandlerState, keys: KeyStream) -> None:
+        super().__init__(Caches({name: state.caches[name] for name in sorted(state.caches)}))
+        self.keys = keys
+
+    def state(self) -> HandlerState:
+        """Return what became of the state."""
+        return HandlerState(dict(self.read()), self.keys.key)
+
+    def generators(self, loss: Any) -> list[Any]:
+        """Return the one stream that all draws come from."""
+        del loss
+        return [self.keys]

@@ -1,0 +1,71 @@
+"""negcache's classes in TensorFlow; what mypy knows of them stands in _bound.pyi."""
+
+from typing import Any
+
+import tensorflow as tf
+
+from negcache_core import CacheLossReturn, OptionError
+from negcache_core.adapter import bind
+
+from ._backend import TENSORFLOW
+from ._replicas import StrategyReplicas
+from ._store import VariableStore
+
+
+class _DistributedLoss:
+    """Cross-entropy against a cache that is cut into equal shards, one on each replica.
+
+    Make it, and its handler, inside `strategy.scope()`, and call them in `strategy.run`. Replicas
+    need batches of one size, known when traced: batch a dataset with drop_remainder=True. A
+    generator made from None or a seed gives each replica a stream of its own.
+
+    See `negcache_core.sharding.DistributedCacheClassificationLoss`.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        strategy = tf.distribute.get_strategy()
+        if self.top_k is not None and isinstance(strategy, tf.distribute.TPUStrategy):
+            raise OptionError(
+                "top_k needs each replica to know while it is traced which one it is, and a TPU's "
+                "replicas share one trace: leave top_k out to draw from the softmax over all slots."
+            )
+        self.placement = self.placement.of(StrategyReplicas(strategy))
+
+
+class _Handler:
+    make_store = VariableStore
+
+    def _report(self, result: CacheLossReturn) -> None:
+        recording = tf.get_static_value(tf.convert_to_tensor(tf.summary.should_record_summaries()))
+        if recording is None or recording:  # False unless the user set a default summary writer
+            values = {
+                **(result.metrics or {}),
+                "interpretable_prediction_loss": result.interpretable_loss,  # the published two
+                "staleness": result.staleness,
+            }
+            for name, value in values.items():
+                tf.summary.scalar(f"cache/{name}", tf.reduce_mean(value))
+        if tf.executing_eagerly():  # a traced tensor must not outlive its trace
+            super()._report(result)
+
+
+BOUND = bind(
+    TENSORFLOW,
+    "negcache_tensorflow",
+    module=tf.Module,
+    mixins={
+        "DistributedCacheClassificationLoss": _DistributedLoss,
+        "CacheLossHandler": _Handler,
+        "MultiCacheLossHandler": _Handler,
+    },
+)
+CacheManager = BOUND.CacheManager
+CacheClassificationLoss = BOUND.CacheClassificationLoss
+DistributedCacheClassificationLoss = BOUND.DistributedCacheClassificationLoss
+CacheLossHandler = BOUND.CacheLossHandler
+MultiCacheLossHandler = BOUND.MultiCacheLossHandler
+IsInCacheFilterFn = BOUND.IsInCacheFilterFn
+MaxScoreRetrievalFn = BOUND.MaxScoreRetrievalFn
+GumbelMaxRetrievalFn = BOUND.GumbelMaxRetrievalFn
+approximate_top_k_with_indices = BOUND.approximate_top_k_with_indices

@@ -1,0 +1,97 @@
+"""Where a cache's state lives in TensorFlow: in variables, also for `tf.function`."""
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import tensorflow as tf
+
+from negcache_core import DTypeError, NegativeCache
+from negcache_core.adapter import Caches, Setup, Store
+from negcache_core.cache.restoring import warn_of_nonfinite
+from negcache_core.handlers import checkpoint
+from negcache_core.sharding.placement import check_equal_shards
+
+from ._layout import Layout
+
+
+class VariableStore(Store):
+    """The caches of a handler as variables, which checkpoints find under its `tables`."""
+
+    def __init__(self, setup: Setup) -> None:
+        placement = setup.placement
+        aggregation = tf.VariableAggregation.ONLY_FIRST_REPLICA
+        if placement.sharded:
+            check_equal_shards(setup.managers, placement.replicas.count)
+            aggregation = tf.VariableAggregation.NONE
+        caches = placement.init_caches(setup.managers)
+        self.setup, self.layout = setup, Layout(caches)
+        tables = {
+            name: {
+                "age": _variable(cache.age, f"{name}/age", aggregation),
+                "data": {
+                    key: _variable(rows, f"{name}/{key}", aggregation)
+                    for key, rows in cache.data.items()
+                },
+            }
+            for name, cache in caches.items()
+        }
+        # A namespace keeps what it holds from being tracked.
+        self._live = SimpleNamespace(tables=tables)
+
+    def attach(self, handler: tf.Module) -> None:
+        """Let the handler's checkpoints find the variables.
+
+        Where replicas hold unlike values, only the variable of each can be saved.
+        """
+        tables, placement = self._live.tables, self.setup.placement
+        if placement.sharded:
+            tables = tf.nest.map_structure(placement.replicas.by_rank, tables)
+        handler.tables, handler.layout = tables, self.layout
+
+    def read(self) -> Caches:
+        """Return the live variables."""
+        if self.layout.restored:
+            self._look_into_restored()
+        return Caches(
+            {
+                name: NegativeCache(dict(table["data"]), table["age"])
+                for name, table in self._live.tables.items()
+            }
+        )
+
+    def write(self, caches: Caches) -> None:
+        """Do nothing: variables are written in place."""
+        del caches  # not an empty body, of which AutoGraph would warn
+
+    @tf.autograph.experimental.do_not_convert
+    def _look_into_restored(self) -> None:
+        """Leave out rows of a checkpoint that are not finite, where this process sees them."""
+        self.layout.restored = False
+        ages = [table["age"] for table in self._live.tables.values()]
+        with tf.init_scope():  # out of a tf.function that is being traced
+            if tf.executing_eagerly() and not any(
+                isinstance(age, tf.distribute.DistributedValues) for age in ages
+            ):
+                warn_of_nonfinite(int(checkpoint.evict_nonfinite(self.setup, self)))
+
+
+# What the workers of a cluster can send one another when a variable is made.
+_BROADCAST = (tf.bool, tf.float16, tf.float32, tf.float64, tf.int32, tf.int64)
+
+
+def _variable(value: tf.Tensor, name: str, aggregation: tf.VariableAggregation) -> Any:
+    strategy = tf.distribute.get_strategy()
+    several = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+    if several and strategy.num_replicas_in_sync > 1 and value.dtype not in _BROADCAST:
+        raise DTypeError(
+            f"field {name!r} is {value.dtype.name}, and a MultiWorkerMirroredStrategy makes "
+            f"variables of {[dtype.name for dtype in _BROADCAST]} only: choose one of these."
+        )
+    return tf.Variable(
+        value,
+        name=re.sub(r"[^A-Za-z0-9_./-]", "_", name),  # as tf.Variable requires
+        trainable=False,
+        aggregation=aggregation,
+        synchronization=tf.VariableSynchronization.ON_READ,
+    )

@@ -1,0 +1,79 @@
+"""negcache's classes in PyTorch; what mypy knows of them stands in _bound.pyi."""
+
+from torch import Tensor, nn
+
+from negcache_core import OptionError, handlers, losses
+from negcache_core.adapter import bind
+
+from ._backend import TORCH
+from ._replicas import ProcessGroup
+from ._store import BufferStore, table_name
+
+
+class _Loss:
+    forward = losses.CacheClassificationLoss.__call__
+    __call__ = nn.Module.__call__
+
+
+class _DistributedLoss(_Loss):
+    """Cross-entropy against a cache that is cut into shards, one on each rank.
+
+    group: a process group of torch.distributed; None for all ranks
+
+    See `negcache_core.sharding.DistributedCacheClassificationLoss`.
+    """
+
+    make_replicas = ProcessGroup
+
+
+class _Handler:
+    make_store = BufferStore.of
+
+    def distributed_state_dict(self) -> dict[str, Tensor]:
+        """Return the state for torch.distributed.checkpoint: each table is one shard of a DTensor.
+
+        Saved from one number of ranks it loads on another, in place: make the handler with the same
+        cache_size, and pass this to `dcp.load`. Only for a handler whose cache is in shards.
+        """
+        setup = self._setup
+        if not setup.placement.sharded:
+            raise OptionError(
+                "distributed_state_dict is for a cache in shards: this handler's loss is a "
+                f"{type(self.cache_loss).__name__}. Use state_dict()."
+            )
+        state, replicas = self.state_dict(), setup.placement.replicas
+        for name, manager in setup.managers.items():
+            table = f"tables.{table_name(name)}."
+            for field in [each for each in state if each.startswith(table)]:
+                state[field] = replicas.as_shard(state[field], manager.cache_size)
+        return state
+
+
+class _OneCache(_Handler):
+    forward = handlers.CacheLossHandler.update_cache_and_compute_loss
+
+
+class _ManyCaches(_Handler):
+    forward = handlers.MultiCacheLossHandler.update_cache_and_compute_loss
+
+
+BOUND = bind(
+    TORCH,
+    "negcache_torch",
+    module=nn.Module,
+    mixins={
+        "CacheClassificationLoss": _Loss,
+        "DistributedCacheClassificationLoss": _DistributedLoss,
+        "CacheLossHandler": _OneCache,
+        "MultiCacheLossHandler": _ManyCaches,
+    },
+)
+CacheManager = BOUND.CacheManager
+CacheClassificationLoss = BOUND.CacheClassificationLoss
+DistributedCacheClassificationLoss = BOUND.DistributedCacheClassificationLoss
+CacheLossHandler = BOUND.CacheLossHandler
+MultiCacheLossHandler = BOUND.MultiCacheLossHandler
+IsInCacheFilterFn = BOUND.IsInCacheFilterFn
+MaxScoreRetrievalFn = BOUND.MaxScoreRetrievalFn
+GumbelMaxRetrievalFn = BOUND.GumbelMaxRetrievalFn
+approximate_top_k_with_indices = BOUND.approximate_top_k_with_indices

@@ -1,0 +1,118 @@
+"""All that an adapter supplies, in one place: verbs, a store, replicas; and `bind`.
+
+1. A `Backend`: the verbs of one array library, with its namespace (the array API, and of `EXTRAS`
+   what it has a better form of).
+2. A `Store`: where the caches are, if not in arrays that are written in place.
+3. `Replicas`, and a `make_replicas`: only for a cache in shards.
+4. `bind(backend, package, …)` makes the public classes of these.
+
+CONTRIBUTING.md, "Write an adapter", goes through them; `negcache_core.testing` checks the result.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from negcache_core.arrays._array import EXTRAS, Array
+from negcache_core.arrays.backend import ACCELERATOR_TILE, CPU_TILE, Backend
+from negcache_core.arrays.validation import as_array
+from negcache_core.cache.filters import IsInCacheFilterFn
+from negcache_core.cache.manager import CacheManager
+from negcache_core.cache.named import Caches
+from negcache_core.handlers.cache_loss_handler import CacheLossHandler, MultiCacheLossHandler
+from negcache_core.handlers.setup import Setup
+from negcache_core.handlers.store import Store
+from negcache_core.losses.classification import CacheClassificationLoss
+from negcache_core.retrieval.retrieval_fns import GumbelMaxRetrievalFn, MaxScoreRetrievalFn
+from negcache_core.retrieval.top_k import approximate_top_k_with_indices
+from negcache_core.sharding.classification import DistributedCacheClassificationLoss
+from negcache_core.sharding.replicas import Replicas, Route
+
+__all__ = [
+    "ACCELERATOR_TILE",
+    "CPU_TILE",
+    "EXTRAS",
+    "Array",
+    "Backend",
+    "Bound",
+    "Caches",
+    "Replicas",
+    "Route",
+    "Setup",
+    "Store",
+    "bind",
+]
+
+
+class Bound(NamedTuple):
+    """The public names that belong to an array library, bound to it."""
+
+    CacheManager: type[CacheManager]
+    CacheClassificationLoss: type[CacheClassificationLoss]
+    DistributedCacheClassificationLoss: type[DistributedCacheClassificationLoss]
+    CacheLossHandler: type[CacheLossHandler]
+    MultiCacheLossHandler: type[MultiCacheLossHandler]
+    IsInCacheFilterFn: type[IsInCacheFilterFn]
+    MaxScoreRetrievalFn: type[MaxScoreRetrievalFn]
+    GumbelMaxRetrievalFn: type[GumbelMaxRetrievalFn]
+    approximate_top_k_with_indices: Callable[[Array, int], tuple[Array, Array]]
+
+
+_STATEFUL = (
+    CacheClassificationLoss,
+    DistributedCacheClassificationLoss,
+    CacheLossHandler,
+    MultiCacheLossHandler,
+    GumbelMaxRetrievalFn,
+)
+_STATELESS = (CacheManager, IsInCacheFilterFn, MaxScoreRetrievalFn)
+
+
+def bind(
+    backend: Backend,
+    package: str,
+    *,
+    module: type = object,
+    mixins: Mapping[str, type] | None = None,
+) -> Bound:
+    """Return negcache's classes on `backend`.
+
+    package: the name of the adapter's package, from which the classes are imported
+    module:  what losses, handlers and drawing functions are besides, such as torch.nn.Module: the
+             framework then finds their parameters and state
+    mixins:  class name -> a class whose attributes come before those of the core's class, such as
+             a `make_store` of handlers and a `make_replicas` of the distributed loss
+
+    >>> from negcache_core import FieldSpec
+    >>> from negcache_core.arrays import NUMPY
+    >>> bind(NUMPY, "mine").CacheManager({"x": FieldSpec((2,), "float32")}, 8).cache_size
+    8
+    """
+
+    def bound(cls: Any, *bases: type) -> Any:
+        mixin = (mixins or {}).get(cls.__name__)
+        before = () if mixin is None else (mixin,)
+        return type(
+            cls.__name__,
+            (*before, cls, *(base for base in bases if base is not object)),
+            {
+                "__module__": package,
+                "__doc__": (mixin and mixin.__doc__) or _short(cls),
+                "backend": backend,
+            },
+        )
+
+    def top_k(scores: Array, k: int) -> tuple[Array, Array]:
+        scores = as_array(scores, "scores", backend)
+        return approximate_top_k_with_indices(scores, k, xp=backend.xp)
+
+    top_k.__name__ = top_k.__qualname__ = approximate_top_k_with_indices.__name__
+    top_k.__doc__ = approximate_top_k_with_indices.__doc__
+    classes = {cls.__name__: bound(cls, module) for cls in _STATEFUL}
+    classes |= {cls.__name__: bound(cls) for cls in _STATELESS}
+    return Bound(**classes, approximate_top_k_with_indices=top_k)
+
+
+def _short(cls: type) -> str:
+    """Return the first paragraph of a class's docstring, and where the rest is."""
+    first, _, _ = (cls.__doc__ or "").partition("\n\n")
+    return f"{first}\n\nSee `{cls.__module__.partition('.')[0]}.{cls.__name__}`.\n"

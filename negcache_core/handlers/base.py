@@ -1,0 +1,248 @@
+"""What the handlers of one cache and of several share: their parts, their state, and saving it."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Self
+
+from negcache_core.arrays._array import Array
+from negcache_core.arrays.backend import NUMPY, Backend
+from negcache_core.arrays.validation import (
+    as_array,
+    check_field_names,
+    check_flag,
+    check_mapping,
+)
+from negcache_core.cache.manager import CacheManager
+from negcache_core.cache.row_checks import CheckedRows
+from negcache_core.cache.state import NegativeCache
+from negcache_core.handlers import checkpoint
+from negcache_core.handlers.new_items import check_batch, stand_in
+from negcache_core.handlers.setup import NewItemsFilter, Setup, check_parts, check_sharing
+from negcache_core.handlers.step import ItemNetwork, commit, run_step
+from negcache_core.handlers.store import Store
+from negcache_core.losses.results import CacheLossReturn
+from negcache_core.retrieval.result import Retrieval
+from negcache_core.sharding.mirrored import Mirrored
+
+
+class BaseHandler:
+    """Holds caches and a loss; see CacheLossHandler for the arguments.
+
+    An adapter supplies `make_store`: a Setup -> the Store of its caches, empty.
+    """
+
+    backend: ClassVar[Backend] = NUMPY
+
+    def __init__(
+        self,
+        cache_managers: Mapping[str, CacheManager],
+        cache_loss: Callable[..., CacheLossReturn],
+        embedding_key: str,
+        data_keys: Iterable[str],
+        use_cross_replica: bool = False,
+        *,
+        new_items_filter: NewItemsFilter | None = None,
+        group: Any = None,
+    ) -> None:
+        super().__init__()
+        embedding_key, keys = check_field_names(embedding_key, data_keys)
+        check_parts(cache_managers, cache_loss, embedding_key, keys, new_items_filter, self.backend)
+        self.embedding_key, self.data_keys = embedding_key, keys
+        self.cache_loss = cache_loss
+        self.use_cross_replica = check_flag(use_cross_replica, "use_cross_replica")
+        self.new_items_filter = new_items_filter
+        self.group = group
+        self._managers = {name: cache_managers[name] for name in sorted(cache_managers)}
+        check_sharing(
+            self._managers,
+            cache_loss,
+            group,
+            use_cross_replica=self.use_cross_replica,
+            filters=new_items_filter is not None,
+        )
+        self._hold(self.make_store(self._setup))
+        self.metrics: dict[str, Any] = {}
+
+    @staticmethod
+    def make_store(setup: Setup) -> Store:
+        """Return the store of a new handler."""
+        return Store(setup.placement.init_caches(setup.managers))
+
+    @classmethod
+    def over(cls, parts: "BaseHandler", loss: Any, store: Store) -> Self:
+        """Return a handler of another's parts, with its own loss and store."""
+        handler = cls.__new__(cls)
+        vars(handler).update(vars(parts), cache_loss=loss)
+        handler._hold(store)
+        return handler
+
+    def _hold(self, store: Store) -> None:
+        # No framework may take it for a part of the module: it says itself what is to be tracked.
+        object.__setattr__(self, "_store", store)
+        store.attach(self)
+
+    @property
+    def _setup(self) -> Setup:
+        """The handler's parts, as they are now."""
+        mirrored = Mirrored(self.group, self.backend) if self.use_cross_replica else None
+        return Setup(
+            self._managers,
+            self.cache_loss,
+            self.embedding_key,
+            self.data_keys,
+            self.new_items_filter,
+            mirrored,
+            self._report,
+            self.backend,
+        )
+
+    def _report(self, result: CacheLossReturn) -> None:
+        """Keep a step's metrics for the user to read."""
+        given = result.metrics
+        given = {} if given is None else check_mapping(given, "metrics of the loss's result")
+        self.metrics = {}
+        for key, value in given.items():
+            array = as_array(value, f"metrics[{key!r}]", self.backend)
+            self.metrics[key] = self.backend.stop_gradient(array)
+
+    def compute_loss(
+        self,
+        query_embeddings: Array,
+        pos_item_embeddings: Array,
+        neg_item_embeddings: Array,
+        retrieval: Retrieval,
+        **options: Any,
+    ) -> CacheLossReturn:
+        """Phase two: the loss from embeddings (B * S, D) of the retrieved features.
+
+        options: hard_negative_embeddings, sample_weight: see the loss
+        """
+        setup = self._setup
+        result = setup.phased_loss().loss_from_negatives(
+            query_embeddings, pos_item_embeddings, neg_item_embeddings, retrieval, **options
+        )
+        return setup.weighted(result, query_embeddings)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write rows, ages and the state of the draws to a safetensors file.
+
+        Atomic: whenever the process dies, `path` is the old file or the new one, whole. Trained
+        parameters, such as a scale, are the model's to save. Every library reads the rows that
+        another wrote. Where replicas hold equal caches, one of them is to save.
+
+        JAX: `handler.save(state, path)`.
+
+        Raises KindError if `path` is no path, OSError where it cannot be written, and OptionError
+        for a cache in shards, which its framework's own checkpoints save: see docs/scaling.md.
+        """
+        checkpoint.save(self._setup, self._store, path)
+
+    def load(
+        self, path: str | os.PathLike[str], *, resize: bool = False, draws: bool = True
+    ) -> None:
+        """Take over what `save` wrote; training goes on as if it had never stopped.
+
+        resize: see `restore`
+        draws:  False: take the rows and ages only, as of a file that another library wrote
+
+        JAX: `state = handler.load(state, path)`.
+
+        Raises CheckpointError for a truncated or corrupted file, OptionError if its draws are not
+        those of this handler, and what `restore` raises. Any exception leaves all as it was.
+        """
+        checkpoint.load(self._setup, self._store, path, resize=resize, draws=draws)
+
+    def restore(
+        self, cache: NegativeCache | Mapping[str, NegativeCache], *, resize: bool = False
+    ) -> None:
+        """Take over the rows and ages of `cache`: of another handler, run or library.
+
+        cache:  a NegativeCache, or those of a MultiCacheLossHandler by name; it is copied
+        resize: whether it may have another capacity: of more rows than fit the youngest stay, of
+                equal ages those that would have been overwritten last; slots to spare are empty
+
+        Rows whose embedding is not finite do not come along: a NonFiniteWarning counts them.
+
+        JAX: `state = handler.restore(state, cache)`.
+
+        Raises KeysError, ShapeError, DTypeError or CapacityError unless the fields, their rows and
+        the capacity are those of this handler, OptionError for an age below 0 or a cache in
+        shards. Any exception leaves all as it was.
+        """
+        checkpoint.restore(self._setup, self._store, cache, resize=resize)
+
+    def evict_nonfinite(self) -> Array:
+        """Empty the slots whose embedding is not finite; return how many there were.
+
+        No step writes such a row, and `load` and `restore` leave them out. Call this where a
+        framework's own checkpoint brought in rows from elsewhere: one would make every loss NaN.
+        The slots are the next to be written. Nothing else changes, and no value is read.
+
+        JAX: `state = handler.evict_nonfinite(state)`, with no count.
+        """
+        return checkpoint.evict_nonfinite(self._setup, self._store)
+
+    def _step(
+        self,
+        item_network: ItemNetwork,
+        query_embeddings: Array,
+        pos_item_embeddings: Array,
+        embeddings: Mapping[str, Array],
+        features: Mapping[str, Mapping[str, Array]],
+        options: Mapping[str, Any],
+    ) -> Array:
+        return run_step(
+            self._setup,
+            self._store,
+            item_network,
+            query_embeddings,
+            pos_item_embeddings,
+            embeddings,
+            features,
+            options,
+        )
+
+    def _retrieve(
+        self,
+        query_embeddings: Array,
+        features: Mapping[str, Mapping[str, Array]],
+        options: Mapping[str, Any],
+    ) -> Retrieval:
+        setup, caches = self._setup, self._store.read()
+        loss = setup.phased_loss()
+        with loss.undone_on_error():
+            return loss.retrieve(
+                query_embeddings, caches, pos_features=self._stand_in(features), **options
+            )
+
+    def _evaluate(
+        self,
+        item_network: ItemNetwork | None,
+        query_embeddings: Array,
+        pos_item_embeddings: Array,
+        features: Mapping[str, Mapping[str, Array]],
+        options: Mapping[str, Any],
+    ) -> CacheLossReturn:
+        setup = self._setup
+        result = setup.phased_loss().evaluate(
+            item_network,
+            query_embeddings,
+            pos_item_embeddings,
+            self._store.read(),
+            pos_features=self._stand_in(features),
+            **options,
+        )
+        return setup.weighted(result, query_embeddings)
+
+    def _commit(
+        self,
+        result: CacheLossReturn,
+        embeddings: Mapping[str, Array],
+        features: Mapping[str, Mapping[str, Array]],
+    ) -> None:
+        setup, store = self._setup, self._store
+        setup.backend.begin_step()
+        commit(setup, store, result, check_batch(setup, store.read(), embeddings, features))
+
+    def _stand_in(self, features: Mapping[str, Mapping[str, Array]]) -> CheckedRows | None:
+        return stand_in(self._setup, self._store.read(), features)

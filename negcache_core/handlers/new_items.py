@@ -1,0 +1,108 @@
+"""The rows that a step or a prefill inserts: checked, and left out where they must not enter."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from negcache_core.arrays._array import Array, cast
+from negcache_core.arrays.numerics import finite_rows
+from negcache_core.arrays.validation import check_keys, check_mapping, in_order
+from negcache_core.cache.named import Caches
+from negcache_core.cache.row_checks import (
+    CheckedRows,
+    NewRows,
+    check_mask,
+    check_new_rows,
+    check_rows,
+)
+from negcache_core.cache.state import NegativeCache
+from negcache_core.errors import KeysError
+from negcache_core.handlers.setup import Setup
+
+
+def check_batch(
+    setup: Setup,
+    caches: Caches,
+    embeddings: Mapping[str, Array],
+    features: Mapping[str, Mapping[str, Array]],
+) -> dict[str, NewRows]:
+    """Return the new rows of each cache; refuse a bad batch by its keys, shapes and dtypes."""
+    for what, given in (("new_item_embeddings", embeddings), ("new_item_features", features)):
+        check_keys(check_mapping(given, what), caches, what, exact=True)
+    return {
+        name: new_rows(setup, cache, embeddings[name], features[name])
+        for name, cache in caches.items()
+    }
+
+
+def new_rows(
+    setup: Setup, cache: NegativeCache, embeddings: Array, features: Mapping[str, Array]
+) -> NewRows:
+    """Return the rows to insert, checked: one array for each field of the cache."""
+    given = {setup.embedding_key: embeddings, **stored_features(setup, cache, features)}
+    new = check_new_rows(given, cache, setup.backend)
+    new.rows[setup.embedding_key] = setup.backend.stop_gradient(new.rows[setup.embedding_key])
+    return new
+
+
+def stored_features(
+    setup: Setup, cache: NegativeCache, features: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return those of `features` that the cache stores: all its fields but the embedding."""
+    check_mapping(features, "features")
+    wanted = [key for key in cache.data if key != setup.embedding_key]
+    missing = [key for key in wanted if key not in features]
+    if missing:
+        raise KeysError(
+            f"features lack {missing}: the cache stores {wanted} of each item, and features "
+            f"have {in_order(features)}."
+        )
+    return {key: features[key] for key in wanted}
+
+
+def entering(setup: Setup, cache: NegativeCache, rows: CheckedRows) -> Array:
+    """Return which rows enter: those with a finite embedding that the filter lets through."""
+    embeddings = rows[setup.embedding_key]
+    mask = finite_as_stored(setup, cache, embeddings)
+    if setup.new_items_filter is not None:
+        what, found = "what new_items_filter returned", setup.new_items_filter(cache, rows)
+        passed = check_mask(found, embeddings.shape[0], what, setup.backend, like=cache.age)
+        mask = mask if passed is None else mask & passed
+    return mask
+
+
+def finite_as_stored(setup: Setup, cache: NegativeCache, embeddings: Array) -> Any:
+    """Return bool (n,): which of (n, D) are finite in the dtype that the cache stores."""
+    xp, stored = setup.backend.xp, cache.data[setup.embedding_key].dtype
+    return finite_rows(cast(embeddings, stored, xp), xp=xp)
+
+
+def stand_in(
+    setup: Setup, caches: Caches, features: Mapping[str, Mapping[str, Array]]
+) -> CheckedRows | None:
+    """Return what the loss needs of the positives: the first cache's, or the first that has any.
+
+    They stand in for queries without a usable slot.
+    """
+    rows, keys = None, (*setup.data_keys, *setup.item_keys)
+    check_keys(check_mapping(features, "features"), caches, "features", exact=False)
+    for name in sorted(features):
+        missing = [key for key in keys if key not in check_mapping(features[name], "features")]
+        if missing:
+            raise KeysError(
+                f"features lack {missing}: the loss needs {list(keys)} of each positive, and "
+                f"features have {in_order(features[name])}."
+            )
+        given = {key: features[name][key] for key in keys}
+        arrays, count = check_rows(given, caches[name], "features", setup.backend)
+        rows = CheckedRows(arrays)
+        if not isinstance(count, int) or count:
+            break
+    return rows
+
+
+def stand_in_of(new: Mapping[str, NewRows]) -> CheckedRows:
+    """Return what `stand_in` does, of rows that were checked: the first cache's that has any."""
+    for each in new.values():
+        if not isinstance(each.count, int) or each.count:
+            return each.rows
+    return next(iter(new.values())).rows

@@ -1,0 +1,116 @@
+"""The arguments of the loss, checked: once, before anything is drawn or embedded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from negcache_core.arrays._array import Array, cast, dtype_kind, dtype_name
+from negcache_core.arrays.backend import Backend
+from negcache_core.arrays.validation import (
+    array_of,
+    check_device,
+    check_floating,
+    check_shape,
+    embeddings_of,
+    shape_of,
+)
+from negcache_core.cache.named import Caches
+from negcache_core.cache.row_checks import check_stand_in
+from negcache_core.errors import DTypeError, KindError
+from negcache_core.losses.nonfinite import Embedded
+from negcache_core.retrieval.positives import Positives, positives_of
+from negcache_core.retrieval.request import Wanted
+from negcache_core.retrieval.result import Retrieval
+
+Checked = tuple[Array, Positives, dict[str, Array] | None, Array | None]
+
+
+def check_request(
+    query_embeddings: Any,
+    caches: Caches,
+    pos_features: Mapping[str, Any] | None,
+    positive_ids: Any,
+    noise: Any,
+    wanted: Wanted,
+    backend: Backend,
+) -> Checked:
+    """Return what `retrieve` was given: queries, positives, stand-ins and noise."""
+    cache = caches.first()
+    table = cache.data[wanted.embedding_key]
+    what = f"field {wanted.embedding_key!r}"
+    check_floating(check_shape(table, ("C", "D"), what, "Embeddings are vectors."), what)
+    queries = embeddings_of(
+        query_embeddings, ("B", table.shape[1]), "query_embeddings", backend, like=table
+    )
+    if noise is not None:
+        expected = (queries.shape[0], wanted.num_samples, 2)
+        noise = array_of(noise, expected, "noise", backend, "Uniforms in [0, 1).")
+        check_device(check_floating(noise, "noise"), table, "noise", backend)
+    stand_in = None
+    if pos_features is not None:
+        stand_in = check_stand_in(pos_features, wanted.data_keys, cache, backend)
+    batch = positives_of(
+        queries,
+        pos_features,
+        positive_ids,
+        wanted.id_key,
+        wanted.bias_key,
+        caches,
+        backend,
+        in_batch=wanted.in_batch,
+    )
+    return queries, batch, stand_in, noise
+
+
+def check_embeddings(
+    retrieval: Retrieval,
+    query_embeddings: Any,
+    pos_doc_embeddings: Any,
+    neg_doc_embeddings: Any,
+    hard_negative_embeddings: Any,
+    backend: Backend,
+) -> Embedded:
+    """Return the embeddings of phase two, in the shapes that a retrieval makes of them."""
+    (rows, draws), like = retrieval.drawn.shape, retrieval.stale_embeddings
+    total, width = None if rows is None else rows * draws, like.shape[1]
+
+    def checked(value: Any, what: str, *shape: Any) -> Array:
+        return embeddings_of(value, (*shape, width), what, backend, like=like)
+
+    queries = checked(query_embeddings, "query_embeddings", rows)
+    positives = checked(pos_doc_embeddings, "pos_doc_embeddings", rows)
+    drawn = checked(neg_doc_embeddings, "the item network's output", total)
+    hard = None
+    if hard_negative_embeddings is not None:
+        hard = checked(hard_negative_embeddings, "hard_negative_embeddings", rows, "H")
+    return Embedded(queries, positives, drawn, hard)
+
+
+def check_weight(sample_weight: Any, retrieval: Retrieval, dtype: Any, backend: Backend) -> Any:
+    """Return the weights (B,) of the queries in `dtype`, or None."""
+    if sample_weight is None:
+        return None
+    what, advice = "sample_weight", "One factor for each query."
+    rows = retrieval.drawn.shape[0]
+    weight = array_of(sample_weight, (rows,), what, backend, advice)
+    check_device(weight, retrieval.stale_embeddings, what, backend)
+    if dtype_kind(weight.dtype) not in {"floating", "integer", "bool"}:
+        raise DTypeError(
+            f"sample_weight has dtype {dtype_name(weight.dtype)}: expected floating factors."
+        )
+    return cast(weight, dtype, backend.xp)
+
+
+def check_pairs(query_embeddings: Any, pos_doc_embeddings: Any) -> None:
+    """Raise unless there is one positive for each query, before anything is drawn."""
+    for what, array in (
+        ("query_embeddings", query_embeddings),
+        ("pos_doc_embeddings", pos_doc_embeddings),
+    ):
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise KindError(f"{what} is a {type(array).__name__}: expected an array (B, D).")
+    check_shape(
+        pos_doc_embeddings,
+        shape_of(query_embeddings, "query_embeddings"),
+        "pos_doc_embeddings",
+        "One positive item for each query.",
+    )

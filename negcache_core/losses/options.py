@@ -1,0 +1,33 @@
+"""The options of the loss, checked as it is made."""
+
+from typing import Any
+
+from negcache_core.arrays.validation import as_whole, check_function
+from negcache_core.errors import KindError, OptionError
+
+MOST_DRAWS = 2**31 - 1
+"""Draws per query: their positions fit an int32."""
+
+
+def positive(number: Any, what: str, most: int | None = None) -> int:
+    """Return a positive int, or raise OptionError."""
+    whole = as_whole(number)
+    if whole is None or whole < 1:
+        raise OptionError(f"{what} is {number!r}: expected a positive int.")
+    if most is not None and whole > most:
+        raise OptionError(f"{what} is {number}: expected at most {most}.")
+    return whole
+
+
+def check_functions(**functions: Any) -> None:
+    """Raise KindError unless each is a function, or None."""
+    for name, function in functions.items():
+        if function is not None:
+            check_function(function, name, "a function, or None")
+
+
+def check_item_fields(**keys: Any) -> None:
+    """Raise KindError unless each is the name of a field, or None."""
+    for name, key in keys.items():
+        if key is not None and not isinstance(key, str):
+            raise KindError(f"{name} is {key!r}: expected a field name, or None.")

@@ -1,0 +1,72 @@
+"""What a loss asks of retrieval: its options, and the checked arguments of one call."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from negcache_core.arrays._array import Array
+from negcache_core.arrays.backend import Backend
+from negcache_core.cache.named import Caches
+from negcache_core.retrieval.positives import Positives
+from negcache_core.retrieval.scorer import Scorer
+from negcache_core.retrieval.tiled_scores import CacheScores, scores_of
+
+
+class Wanted(NamedTuple):
+    """What a loss wants of retrieval; see CacheClassificationLoss for what each option means.
+
+    shares_draws: whether every query is to know what the others drew
+    reads_out:    whether the mean embedding under a query's softmax is to come along
+    """
+
+    embedding_key: str
+    data_keys: tuple[str, ...]
+    id_key: str | None = None
+    bias_key: str | None = None
+    num_samples: int = 1
+    top_k: int | None = None
+    retrieval_fn: Callable[[Array], Array] | None = None
+    in_batch: bool = False
+    shares_draws: bool = False
+    reads_out: bool = False
+    tile_bytes: int | None = None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of the cache that retrieval reads."""
+        more = [key for key in (self.id_key, self.bias_key) if key is not None]
+        return (self.embedding_key, *self.data_keys, *more)
+
+
+class Request(NamedTuple):
+    """Checked arguments of `retrieve`: queries (B, D) are constants, noise (B, S, 2) or None."""
+
+    wanted: Wanted
+    queries: Array
+    caches: Caches
+    batch: Positives
+    stand_in: dict[str, Array] | None
+    noise: Array | None
+    generator: Any
+    scorer: Scorer
+    backend: Backend
+
+    def scores(
+        self, queries: Array, positive_ids: Array | None, first: Any = 0
+    ) -> list[CacheScores]:
+        """Return the scores of queries (n, D) against each cache, none of them computed yet.
+
+        first: the number of the first slot of all
+        """
+        wanted = self.wanted
+        return scores_of(
+            queries,
+            self.caches,
+            wanted.embedding_key,
+            self.scorer,
+            self.backend,
+            wanted.tile_bytes,
+            id_key=wanted.id_key,
+            positive_ids=positive_ids,
+            bias_key=wanted.bias_key,
+            first=first,
+        )
