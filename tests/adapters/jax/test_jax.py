@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import negcache_jax as negcache
 import numpy as np
 import pytest
-from test_sampling import chi_square_is_plausible
+from laws import chi_square_is_plausible
 
 from negcache_core.retrieval.softmax_draw import draw_from_softmax
 

@@ -1,13 +1,11 @@
 """The law of the draw: the exact map from noise to slot, chi-square, and invariances."""
 
-import bisect
-import itertools
-
 import numpy as np
 import pytest
 from backends import EAGER
 from hypothesis import given
 from hypothesis import strategies as st
+from laws import chi_square_is_plausible, naive_slot
 from strategies import seeds
 
 from negcache_core.arrays._array import numpy_namespace
@@ -18,32 +16,6 @@ from negcache_core.sharding.draw import _pick
 
 # Multiples of 1/8 add without rounding, so that equal laws give equal slots.
 eighths = st.integers(-200, 200).map(lambda number: number / 8)
-
-
-def chi_square_is_plausible(counts, probabilities):
-    """Compare with the 1 - 1e-5 quantile, by Wilson and Hilferty's approximation."""
-    kept = probabilities * counts.sum() >= 5
-    counts = np.append(counts[kept], counts[~kept].sum())
-    expected = np.append(probabilities[kept], probabilities[~kept].sum()) * counts.sum()
-    counts, expected = counts[expected > 0], expected[expected > 0]
-    freedom = len(counts) - 1
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    spread = 2 / (9 * freedom)
-    return statistic < freedom * (1 - spread + 4.265 * spread**0.5) ** 3
-
-
-def naive_slot(scores, first, second):
-    """Two-level inverse distribution function, one number at a time."""
-    blocks = [scores[start : start + BLOCK] for start in range(0, len(scores), BLOCK)]
-    top = max(scores)
-    weights = [sum(np.exp(score - top) for score in block) for block in blocks]
-    block = pick(weights, first)
-    return block * BLOCK + pick([np.exp(score - top) for score in blocks[block]], second)
-
-
-def pick(weights, uniform):
-    sums = list(itertools.accumulate(weights))
-    return bisect.bisect_right(sums, uniform * sums[-1])
 
 
 @given(seed=seeds, slots=st.integers(1, 3 * BLOCK), rows=st.integers(1, 3), draws=st.integers(1, 4))

@@ -21,7 +21,7 @@ from negcache_core.retrieval.softmax_draw import weigh_blocks
 from negcache_core.retrieval.tiled_scores import scores_of
 from negcache_core.tools.step_cost_report import _readable
 
-PAGE = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text()
+PAGE = (Path(__file__).parents[3] / "docs" / "scaling.md").read_text()
 WIDTH, OWN = 6, 4  # of each rank's queries
 ID = {"id_bytes": 4}
 OPTIONS = {  # of the loss -> what the calculator is told of it

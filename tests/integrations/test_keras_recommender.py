@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
 import keras_recommender as example
 
 # Of Keras's own TensorBoard callback, which turns a variable into a NumPy array.

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from subprocess import run
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "sharded_cache.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "sharded_cache.py"
 
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

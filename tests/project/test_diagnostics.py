@@ -9,7 +9,7 @@ from pathlib import Path
 import negcache_core
 from negcache_core import __main__ as diagnostics
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # By way of the command line, as a user does; adapters before the planted packages would be stale.
 PATHS = (str(ROOT), str(ROOT / "adapters"))
 

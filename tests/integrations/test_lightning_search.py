@@ -14,7 +14,7 @@ import torch
 
 from negcache_core import EMPTY
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TABLE = "handler.tables.cache_cache."
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # Lightning's own
@@ -113,7 +113,7 @@ def test_accumulated_gradients_in_half_precision_are_those_of_a_loop_by_hand(ran
 
 def test_two_processes_save_one_cache_and_any_number_goes_on(ranks, data, tmp_path):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "lightning_ranks.py"), str(tmp_path)],
+        [sys.executable, str(Path(__file__).with_name("lightning_ranks.py")), str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=300,

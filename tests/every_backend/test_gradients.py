@@ -6,6 +6,7 @@ import torch
 from backends import BACKENDS, EAGER
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import TOLERANCE, noise_for
 from negcache_torch import CacheClassificationLoss
 from strategies import towers
 
@@ -13,8 +14,6 @@ from negcache_core import exact
 from negcache_core.cache.state import NegativeCache
 from negcache_core.losses.estimators import ESTIMATORS, Law
 from negcache_core.losses.surrogate import positive_weight
-
-TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def competitors(problem, top_k):
@@ -35,24 +34,6 @@ def draw_law(problem, mask):
     weights = np.where(mask, np.exp(scores), 0.0)
     weights[:, 0] += ~mask.any(axis=1)
     return weights / weights.sum(axis=1, keepdims=True)
-
-
-def noise_for(slots, law, cut=0):
-    """Return uniforms (B, S, 2) that draw `slots`: the middle of each one's stretch of the law.
-
-    The first picks a block: here the slots before `cut` and those after it, where two caches meet
-    there, or else all. Group maxima keep their order, so a law over them has the same stretches.
-    """
-    slots = np.asarray(slots)
-    block = (slots >= cut).astype(int)
-    in_block = np.stack([np.arange(law.shape[1]) < cut, np.arange(law.shape[1]) >= cut])
-    weight = law @ in_block.T
-    first = np.take_along_axis(np.cumsum(weight, axis=1) - weight / 2, block, axis=1)
-    within = np.where(in_block[block], law[:, None, :], 0.0)
-    within /= within.sum(axis=2, keepdims=True)
-    middle = np.cumsum(within, axis=2) - within / 2
-    second = np.take_along_axis(middle, slots[:, :, None], axis=2)[:, :, 0]
-    return np.stack([first, second], axis=-1)
 
 
 def expected_gradients(problem, mask):

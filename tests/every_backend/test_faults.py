@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from backends import BACKENDS
 from fuzzing import method, state_of
-from test_handlers import batch_of, double, specs_of
+from handled import batch_of, double, specs_of
 
 PLACES = ["network", "scale", "score_transform", "reducer", "retrieval_fn", "filter"]
 

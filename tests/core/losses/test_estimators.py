@@ -6,8 +6,8 @@ import torch
 from backends import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import TOLERANCE, noise_for
 from strategies import towers
-from test_gradients import TOLERANCE, noise_for
 
 from negcache_core import CacheClassificationLoss, exact
 from negcache_core.cache.state import NegativeCache

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from run_pages import ROOT, blocks_of
@@ -39,7 +40,7 @@ def test_programs_run_as_printed(framework, tmp_path):
         if framework in {block.framework for block in blocks} or framework == "negcache_core"
     ]
     out = subprocess.run(
-        [sys.executable, ROOT / "tests" / "run_pages.py", framework, *pages],
+        [sys.executable, Path(__file__).with_name("run_pages.py"), framework, *pages],
         capture_output=True,
         text=True,
         timeout=500,

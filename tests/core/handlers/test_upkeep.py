@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 import torch
 from backends import BACKENDS
-from test_handlers import (
+from handled import (
     HANDLED,
     assert_same_state,
     batch_of,

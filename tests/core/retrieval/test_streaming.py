@@ -10,8 +10,8 @@ import torch
 from backends import EAGER
 from hypothesis import given
 from hypothesis import strategies as st
+from laws import chi_square_is_plausible, naive_slot
 from strategies import seeds
-from test_sampling import chi_square_is_plausible, naive_slot
 
 from negcache_core import EMPTY, CacheClassificationLoss, NegativeCache
 from negcache_core.arrays.backend import NUMPY

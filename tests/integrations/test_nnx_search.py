@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SIZES = {"width": 16, "cache-size": 64, "batch-size": 8, "max-pairs": 300, "steps": 6}
 SAVES = {"save-every": 3, "log-every": 2}
 

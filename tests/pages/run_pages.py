@@ -1,4 +1,4 @@
-"""Run the Python of Markdown pages: python tests/run_pages.py negcache_torch README.md docs/a.md …
+"""Run the Python of Markdown pages: python run_pages.py negcache_torch README.md docs/a.md …
 
 A block belongs to the framework that it imports, else to that of the block before it, else to the
 first that its page imports. Blocks of one framework on a page share a namespace, unless a block
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FENCE = re.compile(
     r"^(?:<!-- from (?P<source>\S+) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,

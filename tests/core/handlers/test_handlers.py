@@ -3,51 +3,18 @@
 import numpy as np
 import pytest
 from backends import BACKENDS
-
-from negcache_core import EMPTY, CapacityError, NegcacheError, OptionError, ShapeError
-
-HANDLED = pytest.mark.parametrize(
-    "backend", [BACKENDS[name] for name in ("numpy", "torch", "tensorflow")], ids=lambda b: b.name
+from handled import (
+    HANDLED,
+    assert_same_state,
+    batch_of,
+    double,
+    failing,
+    handler_of,
+    multi_of,
+    state_of,
 )
 
-
-def specs_of(module, *, dtype="float64", **more):
-    return {
-        "x": module.FieldSpec((2,), "float64"),
-        "embedding": module.FieldSpec((2,), dtype),
-        **more,
-    }
-
-
-def handler_of(backend, *, capacity=4, dtype="float64", more=None, loss=None, **options):
-    module = backend.module
-    return module.CacheLossHandler(
-        module.CacheManager(specs_of(module, dtype=dtype, **(more or {})), capacity),
-        loss or module.CacheClassificationLoss("embedding", ("x",), generator=1),
-        embedding_key="embedding",
-        data_keys=("x",),
-        **options,
-    )
-
-
-def batch_of(backend, seed, rows=2):
-    x = backend.to_native(np.random.default_rng(seed).uniform(1.0, 2.0, (rows, 2)))
-    query = backend.to_native(np.random.default_rng(seed + 100).standard_normal((rows, 2)))
-    return query, x
-
-
-def double(features):
-    return features["x"] * 2.0
-
-
-def state_of(backend, handler):
-    cache = backend.numpy(handler.cache)
-    return {**cache.data, "age": cache.age}
-
-
-def assert_same_state(ours, theirs):
-    for key, value in theirs.items():
-        np.testing.assert_array_equal(ours[key], value, err_msg=key)
+from negcache_core import EMPTY, CapacityError, NegcacheError, OptionError, ShapeError
 
 
 @HANDLED
@@ -175,10 +142,6 @@ def test_embeddings_that_are_not_finite_in_the_cache_stay_out(backend, poison):
     assert float(backend.to_numpy(handler.metrics["nonfinite_count"])) == 3.0
 
 
-def failing(features):
-    raise RuntimeError("out of memory")
-
-
 @HANDLED
 @pytest.mark.parametrize(
     ("change", "error"),
@@ -253,19 +216,6 @@ def test_an_empty_batch_is_fine(backend, options):
         loss = handler.update_cache_and_compute_loss(double, query, double({"x": x}), {"x": x})
         assert np.isfinite(float(loss))
     np.testing.assert_array_equal(np.sort(state_of(backend, handler)["age"])[-1], EMPTY)
-
-
-def multi_of(backend, sizes=(2, 3)):
-    module = backend.module
-    return module.MultiCacheLossHandler(
-        {
-            name: module.CacheManager(specs_of(module), n)
-            for name, n in zip("ba", sizes, strict=True)
-        },
-        module.CacheClassificationLoss("embedding", ("x",), generator=1, reducer=None),
-        embedding_key="embedding",
-        data_keys=("x",),
-    )
 
 
 @HANDLED

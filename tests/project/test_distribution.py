@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 import negcache_core
 
 SAFELY = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4 has it
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGES = [ROOT / "negcache_core", *sorted((ROOT / "adapters").glob("negcache_*"))]
 INFO = f"negcache-{negcache_core.__version__}.dist-info"

@@ -8,7 +8,7 @@ from subprocess import run
 import numpy as np
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SHORT = ("--steps", "60", "--turn", "40", "--seed", "16")
 
 
