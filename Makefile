@@ -80,7 +80,7 @@ format: $(VENV)/.lint ## mend style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-typecheck: $(VENV)/.lint ## mypy, strict, on the core
+typecheck: $(VENV)/.test ## mypy, strict, on the core and the adapters
 	$(BIN)/mypy
 
 comma := ,

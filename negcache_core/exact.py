@@ -4,7 +4,7 @@ Here scores are linear, scale * <q, d>; losses are means over the B queries.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from negcache_core.arrays._array import Array, namespace, positions
@@ -126,7 +126,7 @@ def surrogate_gradients(
 
 
 def enumerate_draws(
-    probabilities: Array, num_samples: int = 1
+    probabilities: Iterable[Iterable[Any]], num_samples: int = 1
 ) -> Iterator[tuple[list[list[int]], float]]:
     """Yield every outcome of the draw, slots (B, S) as lists, with its probability.
 

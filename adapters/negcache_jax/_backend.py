@@ -35,7 +35,7 @@ def check_key(key: Any, what: str) -> Array:
     raise KindError(f"{what} is {key!r}: expected one random key, such as jax.random.key(0).")
 
 
-class JaxBackend(Backend):
+class JaxBackend(Backend[Array]):
     """JAX, eager or under jit; nothing is ever written in place except by donation."""
 
     name = "jax"

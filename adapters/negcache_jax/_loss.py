@@ -93,4 +93,4 @@ class ShardedKeyedLoss(KeyedLoss):
     def __init__(
         self, *arguments: Any, group: str | tuple[str, ...] = "data", **options: Any
     ) -> None:
-        super().__init__(*arguments, group=group, **options)
+        super().__init__(*arguments, group=group, **options)  # type: ignore[call-arg] # the core's

@@ -15,13 +15,17 @@ def device_of(array: Array) -> None:
     del array
 
 
-def arange(stop: Any, *, dtype: Any = None, device: Any = None) -> Array:
+def arange(  # type: ignore[no-redef] # instead of jax.numpy's, as what follows
+    stop: Any, *, dtype: Any = None, device: Any = None
+) -> Array:
     """Return 0 … stop - 1."""
     del device
     return jnp.arange(stop, dtype=dtype)
 
 
-def full(shape: Any, value: Any, *, dtype: Any, device: Any = None) -> Array:
+def full(  # type: ignore[no-redef]
+    shape: Any, value: Any, *, dtype: Any, device: Any = None
+) -> Array:
     """Return an array of one value."""
     del device
     return jnp.full(shape, value, dtype=dtype)
@@ -42,7 +46,7 @@ def take_rows(array: Array, indices: Array) -> Array:
     return array.at[indices].get(mode="promise_in_bounds")
 
 
-def matmul(left: Array, right: Array) -> Array:
+def matmul(left: Array, right: Array) -> Array:  # type: ignore[no-redef]
     """Multiply at full precision, whatever the default for matrix units."""
     return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 

@@ -11,7 +11,7 @@ from negcache_core import OptionError, ShapeError
 from negcache_core.adapter import Replicas, Route
 
 
-class MeshAxis(Replicas):
+class MeshAxis(Replicas[Array]):
     """The devices along one axis of a mesh, or along several, given as a tuple.
 
     One program runs on all of them, so their sizes are equal and known, and only the rank is

@@ -2,8 +2,6 @@
 
 from typing import Any, NamedTuple
 
-from jax import Array
-
 from negcache_core import KindError, NegativeCache
 from negcache_core.adapter import Caches, Store
 
@@ -14,7 +12,7 @@ class HandlerState(NamedTuple):
     """All state of a handler, a pytree: caches by name, and the key of the next draw."""
 
     caches: dict[str, NegativeCache]
-    key: Array
+    key: Any
 
 
 class NoStore(Store):

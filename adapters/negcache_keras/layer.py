@@ -11,6 +11,7 @@ import tensorflow as tf
 from negcache_tensorflow import (
     CacheClassificationLoss,
     CacheLossHandler,
+    CacheLossReturn,
     CheckpointError,
     DistributedCacheClassificationLoss,
     KeysError,
@@ -91,29 +92,47 @@ class CacheLayer(keras.layers.Layer):
         for a name in `shown` that is no metric of the loss, and what the handler raises.
         """
         handler = self.handler
-        generators = [] if training else handler._generators()  # noqa: SLF001 - of one project
-        before = [tf.identity(each.state) for each in generators]
-        with handler.cache_loss.undone_on_error():
-            found = handler.retrieve(query_embeddings, features, positive_ids=positive_ids)
-            negatives = item_network(found.features)
-            result = handler.compute_loss(
-                query_embeddings, pos_item_embeddings, negatives, found, **options
-            )
-            missing = [name for name in self.means if name not in result.metrics]
-            if missing:
-                raise KeysError(
-                    f"shown has {missing}: expected names among {sorted(result.metrics)}."
-                )
-            if training:
-                # Keras writes the figures below. What a graph writes has one step for ever, and
-                # XLA has no summaries at all.
-                with tf.summary.record_if(False):  # noqa: FBT003 - TensorFlow's own signature
-                    handler.commit(result, pos_item_embeddings, features)
-        for generator, state in zip(generators, before, strict=True):
-            generator.state.assign(state)
+        batch = (query_embeddings, pos_item_embeddings, features)
+        if training:
+            result = self._step(item_network, *batch, positive_ids, options)
+        else:
+            result = handler.evaluate(item_network, *batch, positive_ids=positive_ids, **options)
+            self._check_shown(result)
         for name, mean in self.means.items():
             mean.update_state(result.metrics[name])
         return result.loss
+
+    def _step(
+        self,
+        item_network: Callable[[Mapping[str, tf.Tensor]], tf.Tensor],
+        query_embeddings: tf.Tensor,
+        pos_item_embeddings: tf.Tensor,
+        features: Mapping[str, tf.Tensor],
+        positive_ids: tf.Tensor | None,
+        options: Mapping[str, Any],
+    ) -> CacheLossReturn:
+        """Run a step by its phases; nothing is written if a name in `shown` is wrong."""
+        handler = self.handler
+        with handler.cache_loss.undone_on_error():
+            found = handler.retrieve(query_embeddings, features, positive_ids=positive_ids)
+            result = handler.compute_loss(
+                query_embeddings,
+                pos_item_embeddings,
+                item_network(found.features),
+                found,
+                **options,
+            )
+            self._check_shown(result)
+            # Keras writes the figures. What a graph writes has one step for ever, and XLA has no
+            # summaries at all.
+            with tf.summary.record_if(False):  # noqa: FBT003 - TensorFlow's own signature
+                handler.commit(result, pos_item_embeddings, features)
+        return result
+
+    def _check_shown(self, result: CacheLossReturn) -> None:
+        missing = [name for name in self.means if name not in result.metrics]
+        if missing:
+            raise KeysError(f"shown has {missing}: expected names among {sorted(result.metrics)}.")
 
     def save_own_variables(self, store: Any) -> None:
         """Put the handler's file into `store` as bytes: HDF5 has no bfloat16, and no text."""

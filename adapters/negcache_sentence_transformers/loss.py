@@ -76,7 +76,7 @@ class NegativeCacheLoss(nn.Module):
         self.model = model
         self.rows = TokenRows.of(model, max_length)
         fields = self.rows.specs()
-        width = model.get_embedding_dimension()
+        width: Any = model.get_embedding_dimension()  # the manager refuses None
         specs = {**fields, _EMBEDDING: negcache.FieldSpec((width,), dtype)}
         data_keys = tuple(key for key in fields if key != ID)
         self.sharded = _processes() > 1
@@ -134,24 +134,31 @@ class NegativeCacheLoss(nn.Module):
         rows, facts = self.rows.pack(columns)
         count = len(queries)
         ids = rows[ID].reshape(-1, count).T
-        noise = None if learning else self._no_noise(queries)
         positives = {key: value[:count] for key, value in rows.items()}
-        found = self.handler.retrieve(queries, positives, positive_ids=ids, noise=noise)
+        if not learning:
+            items = self._embed(self.rows.unpack(rows, facts))
+            result = self.handler.evaluate(
+                None,
+                queries,
+                items[:count],
+                positives,
+                positive_ids=ids,
+                hard_negative_embeddings=_hard(items, count, len(columns)),
+            )
+            return result.loss
+        found = self.handler.retrieve(queries, positives, positive_ids=ids)
         keys = self.handler.data_keys
-        if learning:  # one forward pass for all texts but the anchors, which are shorter
-            inputs = {key: torch.cat([rows[key], found.features[key]]) for key in keys}
-            embedded = self._embed(self.rows.unpack(inputs, facts))
-            items, drawn = embedded.tensor_split([ids.numel()])
-        else:  # its value does not depend on what is drawn
-            items, drawn = self._embed(self.rows.unpack(rows, facts)), found.stale_embeddings
-        hard = items.unflatten(0, (-1, count))[1:].transpose(0, 1) if len(columns) > 1 else None
+        # One forward pass for all texts but the anchors, which are shorter.
+        inputs = {key: torch.cat([rows[key], found.features[key]]) for key in keys}
+        embedded = self._embed(self.rows.unpack(inputs, facts))
+        items, drawn = embedded.tensor_split([ids.numel()])
+        hard = _hard(items, count, len(columns))
         result = self.handler.compute_loss(
             queries, items[:count], drawn, found, hard_negative_embeddings=hard
         )
-        if learning:
-            self.handler.commit(result, items, rows)
-            if self.report is not None:
-                self.report(self._logged())
+        self.handler.commit(result, items, rows)
+        if self.report is not None:
+            self.report(self._logged())
         return result.loss
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -188,16 +195,17 @@ class NegativeCacheLoss(nn.Module):
         """Return the model without what the trainer has put around it."""
         return next(each for each in self.model.modules() if isinstance(each, SentenceTransformer))
 
-    def _no_noise(self, queries: Tensor) -> Tensor:
-        samples = self.handler.cache_loss.num_samples
-        return queries.new_full((len(queries), samples, 2), 0.5)
-
     def _logged(self) -> dict[str, Tensor]:
         return {
             f"cache_{name}": value.detach()
             for name, value in self.metrics.items()
             if name != "interpretable_loss"  # the trainer logs the loss
         }
+
+
+def _hard(items: Tensor, count: int, columns: int) -> Tensor | None:
+    """Return the explicit negatives (B, H, D) among a batch's items, column after column."""
+    return items.unflatten(0, (-1, count))[1:].transpose(0, 1) if columns > 1 else None
 
 
 def _processes() -> int:

@@ -20,7 +20,7 @@ _WIRE = {
 }
 
 
-class TensorFlowBackend(Backend):
+class TensorFlowBackend(Backend[Any]):
     """TensorFlow, eager or traced, with or without XLA; state is in variables."""
 
     name = "tensorflow"

@@ -24,7 +24,7 @@ _CAST = {
 _BITS = (tf.uint32, tf.int64, tf.uint64)
 
 
-class StrategyReplicas(Replicas):
+class StrategyReplicas(Replicas[Any]):
     """The replicas of a strategy: they run one program, on parts of the batch of equal size."""
 
     def __init__(self, strategy: tf.distribute.Strategy) -> None:
@@ -34,7 +34,7 @@ class StrategyReplicas(Replicas):
         self._many = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
     @property
-    def rank(self) -> Any:  # type: ignore[override]
+    def rank(self) -> Any:
         """The replica that is running: a number where it is known, as on CPUs and GPUs.
 
         Outside of `strategy.run` 0, as all replicas are then one.
@@ -52,7 +52,7 @@ class StrategyReplicas(Replicas):
     def own(self, array: tf.Tensor, sizes: Sequence[int]) -> tf.Tensor:
         return TENSORFLOW.slice_rows(array, self.first(sizes), sizes[0])
 
-    def numbers(self, own: Sequence[int | None], like: tf.Tensor) -> list[tuple[int, ...]]:
+    def numbers(self, own: Sequence[Any], like: tf.Tensor) -> list[tuple[int, ...]]:
         del like  # TensorFlow places tensors itself
         if None in own:
             raise ShapeError(

@@ -19,7 +19,7 @@ class VariableStore(Store):
     """The caches of a handler as variables, which checkpoints find under its `tables`."""
 
     def __init__(self, setup: Setup) -> None:
-        placement = setup.placement
+        placement: Any = setup.placement  # replicas are those of shards
         aggregation = tf.VariableAggregation.ONLY_FIRST_REPLICA
         if placement.sharded:
             check_equal_shards(setup.managers, placement.replicas.count)
@@ -44,7 +44,8 @@ class VariableStore(Store):
 
         Where replicas hold unlike values, only the variable of each can be saved.
         """
-        tables, placement = self._live.tables, self.setup.placement
+        placement: Any = self.setup.placement
+        tables = self._live.tables
         if placement.sharded:
             tables = tf.nest.map_structure(placement.replicas.by_rank, tables)
         handler.tables, handler.layout = tables, self.layout

@@ -17,7 +17,7 @@ from ._generator import BufferGenerator, refuse_recomputation
 from ._replicas import all_gather_rows
 
 
-class TorchBackend(Backend):
+class TorchBackend(Backend[Tensor]):
     """PyTorch on any device; rows are written in place, gradients by autograd."""
 
     name = "torch"
@@ -121,8 +121,10 @@ class TorchBackend(Backend):
         return super().exclude(scores, ids, positive_ids)
 
     def write_rows(self, table: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
-        _namespace.signed(table).index_copy_(0, slots, _namespace.signed(rows))
-        return table
+        if table.dtype in _namespace.UNSIGNED:
+            _namespace.signed(table).index_copy_(0, slots, _namespace.signed(rows))
+            return table
+        return table.index_copy_(0, slots, rows)
 
     def overwrite(self, table: Tensor, values: Tensor) -> Tensor:
         return table.copy_(values)

@@ -32,12 +32,15 @@ index_dtype = int64
 _THIS = sys.modules[__name__]
 
 # PyTorch has no indexed writes for these: the same bits are written through a signed view.
-_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+UNSIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
 # These run no Python code of their own.
 astype, take_rows, sum = torch.Tensor.to, operator.getitem, torch.sum
-device_of = operator.attrgetter("device")
+
+
+def device_of(array: Tensor) -> torch.device:
+    return array.device
 
 
 def asarray(value: Any, *, copy: Any = None) -> Tensor:
@@ -87,8 +90,10 @@ def _select(keys: Tensor, count: int) -> Tensor:
 
 def signed(array: Tensor) -> Tensor:
     """Return a view of the same bits, in a dtype that indexed writes know."""
-    return array.view(_SIGNED.get(array.dtype, array.dtype))
+    return array.view(UNSIGNED[array.dtype])
 
 
 def put_rows(table: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
-    return signed(table).index_copy(0, slots, signed(rows)).view(table.dtype)
+    if table.dtype in UNSIGNED:
+        return signed(table).index_copy(0, slots, signed(rows)).view(table.dtype)
+    return table.index_copy(0, slots, rows)

@@ -13,7 +13,7 @@ from negcache_core import OptionError
 from negcache_core.adapter import Replicas, Route
 
 
-class ProcessGroup(Replicas):
+class ProcessGroup(Replicas[Tensor]):
     """The ranks of a process group; None for all there are.
 
     What belongs together is sent together, as bytes: no engine knows every dtype.
@@ -53,7 +53,7 @@ class ProcessGroup(Replicas):
         return _unpack(joined, arrays)
 
     def gather_fresh(self, array: Tensor, sizes: Sequence[int]) -> Tensor:
-        return _GatherFresh.apply(array, self, sizes)
+        return _GatherFresh.apply(array, self, sizes)  # type: ignore[no-untyped-call] # PyTorch's
 
     def parts(self, array: Tensor, sizes: Sequence[int]) -> Tensor:
         own = [sizes[self.rank]] * self.count
@@ -76,7 +76,7 @@ class ProcessGroup(Replicas):
 
     def as_shard(self, rows: Tensor, slots: int) -> DTensor:
         """Return this rank's rows of a table of `slots` as that table; no copy."""
-        group = dist.group.WORLD if self.group is None else self.group
+        group: Any = dist.group.WORLD if self.group is None else self.group
         mesh = DeviceMesh.from_group(group, rows.device.type)
         shape = torch.Size((slots, *rows.shape[1:]))
         stride = torch.empty(shape, device="meta").stride()

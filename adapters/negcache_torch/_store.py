@@ -67,9 +67,7 @@ def module_name(key: str) -> str:
     return key.replace("%", "%25").replace(".", "%2E")
 
 
-def check_loaded(
-    handler: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments: Any
-) -> None:
+def check_loaded(handler: Any, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
     """Refuse a state_dict that does not fit, before `load_state_dict` copies the first tensor.
 
     PyTorch itself copies what fits, casts, and complains at the end. It does not tell modules
@@ -87,13 +85,13 @@ def check_loaded(
             "options. Make such a one, load into it, and pass its cache to handler.restore."
         )
     count = 0
-    store: BufferStore = handler._store  # type: ignore[assignment]  # noqa: SLF001 - its own
+    store: BufferStore = handler._store  # noqa: SLF001 - its own
     for name, table in store.tables.items():
         at = f"{prefix}tables.{table_name(name)}."
-        given = table.view({each: state_dict[at + each] for each, _ in table.named_buffers()})
-        check_layout(given, table.cache, f"cache {name!r}")
-        bad = nonfinite_rows(given, handler.embedding_key, TORCH)
-        if not given.age.is_meta and bad.any():
-            state_dict[at + "age"] = given.age.masked_fill(bad, EMPTY)  # of load_state_dict's copy
+        cache = table.view({each: state_dict[at + each] for each, _ in table.named_buffers()})
+        check_layout(cache, table.cache, f"cache {name!r}")
+        bad = nonfinite_rows(cache, handler.embedding_key, TORCH)
+        if not cache.age.is_meta and bad.any():
+            state_dict[at + "age"] = cache.age.masked_fill(bad, EMPTY)  # of load_state_dict's copy
             count += int(bad.sum())
     warn_of_nonfinite(count)

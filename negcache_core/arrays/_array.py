@@ -8,7 +8,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import array_api_compat
 import array_api_compat.numpy
@@ -31,7 +31,12 @@ class Array(Protocol):  # noqa: PLW1641 - whether arrays have a hash is their li
     def dtype(self) -> Any:
         """The library's own dtype object; `dtype_name` reads it."""
 
+    @property
+    def device(self) -> Any:
+        """Where it is, for libraries in which that matters."""
+
     def __getitem__(self, key: Any, /) -> Any: ...
+    def __setitem__(self, key: Any, value: Any, /) -> None: ...  # where `write_rows` is in place
     def __add__(self, other: Any, /) -> Any: ...
     def __sub__(self, other: Any, /) -> Any: ...
     def __mul__(self, other: Any, /) -> Any: ...
@@ -42,6 +47,9 @@ class Array(Protocol):  # noqa: PLW1641 - whether arrays have a hash is their li
     def __radd__(self, other: Any, /) -> Any: ...
     def __rsub__(self, other: Any, /) -> Any: ...
     def __rmul__(self, other: Any, /) -> Any: ...
+    def __bool__(self) -> bool: ...
+    def __int__(self) -> int: ...
+    def __float__(self) -> float: ...
     def __neg__(self) -> Any: ...
     def __invert__(self) -> Any: ...
     def __and__(self, other: Any, /) -> Any: ...
@@ -50,8 +58,18 @@ class Array(Protocol):  # noqa: PLW1641 - whether arrays have a hash is their li
     def __le__(self, other: Any, /) -> Any: ...
     def __gt__(self, other: Any, /) -> Any: ...
     def __ge__(self, other: Any, /) -> Any: ...
-    def __eq__(self, other: object, /) -> Any: ...  # type: ignore[override] # elementwise
-    def __ne__(self, other: object, /) -> Any: ...  # type: ignore[override]
+    def __eq__(self, other: Any, /) -> Any: ...
+    def __ne__(self, other: Any, /) -> Any: ...
+
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar  # in `typing` a type variable's default takes Python 3.13
+
+    ArrayT = TypeVar("ArrayT", bound=Array, default=Any)
+else:
+    from typing import TypeVar
+
+    ArrayT = TypeVar("ArrayT")
 
 
 EXTRAS = {
@@ -83,8 +101,6 @@ class Namespace:
 @functools.lru_cache
 def completed(library: Any) -> Any:
     """Return a library's namespace with those of EXTRAS that it lacks, by the standard's means."""
-    if isinstance(library, Namespace):
-        return library
 
     def put_rows(table: Array, slots: Array, rows: Array) -> Array:
         return _put_rows_by_bisection(table, slots, rows, xp)
@@ -98,7 +114,7 @@ def completed(library: Any) -> Any:
         "put_rows": put_rows,
         "largest": lambda values, count: xp.argsort(values, descending=True, stable=True)[:count],
     }
-    xp = Namespace(library, extras)
+    xp: Any = Namespace(library, extras)
     if library is array_api_compat.numpy:
         xp.__dict__.update(_NUMPY)
     return xp
@@ -106,6 +122,8 @@ def completed(library: Any) -> Any:
 
 def namespace(*arrays: Array, xp: Any = None) -> Any:
     """Return `xp`, or else the namespace of `arrays`, completed; raise KindError for neither."""
+    if isinstance(xp, Namespace):
+        return xp
     if xp is not None:
         if not hasattr(xp, "asarray"):
             raise KindError(f"xp is {xp!r}: expected an array library's namespace, or None.")

@@ -2,11 +2,11 @@
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 
-from negcache_core.arrays._array import Array, completed, concat_rows, numpy_namespace
+from negcache_core.arrays._array import Array, ArrayT, concat_rows, namespace, numpy_namespace
 from negcache_core.arrays.numerics import (
     block_log_sum_exp_in_place,
     exclude_in_place,
@@ -23,7 +23,7 @@ ACCELERATOR_TILE = 64 * 2**20
 """Bytes of a tile on a GPU or TPU: large, so that launching kernels costs little."""
 
 
-class Backend:
+class Backend(Generic[ArrayT]):
     """The verbs of one array library. An adapter overrides what differs, and nothing else.
 
     >>> Backend().to_array([1, 2])
@@ -37,20 +37,20 @@ class Backend:
     )
 
     def __init__(self, xp: Any = numpy_namespace) -> None:
-        self.xp = completed(xp)
+        self.xp = namespace(xp=xp)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Backend":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Backend[ArrayT]":
         return self  # it has no state, and modules cannot be copied
 
-    def to_array(self, value: Any) -> Array:
+    def to_array(self, value: Any) -> ArrayT:
         """Return `value` as an array of this library; its own arrays come back as they are."""
         return self.xp.asarray(value)
 
-    def to_host(self, array: Array) -> np.ndarray[Any, Any]:
+    def to_host(self, array: ArrayT) -> np.ndarray[Any, Any]:
         """Return the values as a NumPy array; bfloat16 as that of ml_dtypes."""
         return np.asarray(array)
 
-    def from_host(self, table: Array, values: np.ndarray[Any, Any]) -> Array:
+    def from_host(self, table: ArrayT, values: np.ndarray[Any, Any]) -> ArrayT:
         """Replace a table's values by what `to_host` of any library returned; as `overwrite`."""
         return self.overwrite(table, self.to_array(values))
 
@@ -67,20 +67,20 @@ class Backend:
         """Return whether `value` is an array of this library."""
         return hasattr(value, "shape") and hasattr(value, "dtype")
 
-    def truth(self, value: Array) -> bool | None:
+    def truth(self, value: ArrayT) -> bool | None:
         """Return a bool scalar's value; None where a trace leaves it open."""
         return bool(value)
 
-    def tile_rows(self, queries: Array) -> int | None:
+    def tile_rows(self, queries: ArrayT) -> int | None:
         """Return the number of queries to size tiles for; None where a trace leaves it open."""
         rows: int | None = queries.shape[0]
         return rows
 
-    def tile_bytes(self, array: Array) -> int:
+    def tile_bytes(self, array: ArrayT) -> int:
         """Return the memory for a tile on the device of `array`, where the user names none."""
         return CPU_TILE
 
-    def stop_gradient(self, array: Array) -> Array:
+    def stop_gradient(self, array: ArrayT) -> ArrayT:
         """Return the same values as a constant for differentiation."""
         return array
 
@@ -102,13 +102,13 @@ class Backend:
         """
         return contextlib.nullcontext()
 
-    def slice_rows(self, array: Array, start: Any, size: int) -> Array:
+    def slice_rows(self, array: ArrayT, start: Any, size: int) -> ArrayT:
         """Return rows start … start + size - 1 of `array`; `start` may be a traced integer."""
         return array[start : start + size, ...]
 
     def fold_tiles(
-        self, function: Callable[[Any], tuple[Array, ...]], count: int
-    ) -> tuple[Array, ...]:
+        self, function: Callable[[Any], tuple[ArrayT, ...]], count: int
+    ) -> tuple[ArrayT, ...]:
         """Return function(0), …, function(count - 1), each of arrays (n, B), joined along axis 0.
 
         At most one tile is in memory at a time.
@@ -117,10 +117,10 @@ class Backend:
 
     def scan_tiles(
         self,
-        function: Callable[[Any, Any], tuple[tuple[Array, ...], tuple[Array, ...]]],
-        carry: tuple[Array, ...],
+        function: Callable[[Any, Any], tuple[tuple[ArrayT, ...], tuple[ArrayT, ...]]],
+        carry: tuple[ArrayT, ...],
         count: int,
-    ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    ) -> tuple[tuple[ArrayT, ...], tuple[ArrayT, ...]]:
         """Do what `fold_tiles` does with function(carry, tile) -> (carry, parts), tile after tile.
 
         Returns the last carry and the joined parts. A library that traces must not unroll the loop.
@@ -131,7 +131,7 @@ class Backend:
             found.append(parts)
         return carry, concat_rows(found, self.xp)
 
-    def block_log_sum_exp(self, scores: Array, written: Array, block: int) -> Array:
+    def block_log_sum_exp(self, scores: ArrayT, written: ArrayT, block: int) -> ArrayT:
         """Return the log-sum-exp of every `block` rows of scores (n, B): (n / block, B).
 
         written: bool (n,); other rows do not count
@@ -142,7 +142,7 @@ class Backend:
         scores = xp.where(written[:, None], scores, -float("inf"))
         return log_sum_exp(xp.reshape(scores, (scores.shape[0] // block, block, -1)), 1, xp=xp)
 
-    def attention(self, queries: Array, rows: Array, written: Array) -> Array | None:
+    def attention(self, queries: ArrayT, rows: ArrayT, written: ArrayT) -> ArrayT | None:
         """Return softmax(queries @ rows.T) @ rows, for queries (B, D) and rows (n, D): (B, D).
 
         By a kernel of the library's own, and None where it has none that is faster, or where not
@@ -150,14 +150,14 @@ class Backend:
         """
         return None
 
-    def exclude(self, scores: Array, ids: Array, positive_ids: Array) -> Array:
+    def exclude(self, scores: ArrayT, ids: ArrayT, positive_ids: ArrayT) -> ArrayT:
         """Return scores (n, B), -inf where the item, ids (n,), is one of positive_ids (B, P).
 
         May overwrite `scores`.
         """
         return self.xp.where(is_among(ids, positive_ids), -float("inf"), scores)
 
-    def write_rows(self, table: Array, slots: Array, rows: Array) -> Array:
+    def write_rows(self, table: ArrayT, slots: ArrayT, rows: ArrayT) -> ArrayT:
         """Put `rows` (n, …) at `slots` (n,) of `table` (C, …), and return the table.
 
         In place, but for libraries whose arrays never change: there the result is the new table.
@@ -165,7 +165,7 @@ class Backend:
         table[slots] = rows
         return table
 
-    def overwrite(self, table: Array, values: Array) -> Array:
+    def overwrite(self, table: ArrayT, values: ArrayT) -> ArrayT:
         """Replace all of a table's values, in place if possible, and return it."""
         table[...] = values
         return table
@@ -191,11 +191,11 @@ class Backend:
         before = bits.state
         return lambda: setattr(bits, "state", before)
 
-    def uniform(self, generator: Any, shape: tuple[Any, ...], like: Array) -> Array:
+    def uniform(self, generator: Any, shape: tuple[Any, ...], like: ArrayT) -> ArrayT:
         """Draw float64 uniforms in [0, 1) on the device of `like`, and advance the generator."""
         return self.xp.asarray(generator.random(shape))
 
-    def all_gather(self, array: Array, group: Any = None) -> Array:
+    def all_gather(self, array: ArrayT, group: Any = None) -> ArrayT:
         """Concatenate `array` (n, …) over the replicas of a group, in the order of their ranks."""
         raise OptionError(
             f"use_cross_replica=True needs a distributed backend, and {self.name!r} runs in one "

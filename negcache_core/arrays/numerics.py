@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from negcache_core.arrays._array import Array, cast, namespace, positions
+from negcache_core.arrays._array import Array, ArrayT, cast, namespace, positions
 
 
-def log_sum_exp(scores: Array, axis: int = -1, *, xp: Any = None) -> Array:
+def log_sum_exp(scores: ArrayT, axis: int = -1, *, xp: Any = None) -> ArrayT:
     """Return log(sum(exp(scores))) along an axis; -inf for no terms, and where all are -inf.
 
     The largest term is taken out first, so it is finite for any finite scores.
@@ -14,7 +14,7 @@ def log_sum_exp(scores: Array, axis: int = -1, *, xp: Any = None) -> Array:
     >>> log_sum_exp(np.asarray([[1e4, 1e4], [-np.inf, -np.inf]])).tolist()
     [10000.69314718056, -inf]
     """
-    xp = namespace(scores, xp=xp)
+    xp = xp or namespace(scores)
     if scores.shape[axis] == 0:  # some libraries know no largest of nothing
         return xp.sum(scores, axis=axis) - float("inf")
     top = xp.max(scores, axis=axis, keepdims=True)
@@ -25,7 +25,7 @@ def log_sum_exp(scores: Array, axis: int = -1, *, xp: Any = None) -> Array:
     return xp.where(total == 0, -float("inf"), xp.log(xp.where(total == 0, 1.0, total)) + top)
 
 
-def block_log_sum_exp_in_place(scores: Array, block: int, *, xp: Any) -> Array:
+def block_log_sum_exp_in_place(scores: ArrayT, block: int, *, xp: Any) -> ArrayT:
     """Return the log-sum-exp of every `block` rows of scores (n, B): (n / block, B).
 
     For libraries that write into their arrays (`out=`): overwrites `scores`, and allocates little.
@@ -53,7 +53,7 @@ def is_among(ids: Array, positive_ids: Array) -> Array:
     return found
 
 
-def exclude_in_place(scores: Array, ids: Array, positive_ids: Array, *, xp: Any) -> Array:
+def exclude_in_place(scores: ArrayT, ids: Array, positive_ids: Array, *, xp: Any) -> ArrayT:
     """Set scores (n, B) to -inf where `is_among`, for libraries that write into their arrays.
 
     Few rows hold a positive of any query: they are found by bisection, and only they are compared.
@@ -69,13 +69,13 @@ def exclude_in_place(scores: Array, ids: Array, positive_ids: Array, *, xp: Any)
 
 def soft_plus(values: Array, *, xp: Any = None) -> Array:
     """Return log(1 + exp(values)) without overflow: finite for all finite values, 0 for -inf."""
-    xp = namespace(values, xp=xp)
+    xp = xp or namespace(values)
     return xp.maximum(values, xp.zeros_like(values)) + xp.log1p(xp.exp(-xp.abs(values)))
 
 
 def sigmoid(values: Array, *, xp: Any = None) -> Array:
     """Return 1 / (1 + exp(-values)) without overflow, accurate in both tails."""
-    xp = namespace(values, xp=xp)
+    xp = xp or namespace(values)
     small = xp.exp(-xp.abs(values))
     return xp.where(values >= 0, 1.0, small) / (1.0 + small)
 
@@ -93,7 +93,7 @@ def mean(values: Array, *, xp: Any = None) -> Array:
     >>> float(mean(np.asarray([1.0, 2.0]))), float(mean(np.zeros(0)))
     (1.5, 0.0)
     """
-    xp = namespace(values, xp=xp)
+    xp = xp or namespace(values)
     return masked_mean(values, xp.ones_like(values, dtype=xp.bool), xp=xp)
 
 

@@ -79,10 +79,13 @@ def shape_of(array: Array, what: str) -> tuple[Any, ...]:
 
 def check_shape(array: Array, expected: tuple[Any, ...], what: str, advice: str = "") -> Array:
     """Raise ShapeError unless `array` has the expected shape; a str in it names a free size."""
-    given = shape_of(array, what)
+    try:
+        given = tuple(array.shape)
+    except ValueError:
+        given = shape_of(array, what)  # says so in our words
     fits = len(given) == len(expected)
     for size, want in zip(given, expected, strict=False):
-        if size != want and isinstance(want, int) and size is not None:
+        if not (isinstance(want, str) or want is None or size is None or size == want):
             fits = False
     if not fits:
         wanted = ", ".join(str(size) for size in expected) + ("," if len(expected) == 1 else "")
@@ -103,7 +106,7 @@ def check_floating(array: Array, what: str) -> Array:
 def as_array(value: Any, what: str, backend: Backend) -> Array:
     """Return `value` as an array of the backend's library; its own come back as they are."""
     if backend.owns(value):
-        return value  # type: ignore[no-any-return] # it is one
+        return value
     refusal = KindError(
         f"{what} is a {type(value).__name__}, of which {backend.name} makes no array: expected an "
         "array, or lists of numbers that make one."
@@ -121,9 +124,11 @@ def array_of(
     value: Any, expected: tuple[Any, ...], what: str, backend: Backend, advice: str = ""
 ) -> Array:
     """Return `value` as an array of the expected shape; a wrong one is refused before any copy."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
+    known = hasattr(value, "shape") and hasattr(value, "dtype")
+    if known:
         check_shape(value, expected, what, advice)
-    return check_shape(as_array(value, what, backend), expected, what, advice)
+    array = as_array(value, what, backend)
+    return array if known else check_shape(array, expected, what, advice)
 
 
 def embeddings_of(
@@ -132,7 +137,7 @@ def embeddings_of(
     what: str,
     backend: Backend,
     *,
-    like: Array = None,
+    like: Array | None = None,
     advice: str = "",
 ) -> Array:
     """Return `value` as floating embeddings of the expected shape, on the device of `like`."""
@@ -145,10 +150,9 @@ def embeddings_of(
 
 def check_device(array: Array, like: Any, what: str, backend: Backend) -> Array:
     """Raise DeviceError unless `array` is where the cache's `like` is."""
-    if backend.has_devices and array.device != like.device:  # type: ignore[attr-defined]
+    if backend.has_devices and array.device != like.device:
         raise DeviceError(
-            f"{what} is on {array.device} and the cache on {like.device}: "  # type: ignore[attr-defined]
-            "move one of them."
+            f"{what} is on {array.device} and the cache on {like.device}: move one of them."
         )
     return array
 
@@ -189,7 +193,7 @@ def check_mapping(value: Any, what: str) -> Mapping[str, Any]:
 def check_keys(given: Iterable[Any], known: Iterable[str], what: str, *, exact: bool) -> None:
     """Raise KeysError unless `given` is all of `known`, or (exact=False) some of it."""
     given_keys, known_keys = list(given), list(known)
-    if given_keys == known_keys:
+    if set(given_keys) == set(known_keys) or (not exact and set(given_keys) <= set(known_keys)):
         return
     missing = in_order(key for key in known_keys if key not in given_keys) if exact else []
     unknown = in_order(key for key in given_keys if key not in known_keys)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from negcache_core.arrays._array import Array, cast, dtype_name
+from negcache_core.arrays._array import cast, dtype_name
 from negcache_core.arrays.backend import NUMPY, Backend
 from negcache_core.arrays.numerics import finite_rows
 from negcache_core.arrays.validation import check_keys, check_mapping
@@ -72,7 +72,7 @@ def resize_cache(cache: NegativeCache, capacity: int) -> NegativeCache:
     return NegativeCache(data, np.concatenate([cache.age, empty]))
 
 
-def nonfinite_rows(cache: NegativeCache, embedding_key: str, backend: Backend) -> Array:
+def nonfinite_rows(cache: NegativeCache, embedding_key: str, backend: Backend) -> Any:
     """Return bool (C,): which slots hold a row whose embedding is not finite."""
     xp = backend.xp
     finite = finite_rows(cache.data[embedding_key], xp=xp)

@@ -7,6 +7,7 @@ from negcache_core.arrays._array import Array, cast, dtype_kind, dtype_name, len
 from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.validation import (
     array_of,
+    as_array,
     check_device,
     check_keys,
     check_mapping,
@@ -32,23 +33,27 @@ def check_rows(
     arrays: dict[str, Array] = {}
     counts: dict[str, int] = {}
     sized: Any = None
+    alike = True
     for key, value in rows.items():
         table, name = cache.data[key], f"{what}[{key!r}]"
         expected = ("n", *shape_of(table, name)[1:])
         advice = "One row per item, each of the field's shape."
-        if too_many is not None and hasattr(value, "shape"):  # before anything is copied
+        if hasattr(value, "shape") and hasattr(value, "dtype"):
             size = check_shape(value, expected, name, advice).shape[0]
-            if isinstance(size, int) and size > table.shape[0]:
-                raise too_many(size, table.shape[0])
-        array = array_of(value, expected, name, backend, advice)
+            if too_many is not None and isinstance(size, int) and size > table.shape[0]:
+                raise too_many(size, table.shape[0])  # before anything is copied
+            array = as_array(value, name, backend)
+        else:
+            array = array_of(value, expected, name, backend, advice)
         if not hasattr(value, "dtype") and _literal_fits(array, table.dtype):
             array = backend.xp.astype(array, table.dtype)
         if array.dtype != table.dtype:
             check_castable(array.dtype, table.dtype, name)
         arrays[key] = check_device(array, table, name, backend)
         if array.shape[0] is not None:
+            alike = alike and (sized is None or array.shape[0] == sized.shape[0])
             counts[key], sized = array.shape[0], array
-    if len(set(counts.values())) > 1:
+    if not alike:
         raise ShapeError(
             f"{what} has row counts {counts}: expected one number of rows in all fields."
         )

@@ -26,8 +26,8 @@ class NegativeCache(NamedTuple):
     here it can never be drawn, filtered on or counted.
     """
 
-    data: dict[str, Array]
-    age: Array
+    data: dict[str, Any]  # the arrays of a library have methods of its own: to a user they are Any
+    age: Any
 
 
 def is_written(age: Array) -> Array:

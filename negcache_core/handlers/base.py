@@ -20,6 +20,7 @@ from negcache_core.handlers.new_items import check_batch, stand_in
 from negcache_core.handlers.setup import NewItemsFilter, Setup, check_parts, check_sharing
 from negcache_core.handlers.step import ItemNetwork, commit, run_step
 from negcache_core.handlers.store import Store
+from negcache_core.losses.classification import CacheClassificationLoss
 from negcache_core.losses.results import CacheLossReturn
 from negcache_core.retrieval.result import Retrieval
 from negcache_core.sharding.mirrored import Mirrored
@@ -32,6 +33,7 @@ class BaseHandler:
     """
 
     backend: ClassVar[Backend] = NUMPY
+    _store: Store
 
     def __init__(
         self,
@@ -48,7 +50,7 @@ class BaseHandler:
         embedding_key, keys = check_field_names(embedding_key, data_keys)
         check_parts(cache_managers, cache_loss, embedding_key, keys, new_items_filter, self.backend)
         self.embedding_key, self.data_keys = embedding_key, keys
-        self.cache_loss = cache_loss
+        self.cache_loss: Any = cache_loss
         self.use_cross_replica = check_flag(use_cross_replica, "use_cross_replica")
         self.new_items_filter = new_items_filter
         self.group = group
@@ -98,12 +100,15 @@ class BaseHandler:
 
     def _report(self, result: CacheLossReturn) -> None:
         """Keep a step's metrics for the user to read."""
-        given = result.metrics
-        given = {} if given is None else check_mapping(given, "metrics of the loss's result")
+        stop, phased = (
+            self.backend.stop_gradient,
+            isinstance(self.cache_loss, CacheClassificationLoss),
+        )
+        metrics: Any = {} if result.metrics is None else result.metrics
         self.metrics = {}
-        for key, value in given.items():
-            array = as_array(value, f"metrics[{key!r}]", self.backend)
-            self.metrics[key] = self.backend.stop_gradient(array)
+        for key, value in check_mapping(metrics, "metrics of the loss's result").items():
+            what = f"metrics[{key!r}]"
+            self.metrics[key] = stop(value if phased else as_array(value, what, self.backend))
 
     def compute_loss(
         self,

@@ -73,15 +73,16 @@ def restore(
 def evict_nonfinite(setup: Setup, store: Store) -> Array:
     """Empty the slots whose embedding is not finite; return how many there were."""
     backend, xp = setup.backend, setup.backend.xp
-    caches, count = Caches(store.read()), xp.asarray(0)
+    caches = Caches(store.read())
+    count: Any = 0
     with backend.no_gradient():
         for name, (data, age) in caches.items():
             bad = nonfinite_rows(NegativeCache(data, age), setup.embedding_key, backend)
-            count = xp.sum(cast(bad, xp.index_dtype, xp)) + count
+            count = count + xp.sum(cast(bad, xp.index_dtype, xp))
             new_age = xp.where(bad, EMPTY, cast(age, xp.int32, xp))
             caches[name] = NegativeCache(data, backend.overwrite(age, new_age))
         store.write(caches)
-    return count  # type: ignore[no-any-return]
+    return count
 
 
 def _take_over(setup: Setup, store: Store, given: Mapping[str, Any], *, resize: bool) -> None:

@@ -91,7 +91,7 @@ def check_sharing(
     filters: bool,
 ) -> None:
     """Refuse options that do not go with where the cache is; note what replicas must have alike."""
-    placement = getattr(loss, "placement", HERE)
+    placement: Any = getattr(loss, "placement", HERE)
     if not placement.sharded:
         if group is not None and not use_cross_replica:
             raise OptionError(

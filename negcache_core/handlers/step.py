@@ -19,7 +19,7 @@ from negcache_core.handlers.store import Store
 from negcache_core.losses.classification import CacheClassificationLoss
 from negcache_core.losses.results import CacheLossReturn
 
-ItemNetwork = Callable[[dict[str, Array]], Array]
+ItemNetwork = Callable[[dict[str, Any]], Array]
 
 
 def run_step(

@@ -39,7 +39,7 @@ def refresh(
             plans[name], more = _plan_refresh(setup, caches[name], item_network, count)
             left_out = left_out + more
         carry_out(setup, store, plans)
-    return left_out  # type: ignore[no-any-return] # an array, once a cache is named
+    return left_out  # an array, once a cache is named
 
 
 def prefill(
@@ -71,7 +71,7 @@ def prefill(
                 left_out = left_out + _insert(setup, store, name, rows, item_network, part)
         finally:
             _settle(setup, store, corpora)
-    return left_out  # type: ignore[no-any-return]
+    return left_out
 
 
 def _plan_refresh(

@@ -7,38 +7,31 @@ embedded anew. `retrieve` and `loss_from_negatives` are the two phases of callin
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, ClassVar
 
-from negcache_core.arrays._array import Array, accumulation_dtype, cast, length, positions
+from negcache_core.arrays._array import Array, cast, length, positions
 from negcache_core.arrays.backend import NUMPY, Backend
 from negcache_core.arrays.numerics import mean
 from negcache_core.arrays.rollback import UndoneOnError
 from negcache_core.arrays.validation import check_field_names, check_flag, check_function
-from negcache_core.cache.named import SINGLE, Caches, named_caches
+from negcache_core.cache.named import Caches
 from negcache_core.cache.state import NegativeCache
-from negcache_core.losses.callbacks import check_scale, reduced, scale_for, transformed
+from negcache_core.losses.callbacks import check_scale
 from negcache_core.losses.estimators import ESTIMATORS, check_estimator
 from negcache_core.losses.inputs import (
-    check_embeddings,
     check_pairs,
-    check_request,
-    check_weight,
 )
-from negcache_core.losses.nonfinite import gathered
-from negcache_core.losses.objective import estimate
 from negcache_core.losses.options import (
     MOST_DRAWS,
     check_functions,
     check_item_fields,
     positive,
 )
-from negcache_core.losses.results import CacheLoss, CacheLossReturn, refresh_of
+from negcache_core.losses.phases import draw_negatives, loss_of
+from negcache_core.losses.results import CacheLoss, CacheLossReturn
 from negcache_core.retrieval.placement import HERE, Placement
-from negcache_core.retrieval.request import Request, Wanted
+from negcache_core.retrieval.request import Wanted
 from negcache_core.retrieval.result import Retrieval, check_retrieval
-from negcache_core.retrieval.retrieve import retrieve
-from negcache_core.retrieval.scorer import Scorer
 from negcache_core.retrieval.top_k import check_top_k
 
 
@@ -92,11 +85,11 @@ class CacheClassificationLoss(CacheLoss):
         self,
         embedding_key: str,
         data_keys: Iterable[str],
-        score_transform: Callable[[Array], Array] | None = None,
+        score_transform: Callable[[Any], Array] | None = None,
         top_k: int | None = None,
-        reducer: Callable[[Array], Array] | None = mean,
+        reducer: Callable[[Any], Array] | None = mean,
         *,
-        retrieval_fn: Callable[[Array], Array] | None = None,
+        retrieval_fn: Callable[[Any], Array] | None = None,
         scale: Any = None,
         estimator: str = "paper",
         num_samples: int = 1,
@@ -156,8 +149,8 @@ class CacheClassificationLoss(CacheLoss):
                           id of its one positive. Fill up rows with an id twice, or one of no item.
         noise:            (B, S, 2) floating uniforms in [0, 1); drawn from the generator where None
         """
-        return self._retrieve(
-            self._wanted(), query_embeddings, cache, pos_features, positive_ids, noise
+        return draw_negatives(
+            self, self._wanted(), query_embeddings, cache, pos_features, positive_ids, noise
         )
 
     def loss_from_negatives(
@@ -186,7 +179,8 @@ class CacheClassificationLoss(CacheLoss):
             readout=estimator.reads_out,
             others=self.in_batch_negatives,
         )
-        return self._loss(
+        return loss_of(
+            self,
             query_embeddings,
             pos_doc_embeddings,
             neg_doc_embeddings,
@@ -197,7 +191,7 @@ class CacheClassificationLoss(CacheLoss):
 
     def __call__(
         self,
-        doc_network: Callable[[dict[str, Array]], Array],
+        doc_network: Callable[[dict[str, Any]], Array],
         query_embeddings: Array,
         pos_doc_embeddings: Array,
         cache: NegativeCache | Mapping[str, NegativeCache],
@@ -216,7 +210,7 @@ class CacheClassificationLoss(CacheLoss):
         """
         check_pairs(query_embeddings, pos_doc_embeddings)
         check_function(doc_network, "doc_network", "a function of features")
-        with self._guard(cache):
+        with self.guard(cache):
             retrieval = self.retrieve(
                 query_embeddings,
                 cache,
@@ -224,7 +218,8 @@ class CacheClassificationLoss(CacheLoss):
                 positive_ids=positive_ids,
                 noise=noise,
             )
-            return self._loss(
+            return loss_of(
+                self,
                 query_embeddings,
                 pos_doc_embeddings,
                 doc_network(retrieval.features),
@@ -235,7 +230,7 @@ class CacheClassificationLoss(CacheLoss):
 
     def evaluate(
         self,
-        doc_network: Callable[[dict[str, Array]], Array] | None,
+        doc_network: Callable[[dict[str, Any]], Array] | None,
         query_embeddings: Array,
         pos_doc_embeddings: Array,
         cache: NegativeCache | Mapping[str, NegativeCache],
@@ -259,11 +254,12 @@ class CacheClassificationLoss(CacheLoss):
         shape = (length(query_embeddings, xp), self.num_samples, 2)
         noise = xp.broadcast_to(middle[:, None, None], shape)
         wanted = self._wanted()._replace(retrieval_fn=None)
-        retrieval = self._retrieve(
-            wanted, query_embeddings, cache, pos_features, positive_ids, noise
+        retrieval = draw_negatives(
+            self, wanted, query_embeddings, cache, pos_features, positive_ids, noise
         )
         drawn = retrieval.stale_embeddings
-        return self._loss(
+        return loss_of(
+            self,
             query_embeddings,
             pos_doc_embeddings,
             drawn if doc_network is None else doc_network(retrieval.features),
@@ -278,7 +274,7 @@ class CacheClassificationLoss(CacheLoss):
         undo = [self.backend.remember(each) for each in drawing if each is not None]
         return UndoneOnError([*undo, self.placement.remember()])
 
-    def _guard(self, cache: Any) -> AbstractContextManager[None]:
+    def guard(self, cache: Any) -> AbstractContextManager[None]:
         """Undo draws on an error; a handler, whose Caches these are, does so for its whole step."""
         return nullcontext() if isinstance(cache, Caches) else self.undone_on_error()
 
@@ -298,86 +294,3 @@ class CacheClassificationLoss(CacheLoss):
             estimator.reads_out,
             self.tile_bytes,
         )
-
-    def _retrieve(
-        self,
-        wanted: Wanted,
-        query_embeddings: Array,
-        cache: NegativeCache | Mapping[str, NegativeCache],
-        pos_features: Mapping[str, Array] | None,
-        positive_ids: Array | None,
-        noise: Array | None,
-    ) -> Retrieval:
-        backend = self.backend
-        caches = named_caches(cache, wanted.fields, backend)
-        queries, batch, stand_in, noise = check_request(
-            query_embeddings, caches, pos_features, positive_ids, noise, wanted, backend
-        )
-        with backend.no_gradient(), self._guard(cache):
-            queries = backend.stop_gradient(queries)
-            scorer = self._scorer(queries, caches.first().data[self.embedding_key])
-            request = Request(
-                wanted, queries, caches, batch, stand_in, noise, self.generator, scorer, backend
-            )
-            found = retrieve(request, self.placement)
-        if not isinstance(cache, Mapping):
-            found = found._replace(slots=found.slots[SINGLE], owned=found.owned[SINGLE])
-        return found
-
-    def _loss(
-        self,
-        query_embeddings: Array,
-        pos_doc_embeddings: Array,
-        neg_doc_embeddings: Array,
-        retrieval: Retrieval,
-        hard_negative_embeddings: Array | None,
-        sample_weight: Array | None,
-    ) -> CacheLossReturn:
-        """Return the loss from a retrieval of this loss."""
-        backend, xp = self.backend, self.backend.xp
-        embedded = check_embeddings(
-            retrieval,
-            query_embeddings,
-            pos_doc_embeddings,
-            neg_doc_embeddings,
-            hard_negative_embeddings,
-            backend,
-        )
-        scorer = self._scorer(*embedded[:3], retrieval.stale_embeddings)
-        weight = check_weight(sample_weight, retrieval, scorer.dtype, backend)
-        found = estimate(
-            gathered(embedded, retrieval, self.placement, scorer.dtype, xp),
-            retrieval,
-            scorer,
-            backend,
-            estimator=ESTIMATORS[self.estimator],
-            staleness_correction=self.staleness_correction,
-        )
-        training, interpretable = found.training, found.interpretable
-        if weight is not None:
-            training, interpretable = training * weight, interpretable * weight
-        training, reduced = (self._reduce(each, retrieval) for each in (training, interpretable))
-        fresh, finite = self.placement.give_back((found.fresh, found.finite), retrieval.route)
-        return CacheLossReturn(
-            training,
-            reduced,
-            *refresh_of(retrieval, {self.embedding_key: fresh}, finite),
-            staleness=self._reduce(found.staleness, retrieval),
-            # A constant, and a difference that is exactly zero whatever the surrogate's magnitude.
-            loss=reduced + (training - backend.stop_gradient(training)),
-            metrics=found.metrics,
-        )
-
-    def _scorer(self, *arrays: Array) -> Scorer:
-        xp, scale, transform = self.backend.xp, self.scale, self.score_transform
-        dtype = accumulation_dtype(*arrays, xp=xp)
-        if scale is not None and not isinstance(scale, (int, float)):
-            scale = partial(scale_for, scale, arrays[0], self.backend)
-        if transform is not None:
-            transform = partial(transformed, transform, dtype=dtype, backend=self.backend)
-        return Scorer(scale, transform, dtype, xp)
-
-    def _reduce(self, values: Array, retrieval: Retrieval) -> Array:
-        if self.reducer is mean:
-            return self.placement.reduce_mean(values, retrieval, self.backend.xp)
-        return values if self.reducer is None else reduced(self.reducer, values, self.backend)

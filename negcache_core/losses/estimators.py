@@ -65,7 +65,7 @@ class Weights(NamedTuple):
     readout: Array | None = None
     stale: Array | None = None
 
-    def each(self) -> Array:
+    def each(self) -> Any:
         """Return the weights of drawn rows, whichever there are."""
         return self.every if self.own is None else self.own
 

@@ -54,7 +54,8 @@ def gathered(
         if retrieval.pool is not None:
             every = placement.gather_fresh(embedded.drawn, sizes)
             embedded = embedded._replace(every_drawn=every)
-    return Embedded(*[None if each is None else cast(each, dtype, xp) for each in embedded])
+    raised: list[Any] = [None if each is None else cast(each, dtype, xp) for each in embedded]
+    return Embedded(*raised)
 
 
 class Usable(NamedTuple):
@@ -86,7 +87,7 @@ def without_poison(
     def finite(rows: Array, dtype: Any = scorer.dtype) -> Array:
         return finite_rows(cast(constant(rows), dtype, xp), xp=xp)
 
-    def kept(rows: Array, mask: Array) -> Array:
+    def kept(rows: Array, mask: Any) -> Array:
         return xp.where(mask[..., None], rows, 0.0)
 
     with backend.no_gradient():

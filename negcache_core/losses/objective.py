@@ -79,7 +79,7 @@ def estimate(
 
     with backend.no_gradient():
         was_drawn = xp.reshape(retrieval.drawn, (-1,))
-        clean = cast(constant(embedded.drawn), scorer.dtype, xp)
+        clean = constant(embedded.drawn)
         row_staleness = staleness(cast(stored, scorer.dtype, xp), clean, xp=xp)
         row_staleness = xp.where(was_drawn & usable.drawn, row_staleness, 0.0)
         kept = finite_rows(cast(constant(given.positives), stored.dtype, xp), xp=xp)
@@ -95,8 +95,7 @@ def estimate(
             xp.concat(left_out),
             xp=xp,
         )
-        constants = cast(constant(weighed), scorer.dtype, xp)
-        metrics.update(weight_metrics(weights, constants, xp=xp))
+        metrics.update(weight_metrics(weights, constant(weighed), xp=xp))
         by_query = xp.reshape(row_staleness, (-1, retrieval.drawn.shape[1]))
         fresh = cast(constant(given.drawn), stored.dtype, xp)
     return Estimate(

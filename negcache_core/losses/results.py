@@ -24,14 +24,14 @@ class CacheLossReturn(NamedTuple):
     fit `CacheManager.update_cache` as they are.
     """
 
-    training_loss: Array
-    interpretable_loss: Array
+    training_loss: Any
+    interpretable_loss: Any
     updated_item_data: Any
     updated_item_indices: Any
     updated_item_mask: Any
-    staleness: Array
-    loss: Array | None = None
-    metrics: dict[str, Array] | None = None
+    staleness: Any
+    loss: Any = None
+    metrics: Any = None
 
 
 def refresh_of(retrieval: Retrieval, data: dict[str, Array], finite: Array) -> tuple[Any, Any, Any]:
@@ -50,6 +50,6 @@ class CacheLoss(ABC):
 
     @abstractmethod
     def __call__(
-        self, doc_network: Any, query_embeddings: Array, pos_doc_embeddings: Array, cache: Any
+        self, doc_network: Any, query_embeddings: Any, pos_doc_embeddings: Any, cache: Any
     ) -> CacheLossReturn:
         """Embed what the loss needs with `doc_network` and return a CacheLossReturn."""

@@ -42,7 +42,7 @@ def exact_terms(
 ) -> Array:
     """Return (B,): the exact negatives' term of the surrogate, sum_j p_j s_j."""
     log_total = law.log_total(xp=xp)[:, None]
-    total = None
+    total: Any = None
     for part in parts:
         probabilities = xp.exp(part.logits(constant, xp) - log_total)
         term = xp.sum(probabilities * part.scores, axis=1)
@@ -68,7 +68,7 @@ def cache_term(
     queries: Array,
     fresh: Array,
     *,
-    readout: Array | None,
+    readout: Any,
     stale: Array,
     constant: Callable[[Array], Array],
 ) -> Array:
@@ -86,7 +86,6 @@ def cache_term(
         return xp.sum(weights.own * scores, axis=1)
     if weights.readout is None:
         return xp.sum(weights.every * scorer.cross(queries, fresh), axis=1)
-    fresh = cast(fresh, scorer.dtype, xp)
     target = weights.readout[:, None] * cast(readout, scorer.dtype, xp)
     target = target + xp.matmul(weights.every, constant(fresh))
     target = target - xp.matmul(weights.stale, cast(stale, scorer.dtype, xp))

@@ -82,7 +82,7 @@ class Placement:
         del sizes
         return arrays
 
-    def gather_fresh(self, array: Array, sizes: Sequence[int]) -> Array | None:
+    def gather_fresh(self, array: Array, sizes: Sequence[int]) -> Any:
         """Return differentiable rows of all; None where there are none but one's own."""
         del array, sizes
 

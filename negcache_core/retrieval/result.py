@@ -38,11 +38,11 @@ class Retrieval(NamedTuple):
     positive_bias:    (B,) taken from the scores of the batch's positives as negatives, or None
     """
 
-    features: dict[str, Array]
+    features: dict[str, Any]
     drawn: Array
     log_partition: Array
     entropy: Array
-    stale_embeddings: Array
+    stale_embeddings: Any
     ages: Array
     fill: Array
     slots: Any

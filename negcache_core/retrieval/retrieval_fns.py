@@ -30,7 +30,7 @@ class AbstractRetrievalFn(ABC):
     backend: ClassVar[Backend] = NUMPY
 
     @abstractmethod
-    def __call__(self, scores: Array) -> Array:
+    def __call__(self, scores: Any) -> Array:
         """Choose slots for each query. Slots that must not be used score -inf."""
 
 

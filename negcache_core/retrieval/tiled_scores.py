@@ -250,7 +250,7 @@ def scores_of(
         width = table.shape[1] if copied else 0
         tile = tile_slots(backend.tile_rows(queries), width, itemsize, budget)
         ids = None if id_key is None else cache.data[id_key]
-        own = None if ids is None else cast(positive_ids, ids.dtype, xp)
+        own = None if ids is None or positive_ids is None else cast(positive_ids, ids.dtype, xp)
         bias = None if bias_key is None else cast(cache.data[bias_key], scorer.dtype, xp)
         found.append(CacheScores(scaled, table, age, first, tile, plain, backend, ids, own, bias))
         first += found[-1].slots

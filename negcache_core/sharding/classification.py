@@ -36,6 +36,7 @@ class DistributedCacheClassificationLoss(CacheClassificationLoss):
     """
 
     make_replicas: Callable[[Any], Replicas] = staticmethod(_no_replicas)
+    placement: Shards
 
     def __init__(self, *arguments: Any, group: Any = None, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -186,7 +186,8 @@ class Shards(Placement):
 
     def bring_home(self, new: NewRows, cache: NegativeCache, key: str, xp: Any) -> NewRows:
         """Exchange new rows, so that each comes to the replica that stores its item."""
-        replicas, mask = self.replicas, new.mask
+        replicas = self.replicas
+        mask: Any = new.mask  # a step's new rows have one
         keys = cast(new.rows[key], cache.data[key].dtype, xp)
         numbers = replicas.numbers([mask.shape[0], cache.age.shape[0]], mask)
         sizes, slots = zip(*numbers, strict=True)

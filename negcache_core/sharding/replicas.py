@@ -7,9 +7,9 @@ never on the capacity.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
-from negcache_core.arrays._array import Array
+from negcache_core.arrays._array import ArrayT
 from negcache_core.arrays.backend import Backend
 from negcache_core.errors import OptionError
 
@@ -22,12 +22,12 @@ class Route(NamedTuple):
     sizes:   draws of each replica's own queries
     """
 
-    owner: Array
-    entries: Array
+    owner: Any
+    entries: Any
     sizes: tuple[int, ...]
 
 
-class Replicas(ABC):
+class Replicas(ABC, Generic[ArrayT]):
     """What replicas do together. Every verb is called by all of them, in the same order.
 
     count:   how many there are; rank: which one this is, a number that may be traced
@@ -44,27 +44,27 @@ class Replicas(ABC):
         """Return the place of this replica's first row among those of all, which have `sizes`."""
         return sum(sizes[: self.rank])
 
-    def own(self, array: Array, sizes: Sequence[int]) -> Array:
+    def own(self, array: ArrayT, sizes: Sequence[int]) -> ArrayT:
         """Return this replica's rows of those of all."""
         start = self.first(sizes)
         return array[start : start + sizes[self.rank], ...]
 
     @abstractmethod
-    def numbers(self, own: Sequence[int], like: Array) -> list[tuple[int, ...]]:
+    def numbers(self, own: Sequence[int], like: ArrayT) -> list[tuple[int, ...]]:
         """Return every replica's few integers, by rank."""
 
     @abstractmethod
-    def texts(self, own: str, like: Array) -> list[str]:
+    def texts(self, own: str, like: ArrayT) -> list[str]:
         """Return every replica's text, by rank."""
 
     def noise(
-        self, backend: Backend, generator: Any, rows: Sequence[int], draws: int, like: Array
-    ) -> Array:
+        self, backend: Backend, generator: Any, rows: Sequence[int], draws: int, like: ArrayT
+    ) -> ArrayT:
         """Return noise (n, draws, 2) for the queries of all replicas, the same on each of them."""
         # Every replica makes all of it: there is one generator state in the whole job.
         return backend.uniform(generator, (sum(rows), draws, 2), like)
 
-    def share_generator(self, generator: Any, like: Array) -> None:
+    def share_generator(self, generator: Any, like: ArrayT) -> None:
         """Give every replica the first one's noise, where their generators may differ."""
         del generator, like  # not an empty body, of which TensorFlow's AutoGraph would warn
 
@@ -73,38 +73,38 @@ class Replicas(ABC):
         del slots, facts
 
     @abstractmethod
-    def gather(self, arrays: Sequence[Array], sizes: Sequence[int]) -> list[Array]:
+    def gather(self, arrays: Sequence[ArrayT], sizes: Sequence[int]) -> list[ArrayT]:
         """Return arrays (n, …) concatenated over all replicas, which have `sizes` rows of each."""
 
     @abstractmethod
-    def gather_fresh(self, array: Array, sizes: Sequence[int]) -> Array:
+    def gather_fresh(self, array: ArrayT, sizes: Sequence[int]) -> ArrayT:
         """Do so with gradients: a row's gradient is the sum of those of all replicas."""
 
     @abstractmethod
-    def parts(self, array: Array, sizes: Sequence[int]) -> Array:
+    def parts(self, array: ArrayT, sizes: Sequence[int]) -> ArrayT:
         """Send rows (sum of sizes, …) to the replicas they are about: (replicas, own rows, …)."""
 
-    def sum_of_parts(self, array: Array, sizes: Sequence[int]) -> Array:
+    def sum_of_parts(self, array: ArrayT, sizes: Sequence[int]) -> ArrayT:
         """Return the sum over replicas (own rows, …) of the `parts` sent here."""
-        total: Array = self.parts(array, sizes).sum(0)  # type: ignore[attr-defined] # all have it
-        return total
+        parts: Any = self.parts(array, sizes)  # whose .sum all libraries have
+        return parts.sum(0)
 
     @abstractmethod
-    def serve(self, arrays: Sequence[Array], route: Route) -> list[Array]:
+    def serve(self, arrays: Sequence[ArrayT], route: Route) -> list[ArrayT]:
         """Send rows (m, …), for the draws that this replica serves, to those who drew them.
 
         Returns the rows of this replica's own draws, in order.
         """
 
     @abstractmethod
-    def give_back(self, arrays: Sequence[Array], route: Route) -> list[Array]:
+    def give_back(self, arrays: Sequence[ArrayT], route: Route) -> list[ArrayT]:
         """Send rows of one's own draws to their owners: the way back of `serve`."""
 
     @abstractmethod
-    def entries(self, owner: Array) -> Array:
+    def entries(self, owner: ArrayT) -> ArrayT:
         """Return the positions (m,) at which `owner` (n,) is this replica, ascending."""
 
-    def agree(self, own: Mapping[str, Any], like: Array) -> None:
+    def agree(self, own: Mapping[str, Any], like: ArrayT) -> None:
         """Raise OptionError if the replicas' facts differ; the message names what does."""
         texts = self.texts(_as_text(own), like)
         if len(set(texts)) == 1:

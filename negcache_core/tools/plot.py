@@ -53,7 +53,7 @@ class Aged(NamedTuple):
 
 def plot_cache(
     handler: CacheLossHandler | MultiCacheLossHandler,
-    item_network: Callable[[dict[str, Array]], Array] | None = None,
+    item_network: Callable[[dict[str, Any]], Array] | None = None,
     history: Mapping[int, Mapping[str, Any]] | None = None,
     *,
     rows: int = 1_024,
@@ -117,7 +117,7 @@ def plot_cache(
 def stale_rows(
     handler: CacheLossHandler | MultiCacheLossHandler,
     cache: NegativeCache,
-    item_network: Callable[[dict[str, Array]], Array],
+    item_network: Callable[[dict[str, Any]], Array],
     count: int,
 ) -> Aged:
     """Embed at most `count` written rows anew, evenly spread over the order of their ages.
@@ -142,7 +142,7 @@ def stale_rows(
         )
         stale = xp.take_rows(cache.data[key], slots)
         pair = (backend.to_host(each).astype(np.float64) for each in (stale, fresh))
-        found = staleness(*pair, xp=np)
+        found: Any = staleness(*pair, xp=np)
     finite = np.isfinite(found)
     return Aged(ages[chosen][finite], found[finite])
 

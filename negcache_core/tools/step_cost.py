@@ -62,8 +62,8 @@ def scaling(
 
     An exchange in which each rank sends n bytes to all others counts n x (world_size - 1). The
     gradients of the towers, which data-parallel training adds up, are not counted. They are the
-    bytes that PyTorch's ranks send: `tests/test_scale.py` counts those. Of work memory the largest
-    arrays are counted, on paper; small ones, and what the towers take, come on top.
+    bytes that PyTorch's ranks send: `tests/core/tools/test_scale.py` counts those. Of work memory
+    the largest arrays are counted, on paper; small ones, and what the towers take, come on top.
 
     Raises KindError, OptionError, DTypeError or CapacityError on an argument that cannot work.
 

@@ -49,7 +49,7 @@ def test_the_wheel_holds_the_packages_their_licence_and_nothing_else(built):
     sources = {
         path.relative_to(package.parent).as_posix(): path
         for package in PACKAGES
-        for path in (*package.rglob("*.py"), package / "py.typed")
+        for path in (*package.rglob("*.py"), *package.rglob("*.pyi"), package / "py.typed")
     }
     files = contents(built[0])
     added = {f"{INFO}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
@@ -108,7 +108,7 @@ def pins(name):
 def test_the_lowest_versions_tested_are_the_lowest_allowed():
     pinned = pins("constraints-lowest.txt")
     for name, requirement in requirements_of_users().items():
-        lower = [each.version for each in requirement.specifier if each.operator == ">="]
+        lower = [each.version for each in requirement.specifier if each.operator in {">=", "=="}]
         assert [f"=={version}" for version in lower] == [str(pinned[name].specifier)], name
 
 

@@ -1,0 +1,129 @@
+"""The two phases of a loss, as functions of its options: draw negatives, and the loss from them."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, ClassVar, Protocol
+
+from negcache_core.arrays._array import Array, accumulation_dtype
+from negcache_core.arrays.backend import Backend
+from negcache_core.arrays.numerics import mean
+from negcache_core.cache.named import SINGLE, named_caches
+from negcache_core.cache.state import NegativeCache
+from negcache_core.losses.callbacks import reduced, scale_for, transformed
+from negcache_core.losses.estimators import ESTIMATORS
+from negcache_core.losses.inputs import check_embeddings, check_request, check_weight
+from negcache_core.losses.nonfinite import gathered
+from negcache_core.losses.objective import estimate
+from negcache_core.losses.results import CacheLossReturn, refresh_of
+from negcache_core.retrieval.placement import Placement
+from negcache_core.retrieval.request import Request, Wanted
+from negcache_core.retrieval.result import Retrieval
+from negcache_core.retrieval.retrieve import retrieve
+from negcache_core.retrieval.scorer import Scorer
+
+
+class Phased(Protocol):
+    """What the phases read of a loss; see CacheClassificationLoss."""
+
+    backend: ClassVar[Backend]
+    placement: Placement
+    embedding_key: str
+    score_transform: Callable[[Array], Array] | None
+    scale: Any
+    reducer: Callable[[Array], Array] | None
+    estimator: str
+    staleness_correction: bool
+    generator: Any
+
+    def guard(self, cache: Any) -> AbstractContextManager[None]:
+        """Undo draws on an error."""
+
+
+def draw_negatives(
+    loss: Phased,
+    wanted: Wanted,
+    query_embeddings: Array,
+    cache: NegativeCache | Mapping[str, NegativeCache],
+    pos_features: Mapping[str, Array] | None,
+    positive_ids: Array | None,
+    noise: Array | None,
+) -> Retrieval:
+    """Check the arguments of `retrieve`, and draw."""
+    backend = loss.backend
+    caches = named_caches(cache, wanted.fields, backend)
+    queries, batch, stand_in, noise = check_request(
+        query_embeddings, caches, pos_features, positive_ids, noise, wanted, backend
+    )
+    with backend.no_gradient(), loss.guard(cache):
+        queries = backend.stop_gradient(queries)
+        scorer = _scorer(loss, queries, caches.first().data[loss.embedding_key])
+        request = Request(
+            wanted, queries, caches, batch, stand_in, noise, loss.generator, scorer, backend
+        )
+        found = retrieve(request, loss.placement)
+    if not isinstance(cache, Mapping):
+        found = found._replace(slots=found.slots[SINGLE], owned=found.owned[SINGLE])
+    return found
+
+
+def loss_of(
+    loss: Phased,
+    query_embeddings: Array,
+    pos_doc_embeddings: Array,
+    neg_doc_embeddings: Array,
+    retrieval: Retrieval,
+    hard_negative_embeddings: Array | None,
+    sample_weight: Array | None,
+) -> CacheLossReturn:
+    """Check embeddings, and return the loss from a retrieval of this very loss."""
+    backend = loss.backend
+    embedded = check_embeddings(
+        retrieval,
+        query_embeddings,
+        pos_doc_embeddings,
+        neg_doc_embeddings,
+        hard_negative_embeddings,
+        backend,
+    )
+    scorer = _scorer(loss, *embedded[:3], retrieval.stale_embeddings)
+    weight = check_weight(sample_weight, retrieval, scorer.dtype, backend)
+    estimated = estimate(
+        gathered(embedded, retrieval, loss.placement, scorer.dtype, backend.xp),
+        retrieval,
+        scorer,
+        backend,
+        estimator=ESTIMATORS[loss.estimator],
+        staleness_correction=loss.staleness_correction,
+    )
+    training, interpretable = estimated.training, estimated.interpretable
+    if weight is not None:
+        training, interpretable = training * weight, interpretable * weight
+    training = _reduced(loss, training, retrieval)
+    interpretable = _reduced(loss, interpretable, retrieval)
+    fresh, finite = loss.placement.give_back((estimated.fresh, estimated.finite), retrieval.route)
+    return CacheLossReturn(
+        training,
+        interpretable,
+        *refresh_of(retrieval, {loss.embedding_key: fresh}, finite),
+        staleness=_reduced(loss, estimated.staleness, retrieval),
+        # A constant, and a difference that is exactly zero whatever the surrogate's magnitude.
+        loss=interpretable + (training - backend.stop_gradient(training)),
+        metrics=estimated.metrics,
+    )
+
+
+def _scorer(loss: Phased, *arrays: Array) -> Scorer:
+    xp, scale, transform = loss.backend.xp, loss.scale, loss.score_transform
+    dtype = accumulation_dtype(*arrays, xp=xp)
+    if scale is not None and not isinstance(scale, (int, float)):
+        scale = partial(scale_for, scale, arrays[0], loss.backend)
+    if transform is not None:
+        transform = partial(transformed, transform, dtype=dtype, backend=loss.backend)
+    return Scorer(scale, transform, dtype, xp)
+
+
+def _reduced(loss: Phased, values: Array, retrieval: Retrieval) -> Any:
+    if loss.reducer is mean:
+        return loss.placement.reduce_mean(values, retrieval, loss.backend.xp)
+    return values if loss.reducer is None else reduced(loss.reducer, values, loss.backend)
