@@ -21,7 +21,7 @@ from _soak_problem import (
 
 import negcache_core as negcache
 from negcache_core import exact
-from negcache_core.losses.estimators import ESTIMATORS, Law
+from negcache_core.losses.estimators import ESTIMATORS, SampledSoftmax
 from negcache_core.losses.surrogate import positive_weight
 
 RAISED = InterruptedError  # by the item network
@@ -109,7 +109,7 @@ def gradients(problem: Problem, estimator: str) -> Callable[[Any], tuple[Any, ..
     def of(noise: Any) -> tuple[Any, ...]:
         drawn = loss.retrieve(query, cache, noise=noise)
         scores = SCALE * np.sum(query * positive, axis=1)
-        law = Law(scores, drawn.log_partition, drawn.drawn, pool=drawn.pool)
+        law = SampledSoftmax(scores, drawn.log_partition, drawn.drawn, pool=drawn.pool)
         weights = ESTIMATORS[estimator](law, xp=np)
         miss = positive_weight(law, weights, xp=np)
         slots = drawn.slots.reshape(drawn.drawn.shape)

@@ -130,8 +130,8 @@ def enumerate_draws(
 ) -> Iterator[tuple[list[list[int]], float]]:
     """Yield every outcome of the draw, slots (B, S) as lists, with its probability.
 
-    probabilities: (B, C), the law of one draw for each query. There are C ** (B * S) outcomes;
-    those of probability zero are left out.
+    probabilities: (B, C), the distribution of one draw for each query. There are C ** (B * S)
+    outcomes; those of probability zero are left out.
 
     >>> import numpy as np
     >>> [(slots, round(p, 2)) for slots, p in enumerate_draws(np.asarray([[0.4, 0.6]]))]

@@ -171,12 +171,12 @@ def check_stand_in(
             )
         given = {key: features[key] for key in data_keys}
         rows, _ = check_rows(given, cache, "pos_features", backend)
-    found = {}
+    stand_in = {}
     for key in data_keys:
         if rows[key].shape[0] == 0:
             return None
-        found[key] = cast(rows[key], cache.data[key].dtype, backend.xp)
-    return found
+        stand_in[key] = cast(rows[key], cache.data[key].dtype, backend.xp)
+    return stand_in
 
 
 def check_mask(

@@ -54,14 +54,16 @@ class CacheClassificationLoss(CacheLoss):
     num_samples:     S, draws per query, with replacement
     in_batch_negatives: whether the batch's other positives compete too, exactly, with gradients
     id_key:          a field of integers that tell items apart. Rows with the id of a positive of
-                     the query are no negatives of it: not drawn, not counted, on no path.
+                     the query are no negatives of it: not drawn, not counted, on no path
+                     (accidental-hit masking).
     log_frequency_key: a floating field (scalar per row), the log of how often an item comes up in
                      the stream. It is subtracted from the scores of cached rows and in-batch
-                     negatives, which are there in proportion to it, and not from the positive's.
+                     negatives, which are there in proportion to it, and not from the positive's
+                     (the logQ correction).
     staleness_correction: whether the drawn rows' fresh scores re-weight them, self-normalised
     generator:       None, an int seed, or a random generator of the framework
     tile_bytes:      memory for scores in flight; the cache is scored in tiles that fit it. By
-                     default 4 MB on a CPU and 64 MB elsewhere. Changes the speed, never the law.
+                     default 4 MB on a CPU and 64 MB elsewhere. Changes the speed, never the result.
 
     Raises OptionError, KindError or CapacityError on an argument that cannot work.
     Source: the paper, sections 3.1 and 3.2; published as `losses.CacheClassificationLoss`.

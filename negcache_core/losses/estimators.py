@@ -14,12 +14,12 @@ from negcache_core.errors import OptionError
 from negcache_core.retrieval.proposal import Pool
 
 
-class Law(NamedTuple):
+class SampledSoftmax(NamedTuple):
     """What is known of the softmax of B queries when each drew S rows.
 
     positive_scores: (B,) fresh
     log_partition:   (B,) log-sum-exp of the stale scores over usable slots, -inf for none
-    log_exact:       (B,) log-sum-exp of the negatives that are there in full, such as in-batch
+    log_full:        (B,) log-sum-exp of the negatives that are there in full, such as in-batch
                      ones; None where there are none
     drawn:           bool (B, S), False where nothing could be drawn
     pool:            all n rows that were drawn; None unless the estimator shares them
@@ -28,14 +28,14 @@ class Law(NamedTuple):
     positive_scores: Array
     log_partition: Array
     drawn: Array
-    log_exact: Array | None = None
+    log_full: Array | None = None
     pool: Pool | None = None
 
     def log_odds(self, *, xp: Any) -> Array:
         """Return (B,): log((1 - p+) / p+), the negatives' log-partition minus the positive."""
         rest = self.log_partition
-        if self.log_exact is not None:
-            both = xp.concat([rest[:, None], self.log_exact[:, None]], axis=1)
+        if self.log_full is not None:
+            both = xp.concat([rest[:, None], self.log_full[:, None]], axis=1)
             rest = log_sum_exp(both, xp=xp)
         return rest - self.positive_scores
 
@@ -45,7 +45,7 @@ class Law(NamedTuple):
 
     def cache_share(self, *, xp: Any) -> Array:
         """Return (B,): the probability of all slots together."""
-        if self.log_exact is None:  # the same number, with all digits where p+ nears 1
+        if self.log_full is None:  # the same number, with all digits where p+ nears 1
             return sigmoid(self.log_odds(xp=xp), xp=xp)
         return xp.exp(self.log_partition - self.log_total(xp=xp))
 
@@ -81,7 +81,7 @@ class Weights(NamedTuple):
         return self._replace(every=every, stale=stale)
 
 
-def paper(law: Law, *, xp: Any) -> Weights:
+def paper(softmax: SampledSoftmax, *, xp: Any) -> Weights:
     """Weigh each of a query's S draws by the probability of all slots together, over S.
 
     Without other negatives that is (1 - p+) / S. Unbiased on a fresh cache:
@@ -89,44 +89,46 @@ def paper(law: Law, *, xp: Any) -> Weights:
     Source: the paper, section 3.1, and the published `CacheClassificationLoss` (S = 1).
 
     >>> import numpy as np
-    >>> paper(Law(np.zeros(1), np.log([3.0]), np.asarray([[True]])), xp=np).own
+    >>> paper(SampledSoftmax(np.zeros(1), np.log([3.0]), np.asarray([[True]])), xp=np).own
     array([[0.75]])
     """
-    share = law.cache_share(xp=xp)
-    return Weights(own=cast(law.drawn, share.dtype, xp) * share[:, None] / law.drawn.shape[1])
+    share = softmax.cache_share(xp=xp)
+    return Weights(
+        own=cast(softmax.drawn, share.dtype, xp) * share[:, None] / softmax.drawn.shape[1]
+    )
 
 
-def shared(law: Law, *, xp: Any) -> Weights:
+def shared(softmax: SampledSoftmax, *, xp: Any) -> Weights:
     """Weigh every drawn row for every query: w_ik = p_i(j_k) / sum_l S q_l(j_k).
 
-    p_i is the softmax over everything, q_l the law that query l drew from. This is the balance
-    heuristic of multiple importance sampling (Veach and Guibas, SIGGRAPH 1995): unbiased, no
-    further encoder work, and w_ik <= (1 - p+_i) / S. Goes beyond the paper.
+    p_i is the softmax over everything, q_l the proposal distribution of query l. This is the
+    balance heuristic of multiple importance sampling (Veach and Guibas, SIGGRAPH 1995): unbiased,
+    no further encoder work, and w_ik <= (1 - p+_i) / S. Goes beyond the paper.
 
     >>> import numpy as np
     >>> pool = Pool(np.zeros((1, 2)), np.zeros((1, 1)), -np.log([3.0]))
-    >>> one = Law(np.zeros(1), np.log([3.0]), np.asarray([[True]]), None, pool)
+    >>> one = SampledSoftmax(np.zeros(1), np.log([3.0]), np.asarray([[True]]), None, pool)
     >>> shared(one, xp=np).every  # one query: what the paper's estimator gives
     array([[0.75]])
     """
-    pool: Any = law.pool
-    log_weight = pool.cross_scores - law.log_total(xp=xp)[:, None] - pool.log_proposal[None, :]
+    pool: Any = softmax.pool
+    log_weight = pool.cross_scores - softmax.log_total(xp=xp)[:, None] - pool.log_proposal[None, :]
     return Weights(every=xp.exp(log_weight))
 
 
-def exact_query(law: Law, *, xp: Any) -> Weights:
+def exact_query(softmax: SampledSoftmax, *, xp: Any) -> Weights:
     """Weigh as `shared` does for the items; the query reads the whole cache, and so without noise.
 
     The drawn rows only correct the readout for staleness. Goes beyond the paper.
 
     >>> import numpy as np
     >>> pool = Pool(np.zeros((1, 2)), np.zeros((1, 1)), -np.log([3.0]))
-    >>> one = Law(np.zeros(1), np.log([3.0]), np.asarray([[True]]), None, pool)
+    >>> one = SampledSoftmax(np.zeros(1), np.log([3.0]), np.asarray([[True]]), None, pool)
     >>> exact_query(one, xp=np).readout
     array([0.75])
     """
-    weights = shared(law, xp=xp)
-    return weights._replace(readout=law.cache_share(xp=xp), stale=weights.every)
+    weights = shared(softmax, xp=xp)
+    return weights._replace(readout=softmax.cache_share(xp=xp), stale=weights.every)
 
 
 class Estimator(NamedTuple):
@@ -153,8 +155,10 @@ ESTIMATORS = {
 }
 
 
-def corrected(law: Law, weights: Weights, moved: Array, *, xp: Any) -> tuple[Law, Weights]:
-    """Return a law and weights for the fresh softmax, as far as the drawn rows tell of it.
+def corrected(
+    softmax: SampledSoftmax, weights: Weights, moved: Array, *, xp: Any
+) -> tuple[SampledSoftmax, Weights]:
+    """Return the fresh softmax and weights for it, as far as the drawn rows tell of them.
 
     moved: (B, S) or (B, n), fresh minus stale score of each weighed row
 
@@ -163,16 +167,16 @@ def corrected(law: Law, weights: Weights, moved: Array, *, xp: Any) -> tuple[Law
     stale probabilities gives way to that of a ratio of estimates, and to its noise.
 
     >>> import numpy as np
-    >>> law = Law(np.zeros(1), np.log([3.0]), np.asarray([[True]]))
-    >>> corrected(law, paper(law, xp=np), np.log([[3.0]]), xp=np)[1].own  # 9 / (9 + 1)
+    >>> softmax = SampledSoftmax(np.zeros(1), np.log([3.0]), np.asarray([[True]]))
+    >>> corrected(softmax, paper(softmax, xp=np), np.log([[3.0]]), xp=np)[1].own  # 9 / (9 + 1)
     array([[0.9]])
     """
     each = weights.each()
     log_each = xp.where(each > 0, xp.log(xp.where(each > 0, each, 1.0)), -float("inf"))
     before, after = log_sum_exp(log_each, xp=xp), log_sum_exp(log_each + moved, xp=xp)
     change = xp.where(before > -float("inf"), after - before, 0.0)
-    fresh = law._replace(log_partition=law.log_partition + change)
-    shift = law.log_total(xp=xp) - fresh.log_total(xp=xp)
+    fresh = softmax._replace(log_partition=softmax.log_partition + change)
+    shift = softmax.log_total(xp=xp) - fresh.log_total(xp=xp)
     each = xp.exp(log_each + moved + shift[:, None])
     if weights.own is not None:
         return fresh, weights._replace(own=each)

@@ -31,14 +31,14 @@ def weight_metrics(weights: Weights, fresh: Array, *, xp: Any) -> dict[str, Arra
     total, square = xp.sum(each, axis=1), xp.sum(each**2, axis=1)
     some = total > 0
     safe = xp.where(some, total, 1.0)
-    found = {
+    metrics = {
         "mean_weight": mean(total, xp=xp),
         "effective_draws": masked_mean(
             safe**2 / xp.where(some, square, 1.0), some & (square > 0), xp=xp
         ),
     }
     if weights.own is not None and weights.own.shape[1] == 1:
-        return found
+        return metrics
     if weights.own is not None:
         rows = xp.reshape(fresh, (-1, each.shape[1], fresh.shape[1]))
         pulled = xp.sum(each[:, :, None] * rows, axis=1)
@@ -53,8 +53,8 @@ def weight_metrics(weights: Weights, fresh: Array, *, xp: Any) -> dict[str, Arra
     # sum_k w_k^2 |f_k - mu|^2 with mu the weighted mean of the rows
     noise = squares - 2.0 * along / safe + square * length / safe**2
     top = mean(length, xp=xp)
-    found["gradient_noise"] = mean(noise, xp=xp) / xp.where(top > 0, top, 1.0)
-    return found
+    metrics["gradient_noise"] = mean(noise, xp=xp) / xp.where(top > 0, top, 1.0)
+    return metrics
 
 
 def step_metrics(

@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 from negcache_core.arrays._array import Array, cast
 from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.numerics import finite_rows, sigmoid, soft_plus
-from negcache_core.losses.estimators import Estimator, Law, Weights, corrected
+from negcache_core.losses.estimators import Estimator, SampledSoftmax, Weights, corrected
 from negcache_core.losses.metrics import staleness, step_metrics, weight_metrics
 from negcache_core.losses.nonfinite import Embedded, Usable, of_usable_queries, without_poison
 from negcache_core.losses.surrogate import (
-    Exact,
+    FullNegatives,
     cache_term,
-    exact_terms,
+    full_terms,
     log_partition_of,
     positive_weight,
 )
@@ -55,27 +55,27 @@ def estimate(
     known = of_usable_queries(retrieval, usable.queries, xp=xp)
     stale = stored if known.pool is None else known.pool.stale
     positive = scorer.pairs(queries, embedded.positives)
-    parts = _exact_negatives(embedded, retrieval, usable, scorer)
-    law = Law(
+    parts = _full_negatives(embedded, retrieval, usable, scorer)
+    softmax = SampledSoftmax(
         constant(positive),
         cast(known.log_partition, scorer.dtype, xp),
         known.drawn,
         log_partition_of(parts, constant, xp),
         known.pool,
     )
-    log_odds = law.log_odds(xp=xp)
+    log_odds = softmax.log_odds(xp=xp)
     interpretable = xp.where(usable.queries, soft_plus(log_odds, xp=xp), float("nan"))
-    weights = estimator.weigh(law, xp=xp).without(~usable.pool, xp=xp)
+    weights = estimator.weigh(softmax, xp=xp).without(~usable.pool, xp=xp)
     if staleness_correction:
         with backend.no_gradient():
             moved = _moved(weights, scorer, constant(queries), constant(weighed), stale)
-            law, weights = corrected(law, weights, constant(moved), xp=xp)
+            softmax, weights = corrected(softmax, weights, constant(moved), xp=xp)
     training = cache_term(
         weights, scorer, queries, weighed, readout=known.readout, stale=stale, constant=constant
     )
-    training = training - positive_weight(law, weights, xp=xp) * positive
+    training = training - positive_weight(softmax, weights, xp=xp) * positive
     if parts:
-        training = training + exact_terms(parts, law, constant, xp)
+        training = training + full_terms(parts, softmax, constant, xp)
 
     with backend.no_gradient():
         was_drawn = xp.reshape(retrieval.drawn, (-1,))
@@ -108,17 +108,17 @@ def estimate(
     )
 
 
-def _exact_negatives(
+def _full_negatives(
     embedded: Embedded, retrieval: Retrieval, usable: Usable, scorer: Scorer
-) -> list[Exact]:
+) -> list[FullNegatives]:
     """Return what competes in full: in-batch positives and hard negatives, where there are such."""
     parts = []
     if retrieval.others is not None:
         scores = scorer.cross(embedded.queries, embedded.batch())
         counts = retrieval.others & usable.batch[None, :]
-        parts.append(Exact(scores, counts, retrieval.positive_bias))
+        parts.append(FullNegatives(scores, counts, retrieval.positive_bias))
     if embedded.hard is not None:
-        parts.append(Exact(scorer.pairs(embedded.queries, embedded.hard), usable.hard))
+        parts.append(FullNegatives(scorer.pairs(embedded.queries, embedded.hard), usable.hard))
     return parts
 
 

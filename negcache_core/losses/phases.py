@@ -61,10 +61,10 @@ def draw_negatives(
         request = Request(
             wanted, queries, caches, batch, stand_in, noise, loss.generator, scorer, backend
         )
-        found = retrieve(request, loss.placement)
+        retrieval = retrieve(request, loss.placement)
     if not isinstance(cache, Mapping):
-        found = found._replace(slots=found.slots[SINGLE], owned=found.owned[SINGLE])
-    return found
+        retrieval = retrieval._replace(slots=retrieval.slots[SINGLE], owned=retrieval.owned[SINGLE])
+    return retrieval
 
 
 def loss_of(

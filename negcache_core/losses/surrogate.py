@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 from negcache_core.arrays._array import Array, cast
 from negcache_core.arrays.numerics import log_sum_exp, sigmoid
-from negcache_core.losses.estimators import Law, Weights
+from negcache_core.losses.estimators import SampledSoftmax, Weights
 from negcache_core.retrieval.scorer import Scorer
 
 
-class Exact(NamedTuple):
+class FullNegatives(NamedTuple):
     """Negatives that are there in full: scores (B, m), differentiable, and which count, (B, m).
 
     shift: (m,) taken from the scores in the softmax, and None for nothing
@@ -28,7 +28,7 @@ class Exact(NamedTuple):
 
 
 def log_partition_of(
-    parts: Sequence[Exact], constant: Callable[[Array], Array], xp: Any
+    parts: Sequence[FullNegatives], constant: Callable[[Array], Array], xp: Any
 ) -> Array | None:
     """Return (B,): the log-sum-exp of all exact negatives; None where there are none."""
     if not parts:
@@ -37,11 +37,14 @@ def log_partition_of(
     return log_sum_exp(logits[0] if len(logits) == 1 else xp.concat(logits, axis=1), xp=xp)
 
 
-def exact_terms(
-    parts: Sequence[Exact], law: Law, constant: Callable[[Array], Array], xp: Any
+def full_terms(
+    parts: Sequence[FullNegatives],
+    softmax: SampledSoftmax,
+    constant: Callable[[Array], Array],
+    xp: Any,
 ) -> Array:
     """Return (B,): the exact negatives' term of the surrogate, sum_j p_j s_j."""
-    log_total = law.log_total(xp=xp)[:, None]
+    log_total = softmax.log_total(xp=xp)[:, None]
     total: Any = None
     for part in parts:
         probabilities = xp.exp(part.logits(constant, xp) - log_total)
@@ -50,16 +53,16 @@ def exact_terms(
     return total
 
 
-def positive_weight(law: Law, weights: Weights, *, xp: Any) -> Array:
+def positive_weight(softmax: SampledSoftmax, weights: Weights, *, xp: Any) -> Array:
     """Return (B,): 1 - p+, and so 0 for a query without any negative.
 
     Without the cache's share for a query whose draws do not count: nothing pulls where nothing
     pushes.
     """
-    miss = sigmoid(law.log_odds(xp=xp), xp=xp)
+    miss = sigmoid(softmax.log_odds(xp=xp), xp=xp)
     if weights.own is None:
         return miss
-    return miss - (law.cache_share(xp=xp) - xp.sum(weights.own, axis=1))
+    return miss - (softmax.cache_share(xp=xp) - xp.sum(weights.own, axis=1))
 
 
 def cache_term(

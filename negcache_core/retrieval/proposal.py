@@ -16,8 +16,8 @@ class Pool(NamedTuple):
     stale:        (n, D) embeddings as the cache holds them
     cross_scores: (B, n) stale score of each query with each row, -inf where the row is none of its
                   negatives, or was not drawn
-    log_proposal: (n,) log of how often a row is drawn in a step, the sum of all queries' laws times
-                  S; 0 for a row that nobody can draw
+    log_proposal: (n,) log of how often a row is drawn in a step, the sum of all queries' proposal
+                  distributions times S; 0 for a row that nobody can draw
     """
 
     stale: Array
@@ -25,15 +25,15 @@ class Pool(NamedTuple):
     log_proposal: Array
 
 
-def log_laws(cross_scores: Array, log_partition: Array, *, xp: Any) -> Array:
-    """Return (n,): the log of the sum of the queries' laws for each of n drawn rows.
+def log_proposals(cross_scores: Array, log_partition: Array, *, xp: Any) -> Array:
+    """Return (n,): the log of the sum of the queries' proposals for each of n drawn rows.
 
     A query without a usable slot drew nothing; nor did one that is not finite, and it must not
     reach the others.
     """
     drew = xp.isfinite(log_partition)
-    log_law = cross_scores - xp.where(drew, log_partition, 0.0)[:, None]
-    return log_sum_exp(xp.where(drew[:, None], log_law, -float("inf")), 0, xp=xp)
+    log_proposal = cross_scores - xp.where(drew, log_partition, 0.0)[:, None]
+    return log_sum_exp(xp.where(drew[:, None], log_proposal, -float("inf")), 0, xp=xp)
 
 
 def pool_of(
@@ -49,7 +49,7 @@ def pool_of(
 
     sum_logs: adds up, as logarithms (n,), what other replicas' queries contribute
     """
-    logs = sum_logs(log_laws(cross_scores, log_partition, xp=xp))
+    logs = sum_logs(log_proposals(cross_scores, log_partition, xp=xp))
     known = logs > -float("inf")
     return Pool(stale, cross_scores, xp.where(known, logs + math.log(draws), 0.0))
 

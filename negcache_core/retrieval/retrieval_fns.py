@@ -54,7 +54,7 @@ class GumbelMaxRetrievalFn(AbstractRetrievalFn):
     inv_temp:  1 for an unbiased estimate; more draws harder negatives, less easier ones
     generator: None, an int seed, or a generator of the framework
 
-    This is the published default. Leaving `retrieval_fn` unset draws from the same law at
+    This is the published default. Leaving `retrieval_fn` unset draws from the same distribution at
     inv_temp=1 with two random numbers per draw instead of one per slot. Noise comes from 53-bit
     uniforms: a 23-bit one would cut the Gumbel tail at 15.9.
 

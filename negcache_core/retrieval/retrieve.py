@@ -22,7 +22,7 @@ def retrieve(request: Request, placement: Placement) -> Retrieval:
     sizes = placement.meet(request)
     queries, ids = placement.gather((request.queries, batch.ids), sizes.rows)
     scores = request.scores(queries, ids, placement.first(sizes.slots))
-    found = placement.draw(request, scores, sizes)
+    drawn_rows = placement.draw(request, scores, sizes)
     others, bias, pool = None, None, None
     if wanted.in_batch:
         items, bias = placement.gather((batch.items, batch.bias), sizes.rows)
@@ -31,22 +31,22 @@ def retrieve(request: Request, placement: Placement) -> Retrieval:
     if wanted.shares_draws:
         if placement.sharded:  # those above are of everyone's queries
             scores = request.scores(request.queries, batch.ids)
-        pool = Pool(*map(constant, _pool(request, placement, sizes, scores, found)))
-    fields, rows = found.rows["fields"], found.rows
+        pool = Pool(*map(constant, _pool(request, placement, sizes, scores, drawn_rows)))
+    fields, rows = drawn_rows.rows["fields"], drawn_rows.rows
     features = {key: fields[key] for key in wanted.data_keys}
     return Retrieval(
-        with_stand_ins(features, found.drawn, request.stand_in, xp),
-        found.drawn,
-        constant(found.log_partition),
-        constant(found.entropy),
+        with_stand_ins(features, drawn_rows.drawn, request.stand_in, xp),
+        drawn_rows.drawn,
+        constant(drawn_rows.log_partition),
+        constant(drawn_rows.entropy),
         fields[wanted.embedding_key],
         rows["ages"],
         placement.fill(request, sizes),
         rows["slots"],
         rows["owned"],
-        found.route,
+        drawn_rows.route,
         pool,
-        None if found.readout is None else constant(found.readout),
+        None if drawn_rows.readout is None else constant(drawn_rows.readout),
         others,
         bias,
     )
@@ -57,23 +57,23 @@ def _pool(
     placement: Placement,
     sizes: Sizes,
     scores: list[CacheScores],
-    found: Found,
+    drawn_rows: Found,
 ) -> Pool:
     """Return what is known of all rows that were drawn for anyone."""
-    wanted, xp, fields = request.wanted, request.backend.xp, found.rows["fields"]
+    wanted, xp, fields = request.wanted, request.backend.xp, drawn_rows.rows["fields"]
     known = [
         None if key is None else fields[key]
         for key in (wanted.embedding_key, wanted.id_key, wanted.bias_key)
     ]
-    draws = () if found.route is None else found.route.sizes
-    flat = xp.reshape(found.drawn, (-1,))
-    stale, ids, bias, slots, drawn = placement.gather((*known, found.slots, flat), draws)
+    draws = () if drawn_rows.route is None else drawn_rows.route.sizes
+    flat = xp.reshape(drawn_rows.drawn, (-1,))
+    stale, ids, bias, slots, drawn = placement.gather((*known, drawn_rows.slots, flat), draws)
     cross = cross_scores(
-        scores[0], stale, ids, bias, drawn, slots, found.candidates, sum(sizes.slots)
+        scores[0], stale, ids, bias, drawn, slots, drawn_rows.candidates, sum(sizes.slots)
     )
     return pool_of(
         cross,
-        found.log_partition,
+        drawn_rows.log_partition,
         stale,
         wanted.num_samples,
         xp=xp,

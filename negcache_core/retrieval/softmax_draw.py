@@ -19,7 +19,7 @@ from negcache_core.retrieval.tiled_scores import BLOCK, CacheScores, empty_reado
 
 
 def inverse_cdf(log_weights: Array, uniforms: Array, *, xp: Any = None) -> Array:
-    """Map uniforms to positions: the softmax law, by the inverse of its distribution function.
+    """Map uniforms to positions: softmax sampling, by the inverse of the distribution function.
 
     log_weights: (B, n); uniforms: (B, S) in [0, 1). Returns (B, S) positions.
     A weight of exp(-inf) is never drawn, whatever rounding does to the sums; where every weight of
@@ -93,7 +93,7 @@ class SoftmaxDraw(NamedTuple):
     """What was drawn from the softmax over the written slots of all caches.
 
     slots (B, S), numbered over all caches, and their scores (B, S); log_partition (B,), -inf for no
-    slot; readout (B, D), the mean of all embeddings under the law, where it was asked for
+    slot; readout (B, D), the mean of all embeddings under the softmax, where it was asked for
     """
 
     slots: Array

@@ -27,7 +27,7 @@ BLOCK = 128
 
 
 UNKNOWN_ROWS = 256
-"""Queries assumed where tracing leaves their number open: it sizes tiles, and never the law."""
+"""Queries assumed where tracing leaves their number open: it sizes tiles, and changes no result."""
 
 
 def tile_slots(rows: int | None, width: int, itemsize: int, tile_bytes: int) -> int:
@@ -178,16 +178,16 @@ class CacheScores(NamedTuple):
     ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         """Do it with function(carry, start, size) -> (carry, parts)."""
         count, rest = divmod(slots, tile)
-        found = []
+        by_tile = []
         if count:
             carry, parts = self.backend.scan_tiles(
                 lambda carry, at: function(carry, at * tile, tile), carry, count
             )
-            found.append(parts)
+            by_tile.append(parts)
         if rest:
             carry, parts = function(carry, count * tile, rest)
-            found.append(parts)
-        return carry, concat_rows(found, self.scorer.xp)
+            by_tile.append(parts)
+        return carry, concat_rows(by_tile, self.scorer.xp)
 
 
 def empty_readout(queries: Array, *, xp: Any) -> tuple[Array, Array]:
@@ -203,11 +203,11 @@ def read_out(scores: Array, rows: Array, *, xp: Any) -> tuple[Array, Array]:
     """
     top = xp.max(scores, axis=0)
     top = xp.where(top > -float("inf"), top, 0.0)
-    law = xp.exp(scores - top[None, :])
-    total = xp.sum(law, axis=0)
+    weights = xp.exp(scores - top[None, :])
+    total = xp.sum(weights, axis=0)
     some = xp.where(total > 0, total, 1.0)
     added = xp.where(total > 0, xp.log(some) + top, -float("inf"))
-    return added, xp.matmul(xp.matrix_transpose(law), rows) / some[:, None]
+    return added, xp.matmul(xp.matrix_transpose(weights), rows) / some[:, None]
 
 
 def join_readouts(
@@ -243,7 +243,7 @@ def scores_of(
     # The scale goes into the queries: B x D products instead of one for each score. Stopped, as a
     # tape that watches the scale would otherwise keep every tile.
     scaled, plain = backend.stop_gradient(scorer.scaled(queries)), scorer._replace(scale=None)
-    found = []
+    scores = []
     for cache in caches.values():
         table, age = cache.data[embedding_key], cache.age
         copied = backend.slices_copy or table.dtype != scorer.dtype
@@ -252,6 +252,6 @@ def scores_of(
         ids = None if id_key is None else cache.data[id_key]
         own = None if ids is None or positive_ids is None else cast(positive_ids, ids.dtype, xp)
         bias = None if bias_key is None else cast(cache.data[bias_key], scorer.dtype, xp)
-        found.append(CacheScores(scaled, table, age, first, tile, plain, backend, ids, own, bias))
-        first += found[-1].slots
-    return found
+        scores.append(CacheScores(scaled, table, age, first, tile, plain, backend, ids, own, bias))
+        first += scores[-1].slots
+    return scores

@@ -158,13 +158,13 @@ def best_of_all_groups(
     for stretches, groups, width in group_runs(
         capacities or tuple(cache.slots for cache in here), k
     ):
-        found = [
+        best_here = [
             best_of_groups(each, start, groups, width or size)
             for each, start, size in ((caches[number], *part) for number, *part in stretches)
             if each is not None
         ] or [no_groups(here[0], groups)]
-        both = concat_rows(found, xp)
-        if len(found) > 1:
+        both = concat_rows(best_here, xp)
+        if len(best_here) > 1:
             both = best_of_parts(*(part[None, :, :] for part in both), xp=xp)
         parts.append(both)
     best, places = concat_rows(parts, xp)

@@ -1,4 +1,4 @@
-"""Drawing from a cache that is cut into shards: exactly the law of the one big cache.
+"""Drawing from a cache that is cut into shards: exactly as from the one big cache.
 
 Every replica scores all queries on its own shard. A shard is drawn by its weight, then a block and
 a slot inside, by its owner; the rows travel to the replica whose query drew them.

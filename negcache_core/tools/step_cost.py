@@ -239,7 +239,7 @@ def _sent(step: _Step) -> dict[str, int]:
         ("drawn rows", True, 0),
         ("positives' ids", in_batch and step.ids + step.bias > 0, queries * (step.ids + step.bias)),
         ("all drawn rows", shares, draws * (known + slot + 1)),
-        ("laws", shares, step.draws * score),
+        ("log proposals", shares, step.draws * score),
         ("fill", True, score),
         ("fresh positives", in_batch, queries * fresh),
         ("all fresh rows", shares, draws * fresh),

@@ -12,7 +12,7 @@ from strategies import towers
 
 from negcache_core import exact
 from negcache_core.cache.state import NegativeCache
-from negcache_core.losses.estimators import ESTIMATORS, Law
+from negcache_core.losses.estimators import ESTIMATORS, SampledSoftmax
 from negcache_core.losses.surrogate import positive_weight
 
 
@@ -69,7 +69,7 @@ def enumerated_by_hand(backend, problem, outcomes, *, top_k, num_samples):
     def gradients(noise):
         drawn = loss.retrieve(query, cache, noise=backend.to_native(noise), pos_features=features)
         scores = scale * xp.sum(query * positive, axis=1)
-        law = Law(scores, drawn.log_partition, drawn.drawn, pool=drawn.pool)
+        law = SampledSoftmax(scores, drawn.log_partition, drawn.drawn, pool=drawn.pool)
         weights = ESTIMATORS[loss.estimator].weigh(law, xp=xp)
         slots = xp.reshape(drawn.slots, drawn.drawn.shape)
         miss = positive_weight(law, weights, xp=xp)

@@ -12,7 +12,7 @@ from strategies import towers
 from negcache_core import CacheClassificationLoss, exact
 from negcache_core.cache.state import NegativeCache
 from negcache_core.errors import DTypeError, KeysError, OptionError, ShapeError
-from negcache_core.losses.estimators import ESTIMATORS, Law, paper, shared
+from negcache_core.losses.estimators import ESTIMATORS, SampledSoftmax, paper, shared
 from negcache_core.retrieval.proposal import pool_of
 
 IDS = 3  # few, so that items meet themselves
@@ -246,12 +246,12 @@ def test_expected_gradient_is_exact_when_traced_and_compiled(name, data):
 
 
 def law_with(rng, rows, draws, slots):
-    """Return a Law of random scores from which `draws` rows a query were drawn."""
+    """Return a SampledSoftmax of random scores from which `draws` rows a query were drawn."""
     scores = 3 * rng.standard_normal((rows, slots))
     drawn = rng.integers(0, slots, rows * draws)
     log_partition = np.log(np.exp(scores).sum(axis=1))
     exact_scores = rng.standard_normal(rows) if rng.random() < 0.5 else None
-    return Law(
+    return SampledSoftmax(
         rng.standard_normal(rows),
         log_partition,
         np.ones((rows, draws), bool),
