@@ -68,12 +68,4 @@ BOUND = bind(
         "MultiCacheLossHandler": _ManyCaches,
     },
 )
-CacheManager = BOUND.CacheManager
-CacheClassificationLoss = BOUND.CacheClassificationLoss
-DistributedCacheClassificationLoss = BOUND.DistributedCacheClassificationLoss
-CacheLossHandler = BOUND.CacheLossHandler
-MultiCacheLossHandler = BOUND.MultiCacheLossHandler
-IsInCacheFilterFn = BOUND.IsInCacheFilterFn
-MaxScoreRetrievalFn = BOUND.MaxScoreRetrievalFn
-GumbelMaxRetrievalFn = BOUND.GumbelMaxRetrievalFn
-approximate_top_k_with_indices = BOUND.approximate_top_k_with_indices
+globals().update(BOUND._asdict())  # the names are those of _bound.pyi
