@@ -60,10 +60,10 @@ soak: $(VENV)/.test ## run each backend for SOAK_STEPS steps: memory flat, cache
 	done
 
 test: $(VENV)/.test ## run every test, on all backends
-	$(BIN)/python -m pytest -n auto --maxprocesses=8
+	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist worksteal
 
 test-deep: $(VENV)/.test ## the same with many more random examples
-	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n auto --maxprocesses=8
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist worksteal
 
 # Old versions warn of what newer ones have mended.
 test-lowest: ## the same with the oldest versions that pyproject.toml allows

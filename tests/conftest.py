@@ -1,5 +1,6 @@
 import json
 import os
+import re
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported
 # Most of the time goes into compiling programs that run once. TensorFlow 2.19 knows not all of
@@ -15,11 +16,23 @@ from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_enable_x64", True)  # the properties are checked in float64  # noqa: FBT003
 
+OF_TENSORFLOW = re.compile(r"tensorflow|keras|tf\.function")
+
 # Timings say nothing here: the first example of a backend pays for its tracing.
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("ci", derandomize=True, max_examples=60, **COMMON)
 settings.register_profile("deep", max_examples=1000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_collection_modifyitems(items):
+    """Put tests of a framework side by side: what it has compiled or converted serves them all.
+
+    `--dist worksteal` gives each process a stretch of this order, and the rest to who is idle.
+    """
+    items.sort(
+        key=lambda item: ("jax" not in item.nodeid) + bool(OF_TENSORFLOW.search(item.nodeid))
+    )
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -3,14 +3,13 @@
 import argparse
 import csv
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from programs import ONE_THREAD, run
 
 from negcache_core import EMPTY
 
@@ -112,15 +111,7 @@ def test_accumulated_gradients_in_half_precision_are_those_of_a_loop_by_hand(ran
 
 
 def test_two_processes_save_one_cache_and_any_number_goes_on(ranks, data, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("lightning_ranks.py")), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    done = run(Path(__file__).with_name("lightning_ranks.py"), tmp_path, **ONE_THREAD)
     assert done.stdout.count("held-out queries among") == 2  # one process reports of each run
     whole = tmp_path / "whole"
     for step in (4, 8):

@@ -3,11 +3,8 @@
 import copy
 import importlib
 import itertools
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import negcache_torch as negcache
@@ -16,6 +13,7 @@ import pytest
 import torch
 from negcache_sentence_transformers import NegativeCacheLoss, keep_cache
 from negcache_sentence_transformers._tokens import text_ids
+from programs import torchrun
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -313,22 +311,7 @@ def test_the_model_card_and_a_dict_of_losses(model, tmp_path):
 
 
 def test_two_processes_share_one_cache(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    worker = Path(__file__).with_name("two_processes_train.py")
-    done = subprocess.run(
-        [*launcher, "--nproc-per-node=2", str(worker), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": os.pathsep.join(sys.path),  # the worker shares this file's modules
-        },
-    )
-    assert done.returncode == 0, done.stderr[-9000:]
+    torchrun(2, Path(__file__).with_name("two_processes_train.py"), tmp_path)
     # Saved by two processes, it goes on with one.
     data, model = make_pairs(2 * BATCH), make_model(tmp_path / "alone")
     loss = NegativeCacheLoss(model, 16, generator=9)

@@ -4,8 +4,6 @@ import copy
 import functools
 import io
 import queue
-import subprocess
-import sys
 import threading
 
 import jax
@@ -14,6 +12,7 @@ import negcache_jax
 import negcache_tensorflow
 import negcache_torch
 import numpy as np
+import programs
 import pytest
 import tensorflow as tf
 import torch
@@ -296,10 +295,7 @@ print("the same training")
 
 def test_batches_made_by_threads_and_worker_processes_are_the_same_training():
     """In a process of its own: forking one in which other frameworks run is not safe."""
-    out = subprocess.run(
-        [sys.executable, "-c", LOADED], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert out.returncode == 0, out.stderr[-3000:]
+    out = programs.run("-c", LOADED)
     assert out.stdout.strip() == "the same training"
 
 

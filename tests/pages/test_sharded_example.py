@@ -1,10 +1,9 @@
 """The example of a cache in shards learns under torchrun, and goes on with fewer ranks."""
 
-import os
 import re
-import sys
 from pathlib import Path
-from subprocess import run
+
+from programs import ONE_THREAD, run, torchrun
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sharded_cache.py"
 
@@ -14,16 +13,12 @@ ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_POR
 
 def train(ranks, *arguments):
     """Return the MRR before and after, and the line about processes and slots."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = run(
-        [sys.executable, *(launcher if ranks > 1 else []), str(EXAMPLE), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **ALONE},
+    alone = ranks == 1
+    done = (
+        run(EXAMPLE, *arguments, **ONE_THREAD, **ALONE)
+        if alone
+        else torchrun(ranks, EXAMPLE, *arguments)
     )
-    assert done.returncode == 0, done.stderr[-3000:]
     first, second = done.stdout.splitlines()
     assert "nan" not in first
     before, after = re.findall(r"MRR ([\d.]+), recall@10 [\d.]+", first)

@@ -1,12 +1,10 @@
 """What is JAX's own: explicit state, keys, donation instead of copies, vmap, and 32-bit mode."""
 
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import negcache_jax as negcache
 import numpy as np
+import programs
 import pytest
 from laws import chi_square_is_plausible
 
@@ -180,12 +178,5 @@ print("fine in 32 bits")
 
 
 def test_jax_without_64_bit_types():
-    out = subprocess.run(
-        [sys.executable, "-W", "error", "-c", IN_32_BITS],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert out.returncode == 0, out.stderr[-3000:]
+    out = programs.run("-W", "error", "-c", IN_32_BITS)
     assert out.stdout.strip() == "fine in 32 bits"

@@ -1,11 +1,11 @@
 """Virtual devices: a cache in shards is the one big cache, in loss, gradient, state and checkpoint.
 
-The number of devices is settled when JAX starts, so each case runs this file as a program.
+The number of devices is settled when JAX starts, so cases run this file as a program: one process
+for as many as there can be.
 """
 
 import functools
 import os
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import negcache_jax as negcache
 import numpy as np
 import orbax.checkpoint as ocp
+import programs
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -425,49 +426,42 @@ def load(path):
     assert loss > 0
 
 
-def run(devices, case, *arguments, warnings="error"):
+def run(devices, *cases, warnings="error"):
+    """Run cases in turn in a process: a function of this file and its arguments, each."""
     flags = [
         f"--xla_force_host_platform_device_count={devices}",
         "--xla_backend_optimization_level=0",  # nearly all of the time goes into compiling
         "--xla_llvm_disable_expensive_passes=true",
         "--xla_cpu_use_fusion_emitters=false",
     ]
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": " ".join(flags),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_X64": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", warnings, __file__, case, *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
+    done = programs.run(
+        *("-W", warnings, __file__, *programs.words_of(cases)),
         timeout=550,
-        check=False,
+        tail=8000,
+        XLA_FLAGS=" ".join(flags),
+        JAX_PLATFORMS="cpu",
+        JAX_ENABLE_X64="1",
+        PYTHONPATH=os.pathsep.join(sys.path),  # this file imports what tests share
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.splitlines()[-1:] == [f"{case} on {devices} devices: done"]
+    assert done.stdout.splitlines() == [f"{case[0]} on {devices} devices: done" for case in cases]
 
 
-@pytest.mark.parametrize("case", ["paper", "shared", "exact_query", "unchecked"])
-def test_shards_are_the_one_big_cache(case):
-    run(4, case)
+def test_shards_are_the_one_big_cache():
+    run(4, ("paper",), ("shared",), ("exact_query",), ("unchecked",))
 
 
-@pytest.mark.parametrize("case", ["two_axes", "verbs", "mistakes", "upkeep", "unique"])
-def test_on_four_devices(case):
-    run(4, case)
+def test_on_four_devices():
+    run(4, ("two_axes",), ("verbs",), ("mistakes",), ("upkeep",), ("unique",))
 
 
 def test_a_donated_state_stays_where_it_is_and_nothing_is_traced_again():
-    run(8, "donated")
+    run(8, ("donated",))
 
 
 def test_a_checkpoint_of_eight_devices_loads_on_any_number(tmp_path):
-    run(8, "save", tmp_path, warnings="default")
+    run(8, ("save", tmp_path), warnings="default")
     for devices in (1, 2, 4):
-        run(devices, "load", tmp_path, warnings="default")
+        run(devices, ("load", tmp_path), warnings="default")
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
@@ -493,5 +487,8 @@ def test_options_that_do_not_go_with_shards_are_refused():
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](*sys.argv[2:])
-    print(f"{sys.argv[1]} on {jax.device_count()} devices: done")  # noqa: T201 - read by `run`
+    programs.main(
+        globals(),
+        sys.argv[1:],
+        lambda name: print(f"{name} on {jax.device_count()} devices: done"),  # noqa: T201
+    )

@@ -1,10 +1,8 @@
 """What is TensorFlow's own: variables, tracing, checkpoints, summaries, and no global switch."""
 
-import subprocess
-import sys
-
 import negcache_tensorflow as negcache
 import numpy as np
+import programs
 import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -232,58 +230,7 @@ assert grown < matrix / 4, (grown, matrix)
 
 def test_a_tape_that_watches_the_scale_keeps_no_tiles():
     """In kilobytes of resident memory, in a process of its own."""
-    out = subprocess.run(
-        [sys.executable, "-c", TAPED], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert out.returncode == 0, out.stderr[-3000:]
-
-
-MIRRORED = """
-import numpy as np, tensorflow as tf
-import negcache_tensorflow as negcache
-
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-specs = {"x": negcache.FieldSpec((2,), "bfloat16"), "big": negcache.FieldSpec((), "uint64"),
-         "embedding": negcache.FieldSpec((2,), "float32")}
-with strategy.scope():
-    handler = negcache.CacheLossHandler(
-        negcache.CacheManager(specs, 8),
-        negcache.CacheClassificationLoss("embedding", ("x",), generator=0),
-        embedding_key="embedding", data_keys=("x",), use_cross_replica=True)
-
-@tf.function
-def step(x):
-    network = lambda features: tf.cast(features["x"], tf.float32)
-    features = {"x": tf.cast(x, tf.bfloat16), "big": tf.cast(x[:, 0], tf.uint64) + 2**63}
-    return handler.update_cache_and_compute_loss(network, x, x, features)
-
-def batch(context, step):
-    replica = context.replica_id_in_sync_group
-    return tf.fill((2, 2), tf.cast(1 + replica + 10 * step, tf.float32))
-
-for number in range(3):
-    values = strategy.experimental_distribute_values_from_function(lambda c: batch(c, number))
-    losses = strategy.run(step, args=(values,))
-for key, table in {**handler.cache.data, "age": handler.cache.age}.items():
-    one, two = (value.numpy() for value in strategy.experimental_local_results(table))
-    np.testing.assert_array_equal(one, two)
-    if key == "x":
-        assert sorted(one[:, 0]) == [11.0, 11.0, 12.0, 12.0, 21.0, 21.0, 22.0, 22.0], one
-    if key == "big":
-        assert sorted(one - np.uint64(2**63)) == [11, 11, 12, 12, 21, 21, 22, 22], one
-assert all(np.isfinite(loss.numpy()) for loss in strategy.experimental_local_results(losses))
-print("replicas agree")
-"""
-
-
-def test_replicas_of_a_strategy_keep_equal_caches():
-    out = subprocess.run(
-        [sys.executable, "-c", MIRRORED], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert out.returncode == 0, out.stderr[-3000:]
-    assert out.stdout.strip().endswith("replicas agree")
+    programs.run("-c", TAPED)
 
 
 @pytest.mark.parametrize("use_lru", [True, False])

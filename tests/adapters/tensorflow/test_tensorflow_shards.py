@@ -1,20 +1,19 @@
 """Replicas of tf.distribute: a cache in shards is the one big cache, in loss, gradient and state.
 
-Every test runs this file in processes of its own, as devices are set up before TensorFlow starts:
-one process for as many cases as there can be, as they share what AutoGraph has converted.
+Every test runs this file in processes of its own, as devices are set up before TensorFlow starts.
+All cases on virtual devices run in one: they share its start and what AutoGraph has converted.
 """
 
 import functools
 import json
 import os
-import shlex
 import socket
 import subprocess
 import sys
-import traceback
 
 import negcache_tensorflow as negcache
 import numpy as np
+import programs
 import pytest
 import tensorflow as tf
 
@@ -214,8 +213,13 @@ def big_cache(name, conversion="plain"):
 def spawn(*cases, environment=None):
     """Start a process that runs cases in turn: a function of this file and its arguments, each."""
     return subprocess.Popen(
-        [sys.executable, __file__, *(shlex.join(map(str, case)) for case in cases)],
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **(environment or {})},
+        [sys.executable, __file__, *programs.words_of(cases)],
+        env={
+            **os.environ,
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+            "PYTHONPATH": os.pathsep.join(sys.path),  # this file imports what tests share
+            **(environment or {}),
+        },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -232,11 +236,6 @@ def finish(*processes, timeout=550):
         for process in processes:
             process.kill()
             process.wait()
-
-
-def test_shards_are_the_one_big_cache():
-    converted = [("big_cache", name, "autograph") for name in ("num_samples", "top_k")]
-    finish(spawn(*converted, *(("big_cache", name) for name in ("paper", "shared", "exact_query"))))
 
 
 def verbs():
@@ -316,11 +315,12 @@ def own_noise_and_checkpoints(path):
 
         return local(strategy, run(values(strategy, {"y": everyone})))
 
+    traced = functools.partial(tf.function, autograph=False)
     first, again, other = made(1), made(1), made(2)
-    go(first, range(3), tf.function)
+    go(first, range(3), traced)
     for handler in (again, other):
         go(handler, range(3))
-    one, two, three = drawn(first, tf.function)
+    one, two, three = drawn(first, traced)
     assert (one != two).any()
     assert (two != three).any()
     np.testing.assert_array_equal(drawn(again), [one, two, three])
@@ -414,6 +414,50 @@ def unique():
         assert dict(zip(*held, strict=True)) == model
 
 
+def replicated():
+    """With use_cross_replica all replicas keep one cache, whatever the dtype of its fields."""
+    strategy = mirrored()
+    specs = {
+        "x": negcache.FieldSpec((2,), "bfloat16"),
+        "big": negcache.FieldSpec((), "uint64"),
+        "embedding": negcache.FieldSpec((2,), "float32"),
+    }
+    with strategy.scope():
+        handler = negcache.CacheLossHandler(
+            negcache.CacheManager(specs, 12),
+            negcache.CacheClassificationLoss("embedding", ("x",), generator=0),
+            embedding_key="embedding",
+            data_keys=("x",),
+            use_cross_replica=True,
+        )
+
+    @tf.function
+    def step(x):
+        features = {"x": tf.cast(x, tf.bfloat16), "big": tf.cast(x[:, 0], tf.uint64) + 2**63}
+        return handler.update_cache_and_compute_loss(
+            lambda features: tf.cast(features["x"], tf.float32), x, x, features
+        )
+
+    for number in range(3):
+        given = strategy.experimental_distribute_values_from_function(
+            lambda context, number=number: tf.fill(
+                (2, 2), tf.cast(1 + context.replica_id_in_sync_group + 10 * number, tf.float32)
+            )
+        )
+        losses = strategy.run(step, args=(given,))
+    wanted = [11, 11, 12, 12, 13, 13, 21, 21, 22, 22, 23, 23]  # the youngest
+    for key, table in {**handler.cache.data, "age": handler.cache.age}.items():
+        first, *others = local(strategy, table)
+        assert len(others) == REPLICAS - 1
+        for other in others:
+            np.testing.assert_array_equal(other, first)
+        if key == "x":
+            assert sorted(first[:, 0]) == wanted, first
+        if key == "big":
+            assert sorted(first - np.uint64(2**63)) == wanted, first
+    assert all(np.isfinite(loss) for loss in local(strategy, losses))
+
+
 def mistakes():
     """What cannot work says so."""
     strategy = mirrored()
@@ -449,10 +493,13 @@ def mistakes():
         assert (age == negcache.EMPTY).all()
 
 
-def test_exchange_noise_checkpoints_upkeep_unique_items_and_mistakes(tmp_path):
+def test_shards_are_the_one_big_cache_in_all_that_they_do(tmp_path):
+    converted = [("big_cache", name, "autograph") for name in ("num_samples", "top_k")]
+    plain = [("big_cache", name) for name in ("paper", "shared", "exact_query")]
     upkeeps = ("upkeep", "sharded"), ("upkeep", "replicated")
     noise = ("own_noise_and_checkpoints", tmp_path)
-    finish(spawn(("verbs",), noise, *upkeeps, ("unique",), ("mistakes",)))
+    others = ("verbs",), noise, *upkeeps, ("unique",), ("replicated",), ("mistakes",)
+    finish(spawn(*converted, *plain, *others))
 
 
 def workers(*each):
@@ -525,18 +572,5 @@ def test_workers_that_are_not_set_up_alike_are_told():
     finish(*workers(*([("unlike_worker", index, 1, name)] for index, name in names)), timeout=120)
 
 
-def main(cases):
-    """Run all cases, also after one that fails, and say which ones failed."""
-    failed = []
-    for case in cases:
-        name, *arguments = shlex.split(case)
-        try:
-            globals()[name](*arguments)
-        except Exception:  # noqa: BLE001 - told below
-            traceback.print_exc(limit=-8)
-            failed.append(case)
-    sys.exit(f"failed: {failed}" if failed else 0)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    programs.main(globals(), sys.argv[1:])

@@ -8,11 +8,9 @@ from hypothesis import strategies as st
 from laws import chi_square_is_plausible, naive_slot
 from strategies import seeds
 
-from negcache_core.arrays._array import numpy_namespace
 from negcache_core.retrieval.retrieval_fns import gumbel
 from negcache_core.retrieval.softmax_draw import draw_from_softmax, inverse_cdf
 from negcache_core.retrieval.tiled_scores import BLOCK
-from negcache_core.sharding.draw import _pick
 
 # Multiples of 1/8 add without rounding, so that equal laws give equal slots.
 eighths = st.integers(-200, 200).map(lambda number: number / 8)
@@ -49,21 +47,6 @@ def test_rows_of_nothing_have_no_partition():
     slots, log_partition = draw_from_softmax(np.full((2, 5), -np.inf), np.zeros((2, 1, 2)))
     assert (log_partition == -np.inf).all()
     assert ((slots >= 0) & (slots < BLOCK)).all()
-
-
-@given(seed=seeds, shards=st.integers(1, 4), blocks=st.integers(1, 5))
-def test_a_shard_and_then_its_block_are_what_one_draw_of_all_blocks_is(seed, shards, blocks):
-    rng = np.random.default_rng(seed)
-    scores, uniforms = rng.normal(size=(2, shards, blocks)), rng.random((2, 7))
-    scores[rng.random(scores.shape) < 0.3] = -np.inf
-    scores[:, 0, 0] = 0.0
-    with np.errstate(divide="ignore"):  # of shards without any weight
-        weights = np.log(np.exp(scores).sum(axis=2))
-    shard, rest = _pick(weights, uniforms, xp=numpy_namespace)
-    inside = scores[[[0], [1]], shard].reshape(-1, blocks)
-    block = inverse_cdf(inside, rest.reshape(-1, 1)).reshape(shard.shape)
-    whole = inverse_cdf(scores.reshape(2, -1), uniforms)
-    np.testing.assert_array_equal(shard * blocks + block, whole)
 
 
 @given(scores=st.lists(eighths, min_size=1, max_size=9), shift=eighths, seed=seeds)
