@@ -3,7 +3,7 @@
 1. A `Backend`: the verbs of one array library, with its namespace (the array API, and of `EXTRAS`
    what it has a better form of).
 2. A `Store`: where the caches are, if not in arrays that are written in place.
-3. `Replicas`, and a `make_replicas`: only for a cache in shards.
+3. `Replicas`: only for a cache in shards.
 4. `bind(backend, package, …)` makes the public classes of these.
 
 CONTRIBUTING.md, "Write an adapter", goes through them; `negcache_core.testing` checks the result.
@@ -18,6 +18,7 @@ from negcache_core.arrays.validation import as_array
 from negcache_core.cache.filters import IsInCacheFilterFn
 from negcache_core.cache.manager import CacheManager
 from negcache_core.cache.named import Caches
+from negcache_core.handlers.base import BaseHandler
 from negcache_core.handlers.cache_loss_handler import CacheLossHandler, MultiCacheLossHandler
 from negcache_core.handlers.setup import Setup
 from negcache_core.handlers.store import Store
@@ -72,15 +73,18 @@ def bind(
     package: str,
     *,
     module: type = object,
+    store: Callable[[Setup], Store] | None = None,
+    replicas: Callable[[Any], Replicas] | None = None,
     mixins: Mapping[str, type] | None = None,
 ) -> Bound:
     """Return negcache's classes on `backend`.
 
-    package: the name of the adapter's package, from which the classes are imported
-    module:  what losses, handlers and drawing functions are besides, such as torch.nn.Module: the
-             framework then finds their parameters and state
-    mixins:  class name -> a class whose attributes come before those of the core's class, such as
-             a `make_store` of handlers and a `make_replicas` of the distributed loss
+    package:  the name of the adapter's package, from which the classes are imported
+    module:   what losses, handlers and drawing functions are besides, such as torch.nn.Module: the
+              framework then finds their parameters and state
+    store:    a handler's Setup -> the Store of its caches, empty; None for arrays in a dict
+    replicas: the group of a distributed loss -> its Replicas; None for a library that has none
+    mixins:   class name -> a class whose attributes come before those of the core's class
 
     >>> from negcache_core import FieldSpec
     >>> from negcache_core.arrays import NUMPY
@@ -91,15 +95,14 @@ def bind(
     def bound(cls: Any, *bases: type) -> Any:
         mixin = (mixins or {}).get(cls.__name__)
         before = () if mixin is None else (mixin,)
-        return type(
-            cls.__name__,
-            (*before, cls, *(base for base in bases if base is not object)),
-            {
-                "__module__": package,
-                "__doc__": (mixin and mixin.__doc__) or _short(cls),
-                "backend": backend,
-            },
-        )
+        own: dict[str, Any] = {"__module__": package, "backend": backend}
+        own["__doc__"] = (mixin and mixin.__doc__) or _short(cls)
+        if store is not None and issubclass(cls, BaseHandler):
+            own["make_store"] = staticmethod(store)
+        if replicas is not None and issubclass(cls, DistributedCacheClassificationLoss):
+            own["make_replicas"] = staticmethod(replicas)
+        rest = [base for base in bases if base is not object]
+        return type(cls.__name__, (*before, cls, *rest), own)
 
     def top_k(scores: Array, k: int) -> tuple[Array, Array]:
         scores = as_array(scores, "scores", backend)

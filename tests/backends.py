@@ -6,10 +6,9 @@ import array_api_strict
 import jax
 import negcache_jax
 import negcache_tensorflow
-import negcache_torch
 import numpy as np
 import tensorflow as tf
-import torch
+from torch_backend import TORCH
 
 from negcache_core.arrays.backend import Backend
 from negcache_core.testing import NUMPY_ADAPTER, Adapter, bind
@@ -25,15 +24,14 @@ class StrictBackend(Backend):
         return table
 
 
-def _torch_gradients(function, arrays):
-    leaves = [array.clone().requires_grad_() for array in arrays]
-    function(*leaves).backward()
-    return [leaf.grad.numpy() for leaf in leaves]
-
-
-def _jax_gradients(function, arrays, *, wrap=lambda function: function):
-    gradients = wrap(jax.grad(function, argnums=tuple(range(len(arrays)))))(*arrays)
+def _jax_gradients(function, arrays, *constants, wrap=lambda function: function):
+    gradients = _jax_gradient_of(function, len(arrays), wrap)(*arrays, *constants)
     return [np.asarray(gradient) for gradient in gradients]
+
+
+@functools.lru_cache(maxsize=1)  # a function that comes again was compiled already
+def _jax_gradient_of(function, count, wrap):
+    return wrap(jax.grad(function, argnums=tuple(range(count))))
 
 
 def _tensorflow_run(function, state, batch, *, jit_compile):
@@ -50,14 +48,20 @@ def _tensorflow_run(function, state, batch, *, jit_compile):
     return traced(state, batch)
 
 
-def _tensorflow_gradients(function, arrays, *, wrap=lambda function: function):
+def _tensorflow_gradients(function, arrays, *constants, wrap=lambda function: function):
+    gradients = _tensorflow_gradient_of(function, len(arrays), wrap)(*arrays, *constants)
+    return [gradient.numpy() for gradient in gradients]
+
+
+@functools.lru_cache(maxsize=1)
+def _tensorflow_gradient_of(function, count, wrap):
     def gradients(*arrays):
         with tf.GradientTape() as tape:
-            tape.watch(arrays)
+            tape.watch(arrays[:count])
             value = function(*arrays)
-        return tape.gradient(value, arrays)
+        return tape.gradient(value, arrays[:count])
 
-    return [gradient.numpy() for gradient in wrap(gradients)(*arrays)]
+    return wrap(gradients)
 
 
 def _tensorflow(name, **options):
@@ -78,18 +82,13 @@ STRICT = Adapter(
     np.asarray,
     dtypes=tuple(dtype for dtype in NUMPY.dtypes if dtype != "float16"),  # not in the standard
 )
-TORCH = Adapter(
-    "torch",
-    negcache_torch,
-    torch.as_tensor,
-    lambda tensor: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy(),
-    gradients=_torch_gradients,
-)
 TENSORFLOW = _tensorflow("tensorflow", gradients=_tensorflow_gradients)
 TENSORFLOW_GRAPH = _tensorflow(
     "tf.function",
     run=functools.partial(_tensorflow_run, jit_compile=False),
-    gradients=functools.partial(_tensorflow_gradients, wrap=tf.function),
+    gradients=functools.partial(
+        _tensorflow_gradients, wrap=functools.partial(tf.function, autograph=False)
+    ),
 )
 TENSORFLOW_XLA = _tensorflow(
     "tf.function+xla",
@@ -108,6 +107,7 @@ JAX = Adapter(
     bind=lambda handler, cache: handler.bind(
         negcache_jax.HandlerState({"cache": cache}, jax.random.key(0))
     ),
+    hold=lambda handler, seed: handler.bind(handler.init(jax.random.key(seed))),
     gradients=_jax_gradients,
 )
 JAX_JIT = JAX._replace(

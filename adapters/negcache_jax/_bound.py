@@ -5,6 +5,8 @@ from negcache_core.adapter import bind
 from ._backend import JAX
 from ._handler import Holding, StateHandler
 from ._loss import KeyedLoss, ShardedKeyedLoss
+from ._replicas import MeshAxis
+from ._store import NoStore
 
 # Handlers that hold a state while it is worked on.
 _HOLDING = bind(
@@ -25,6 +27,8 @@ class _ManyCaches(StateHandler):
 BOUND = bind(
     JAX,
     "negcache_jax",
+    store=NoStore.of,
+    replicas=MeshAxis,
     mixins={
         "CacheClassificationLoss": KeyedLoss,
         "DistributedCacheClassificationLoss": ShardedKeyedLoss,

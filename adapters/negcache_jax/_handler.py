@@ -18,7 +18,7 @@ from negcache_core.sharding.placement import check_equal_shards
 
 from ._backend import KeyStream, check_key
 from ._loss import KeyedLoss
-from ._store import HandlerState, NoStore, TreeStore
+from ._store import HandlerState, TreeStore
 
 
 class Silent:
@@ -49,12 +49,6 @@ class StateHandler(Silent):
     _managers: Mapping[str, Any]
     cache_loss: Any
     holding: ClassVar[type[Any]]
-
-    @staticmethod
-    def make_store(setup: Setup) -> NoStore:
-        """Return an empty store: the state is explicit."""
-        del setup
-        return NoStore()
 
     def init(self, key: Array) -> HandlerState:
         """Return the state of empty caches; `key` seeds all draws.

@@ -8,7 +8,6 @@ from jax import Array
 from negcache_core import CacheLossReturn, Retrieval
 
 from ._backend import KeyStream, check_key
-from ._replicas import MeshAxis
 
 
 class KeyedLoss:
@@ -87,8 +86,6 @@ class ShardedKeyedLoss(KeyedLoss):
     ...     x = jax.random.normal(jax.random.key(seed), (4 * jax.device_count(), 2))
     ...     weights, loss, state = step(weights, state, x)
     """
-
-    make_replicas = MeshAxis
 
     def __init__(
         self, *arguments: Any, group: str | tuple[str, ...] = "data", **options: Any

@@ -67,6 +67,9 @@ class MeshAxis(Replicas[Array]):
         received = jax.lax.all_to_all(array, self.name, 0, 0, tiled=True)
         return received.reshape(self.count, sizes[0], *array.shape[1:])
 
+    def sum_of_parts(self, array: Array, sizes: Sequence[int]) -> Array:
+        return self.parts(array, sizes).sum(0)  # one operation for any number of devices
+
     def serve(self, arrays: Sequence[Array], route: Route) -> list[Array]:
         # Every device sends a row for each draw, and the asker takes the owner's. As much is sent
         # as to sum up masked rows, and any dtype and any value passes.

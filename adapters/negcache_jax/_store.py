@@ -1,9 +1,9 @@
 """Where a cache's state lives in JAX: in a pytree that goes into each call and comes out of it."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from negcache_core import KindError, NegativeCache
-from negcache_core.adapter import Caches, Store
+from negcache_core.adapter import Caches, Setup, Store
 
 from ._backend import KeyStream
 
@@ -18,8 +18,11 @@ class HandlerState(NamedTuple):
 class NoStore(Store):
     """What a handler holds that no state is bound to."""
 
-    def __init__(self) -> None:
-        super().__init__(Caches())
+    @classmethod
+    def of(cls, setup: Setup) -> Self:
+        """Return it, whatever the handler: its state is explicit."""
+        del setup
+        return cls(Caches())
 
     def read(self) -> Caches:
         """Raise KindError."""

@@ -34,8 +34,6 @@ class _DistributedLoss:
 
 
 class _Handler:
-    make_store = VariableStore
-
     def _report(self, result: CacheLossReturn) -> None:
         recording = tf.get_static_value(tf.convert_to_tensor(tf.summary.should_record_summaries()))
         if recording is None or recording:  # False unless the user set a default summary writer
@@ -54,6 +52,7 @@ BOUND = bind(
     TENSORFLOW,
     "negcache_tensorflow",
     module=tf.Module,
+    store=VariableStore,
     mixins={
         "DistributedCacheClassificationLoss": _DistributedLoss,
         "CacheLossHandler": _Handler,

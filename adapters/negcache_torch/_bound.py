@@ -23,12 +23,8 @@ class _DistributedLoss(_Loss):
     See `negcache_core.sharding.DistributedCacheClassificationLoss`.
     """
 
-    make_replicas = ProcessGroup
-
 
 class _Handler:
-    make_store = BufferStore.of
-
     def distributed_state_dict(self) -> dict[str, Tensor]:
         """Return the state for torch.distributed.checkpoint: each table is one shard of a DTensor.
 
@@ -61,6 +57,8 @@ BOUND = bind(
     TORCH,
     "negcache_torch",
     module=nn.Module,
+    store=BufferStore.of,
+    replicas=ProcessGroup,
     mixins={
         "CacheClassificationLoss": _Loss,
         "DistributedCacheClassificationLoss": _DistributedLoss,

@@ -5,6 +5,8 @@ framework's own engine. What is sent depends on the batch, the width and the num
 never on the capacity.
 """
 
+import functools
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, NamedTuple
@@ -86,8 +88,8 @@ class Replicas(ABC, Generic[ArrayT]):
 
     def sum_of_parts(self, array: ArrayT, sizes: Sequence[int]) -> ArrayT:
         """Return the sum over replicas (own rows, …) of the `parts` sent here."""
-        parts: Any = self.parts(array, sizes)  # whose .sum all libraries have
-        return parts.sum(0)
+        parts = self.parts(array, sizes)
+        return functools.reduce(operator.add, [parts[rank, ...] for rank in range(self.count)])
 
     @abstractmethod
     def serve(self, arrays: Sequence[ArrayT], route: Route) -> list[ArrayT]:

@@ -8,7 +8,8 @@ import numpy as np
 
 import negcache_core
 from negcache_core import adapter
-from negcache_core.arrays.backend import Backend
+from negcache_core.arrays.backend import NUMPY, Backend
+from negcache_core.testing._threads import ThreadReplicas, Threads
 
 Tree = Any  # nested dicts, tuples and NamedTuples of arrays
 
@@ -26,7 +27,7 @@ DTYPES = (
 
 
 class Adapter(NamedTuple):
-    """An adapter under test.
+    """An adapter under test. The first four fields are all that most need.
 
     name:      for messages
     module:    has negcache's public names, bound to the library
@@ -35,7 +36,14 @@ class Adapter(NamedTuple):
     run:       (function, state, batch) -> function(state, batch), perhaps traced or compiled;
                sizes of `state` are fixed, the first sizes of `batch` may be made unknown
     bind:      (handler, cache) -> the handler holding that cache, where state is explicit; or None
-    gradients: (function, arrays) -> gradients of the scalar function(*arrays), if any
+    hold:      (handler, seed) -> the handler holding an empty cache, its draws seeded, where state
+               is explicit; or None: handlers hold their state, and losses take generator=seed
+    gradients: (function, arrays, *constants) -> gradients by `arrays` of the scalar
+               function(*arrays, *constants), if any; of a function that comes again, a library
+               that traces should use the same trace
+    replicas:  (count, function) -> what function(adapter, rank) returned on each of `count`
+               replicas, by rank, if caches can be cut into shards. The function and what it returns
+               can be pickled, for replicas in other processes, which then make the adapter anew
     dtypes:    names of the dtypes that fields can have
     """
 
@@ -45,7 +53,9 @@ class Adapter(NamedTuple):
     to_numpy: Callable[[Any], Any]
     run: Callable[..., Tree] = _call
     bind: Callable[[Any, Any], Any] | None = None
+    hold: Callable[[Any, int], Any] | None = None
     gradients: Callable[..., list[Any]] | None = None
+    replicas: Callable[[int, Callable[["Adapter", int], Tree]], list[Tree]] | None = None
     dtypes: tuple[str, ...] = DTYPES
 
     def native(self, tree: Tree) -> Tree:
@@ -73,10 +83,24 @@ def map_tree(function: Callable[[Any], Any], tree: Tree) -> Tree:
     return function(tree)
 
 
-def bind(backend: Backend) -> SimpleNamespace:
-    """Return negcache's public names bound to `backend`, for a library without an adapter."""
+def bind(backend: Backend, **parts: Any) -> SimpleNamespace:
+    """Return negcache's public names bound to `backend`, for a library without an adapter.
+
+    parts: module, store, replicas, mixins: see `negcache_core.adapter.bind`
+    """
     public = {name: getattr(negcache_core, name) for name in negcache_core.__all__}
-    return SimpleNamespace(**{**public, **adapter.bind(backend, __name__)._asdict()})
+    bound = adapter.bind(backend, __name__, **parts)
+    return SimpleNamespace(**{**public, **bound._asdict()})
 
 
-NUMPY_ADAPTER = Adapter("numpy", negcache_core, np.asarray, np.asarray)
+def _on_threads(count: int, function: Callable[[Adapter, int], Tree]) -> list[Tree]:
+    return Threads.run(count, lambda rank: function(NUMPY_ADAPTER, rank))
+
+
+NUMPY_ADAPTER = Adapter(
+    "numpy",
+    bind(NUMPY, replicas=ThreadReplicas),
+    np.asarray,
+    np.asarray,
+    replicas=_on_threads,
+)

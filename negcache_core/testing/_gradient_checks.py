@@ -1,0 +1,183 @@
+"""Checks of gradients: of one draw, worked out by hand, and expected over all draws."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from negcache_core import exact
+from negcache_core.arrays.backend import NUMPY
+from negcache_core.arrays.numerics import log_sum_exp
+from negcache_core.cache.state import EMPTY, NegativeCache
+from negcache_core.losses.estimators import ESTIMATORS, SampledSoftmax, Weights
+from negcache_core.losses.surrogate import positive_weight
+from negcache_core.testing._adapter import Adapter
+from negcache_core.testing._scripts import TOKENS, WIDTH, assert_equal, cache_of, embed
+
+
+def check_gradients(adapter: Adapter) -> None:
+    """Gradients of `loss` and `training_loss` equal those worked out by hand for the draw."""
+    if adapter.gradients is None:
+        return
+    rng = np.random.default_rng(5)
+    cache = cache_of(rng, 9)
+    query, positive = rng.standard_normal((2, 4, WIDTH))
+    noise, scale = rng.random((4, 1, 2)), np.asarray(1.7)
+    module = adapter.module
+    features = {"tokens": rng.integers(0, 11, (4, TOKENS))}
+    native = adapter.native(cache)
+    fresh = np.asarray(adapter.to_numpy(embed(adapter, native.data)))
+
+    now: dict[str, Any] = {}
+    loss = module.CacheClassificationLoss("embedding", ("tokens",), scale=lambda: now["scale"])
+
+    def retrieve(query: Any, scale: Any) -> Any:
+        now["scale"] = scale
+        features_, noise_ = adapter.native(features), adapter.to_native(noise)
+        return loss.retrieve(query, native, pos_features=features_, noise=noise_)
+
+    drawn = retrieve(adapter.to_native(query), adapter.to_native(scale))
+    slots = np.asarray(adapter.to_numpy(drawn.slots))
+    arrays = [query, positive, fresh[slots], scale]
+    for field in ("loss", "training_loss"):
+
+        def value(
+            query: Any, positive: Any, negatives: Any, scale: Any, *, field: str = field
+        ) -> Any:
+            drawn = retrieve(query, scale)
+            return getattr(loss.loss_from_negatives(query, positive, negatives, drawn), field)
+
+        given = adapter.gradients(value, [adapter.to_native(array) for array in arrays])
+        expected = gradients_by_hand(
+            adapter.numpy(drawn), "paper", np.eye(len(slots)), query, positive, fresh[slots], scale
+        )
+        assert_equal(adapter.name, f"gradient of {field}", tuple(given), tuple(expected))
+
+
+def check_estimators(adapter: Adapter) -> None:
+    """Of every estimator: over all draws, its gradient is expected to be the exact one.
+
+    On a fresh cache that of the softmax cross-entropy; on a stale one, that with stale
+    probabilities and fresh items. With in-batch negatives these are items like any other.
+    """
+    rng, scale = np.random.default_rng(8), np.asarray(1.3)
+    query, positive = rng.standard_normal((2, 2, WIDTH))
+    age = np.asarray([1, EMPTY, 0], np.int32)
+    fresh = rng.standard_normal((len(age), WIDTH))
+    stale = fresh + 0.5 * rng.standard_normal(fresh.shape)
+    for estimator in ESTIMATORS:
+        for in_batch in (False, True):
+            gradients = _gradients_of(adapter, estimator, age, in_batch=in_batch)
+            for what, table in (("fresh", fresh), ("stale", stale)):
+                items, now, counts = table, fresh, np.tile(age != EMPTY, (2, 1))
+                if in_batch:
+                    items, now = (np.concatenate([each, positive]) for each in (table, fresh))
+                    counts = np.concatenate([counts, ~np.eye(2, dtype=bool)], axis=1)
+                expected = exact.softmax_cross_entropy(
+                    query, positive, items, fresh_items=now, scale=scale, mask=counts
+                ).gradients
+                expected = expected._replace(
+                    positive=expected.positive + (expected.items[len(age) :] if in_batch else 0.0),
+                    items=expected.items[: len(age)],
+                )
+                weights = np.exp(scale * query @ table.T) * (age != EMPTY)
+                proposal = weights / weights.sum(axis=1, keepdims=True)
+                middle = (
+                    np.cumsum(proposal, axis=1) - proposal / 2
+                )  # of the stretch that draws a slot
+
+                def outcome(
+                    slots: list[list[int]], *, middle: Any = middle, table: Any = table
+                ) -> tuple[Any, ...]:
+                    second = np.take_along_axis(middle, np.asarray(slots), axis=1)
+                    noise = np.stack([np.full_like(second, 0.5), second], axis=-1)
+                    return tuple(gradients(query, positive, fresh, scale, table, noise))  # noqa: B023
+
+                given = exact.expectation(exact.enumerate_draws(proposal), outcome)
+                path = f"the expected gradient of {estimator}, {what}, in-batch {in_batch}"
+                assert_equal(adapter.name, path, given, tuple(expected), tolerance=1e-10)
+
+
+def _gradients_of(
+    adapter: Adapter, estimator: str, age: Any, *, in_batch: bool
+) -> Callable[..., Any]:
+    """Return the function of NumPy arrays that returns a loss's gradients for one draw."""
+    xp = adapter.module.CacheManager.backend.xp
+    one_hot = np.eye(len(age))
+    chosen, ages = adapter.to_native(one_hot), adapter.to_native(age)
+    now: dict[str, Any] = {}
+    loss = adapter.module.CacheClassificationLoss(
+        "embedding",
+        ("chosen",),
+        scale=lambda: now["scale"],
+        estimator=estimator,
+        in_batch_negatives=in_batch,
+    )
+
+    def retrieve(query: Any, scale: Any, table: Any, noise: Any) -> Any:
+        now["scale"] = scale
+        cache = NegativeCache({"chosen": chosen, "embedding": table}, ages)
+        return loss.retrieve(query, cache, noise=noise)
+
+    def value(query: Any, positive: Any, fresh: Any, scale: Any, table: Any, noise: Any) -> Any:
+        drawn = retrieve(query, scale, table, noise)
+        negatives = xp.matmul(drawn.features["chosen"], fresh)
+        return loss.loss_from_negatives(query, positive, negatives, drawn).loss
+
+    def gradients(*arrays: Any) -> Any:
+        native = [adapter.to_native(array) for array in arrays]
+        if adapter.gradients is not None:
+            return adapter.gradients(value, native[:4], *native[4:])
+        query, positive, fresh, scale, *_ = arrays
+        drawn = adapter.numpy(retrieve(native[0], *native[3:]))
+        picked = drawn.features["chosen"]
+        return gradients_by_hand(drawn, estimator, picked, query, positive, fresh, scale)
+
+    return gradients
+
+
+def gradients_by_hand(
+    drawn: Any,
+    estimator: str,
+    chosen: Any,
+    query: Any,
+    positive: Any,
+    items: Any,
+    scale: Any,
+) -> exact.Gradients:
+    """Return the gradients of the loss for one draw, by `exact.surrogate_gradients`.
+
+    drawn: a Retrieval of NumPy arrays; chosen: (n, C), one-hot, which of the items (C, D) it drew
+    """
+    xp, rows = NUMPY.xp, len(query)
+    scores = scale * query @ positive.T
+    among = np.full(scores.shape, -np.inf)  # what competes besides the cache, exactly
+    if drawn.others is not None:
+        among = np.where(drawn.others, scores, -np.inf)
+    log_full = None if drawn.others is None else log_sum_exp(among, xp=xp)
+    softmax = SampledSoftmax(
+        np.diag(scores), drawn.log_partition, drawn.drawn, log_full, drawn.pool
+    )
+    weights = ESTIMATORS[estimator].weigh(softmax, xp=xp)
+    every = weights.every
+    if weights.own is not None:  # a query's own draws, among those of all
+        every = (np.eye(rows)[:, :, None] * weights.own[None]).reshape(rows, -1)
+    share = np.exp(among - softmax.log_total(xp=xp)[:, None])
+    found = exact.surrogate_gradients(
+        Weights(every=np.concatenate([every, share], axis=1)),
+        positive_weight(softmax, weights, xp=xp),
+        np.concatenate([chosen.argmax(axis=1), len(items) + np.arange(rows)])[None],
+        query,
+        positive,
+        np.concatenate([items, positive]),
+        scale=scale,
+    )
+    more = np.zeros_like(query)  # what the query's gradient takes from the readout
+    if weights.readout is not None:
+        more = weights.readout[:, None] * drawn.readout - weights.stale @ drawn.pool.stale
+    return exact.Gradients(
+        found.query + scale * more / rows,
+        found.positive + found.items[len(items) :],
+        found.items[: len(items)],
+        found.scale + np.sum(query * more) / rows,
+    )
