@@ -52,3 +52,12 @@ def noise_for(slots, law, cut=0):
     middle = np.cumsum(within, axis=2) - within / 2
     second = np.take_along_axis(middle, slots[:, :, None], axis=2)[:, :, 0]
     return np.stack([first, second], axis=-1)
+
+
+def results_of(loss, W, query, positive, cache, outcomes, **arguments):
+    """Yield a linear tower's result for each outcome (noise, probability), with the probability."""
+    for noise, probability in outcomes:
+        result = loss(
+            lambda features: features["x"] @ W, query, positive, cache, noise=noise, **arguments
+        )
+        yield result, probability

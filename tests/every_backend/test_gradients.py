@@ -6,7 +6,7 @@ import torch
 from backends import BACKENDS, EAGER
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import TOLERANCE, noise_for
+from laws import TOLERANCE, noise_for, results_of
 from negcache_torch import CacheClassificationLoss
 from strategies import towers
 
@@ -107,18 +107,10 @@ def enumerated(backend, problem, outcomes, *, top_k, num_samples, split):
 
     def value(V, W, scale):
         now["scale"] = scale
-        total = 0.0
-        for noise, probability in outcomes:
-            result = loss(
-                lambda features: features["x"] @ W,
-                y @ V,
-                x_positive @ W,
-                cache,
-                pos_features={"x": x_positive},
-                noise=noise,
-            )
-            total = total + probability * result.loss
-        return total
+        results = results_of(
+            loss, W, y @ V, x_positive @ W, cache, outcomes, pos_features={"x": x_positive}
+        )
+        return sum((probability * result.loss for result, probability in results), 0.0)
 
     return backend.gradients(
         value, [backend.to_native(array) for array in (problem.V, problem.W, problem.scale)]
@@ -195,16 +187,14 @@ def test_expected_gradient_through_a_nonlinear_transform(problem):
     law = weights / weights.sum(axis=1, keepdims=True)
     loss = CacheClassificationLoss("embedding", ("x",), score_transform=transform)
     cache = BACKENDS["torch"].native(NegativeCache(problem.cache_data, problem.age))
+    outcomes = [
+        (torch.as_tensor(noise_for(slots, law)), probability)
+        for slots, probability in exact.enumerate_draws(law)
+    ]
     total = 0.0
-    for slots, probability in exact.enumerate_draws(law):
-        result = loss(
-            lambda features: features["x"] @ W,
-            y @ V,
-            x_positive @ W,
-            cache,
-            pos_features={"x": x_positive},
-            noise=torch.as_tensor(noise_for(slots, law)),
-        )
+    for result, probability in results_of(
+        loss, W, y @ V, x_positive @ W, cache, outcomes, pos_features={"x": x_positive}
+    ):
         total = total + probability * result.loss
         np.testing.assert_allclose(result.loss.detach(), full.detach(), **TOLERANCE)
     for ours, exact_gradient in zip(

@@ -6,7 +6,7 @@ import torch
 from backends import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import TOLERANCE, noise_for
+from laws import TOLERANCE, noise_for, results_of
 from strategies import towers
 
 from negcache_core import CacheClassificationLoss, exact
@@ -164,20 +164,11 @@ def assert_unbiased(name, problem, options, moved=None):
 
     def value(V, W, scale):
         now["scale"] = scale
-        total = 0.0
-        for noise, probability in outcomes:
-            result = loss(
-                lambda features: features["x"] @ W,
-                y @ V,
-                x_positive @ W,
-                cache,
-                pos_features=features,
-                noise=noise,
-                **arguments,
-            )
-            total = total + probability * result.loss
-        now["value"] = total
-        return total
+        results = results_of(
+            loss, W, y @ V, x_positive @ W, cache, outcomes, pos_features=features, **arguments
+        )
+        now["value"] = sum((probability * result.loss for result, probability in results), 0.0)
+        return now["value"]
 
     given = backend.gradients(
         value, [native(each) for each in (problem.V, problem.W, problem.scale)]
