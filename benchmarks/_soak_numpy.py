@@ -110,7 +110,7 @@ def gradients(problem: Problem, estimator: str) -> Callable[[Any], tuple[Any, ..
         drawn = loss.retrieve(query, cache, noise=noise)
         scores = SCALE * np.sum(query * positive, axis=1)
         law = SampledSoftmax(scores, drawn.log_partition, drawn.drawn, pool=drawn.pool)
-        weights = ESTIMATORS[estimator](law, xp=np)
+        weights = ESTIMATORS[estimator].weigh(law, xp=np)
         miss = positive_weight(law, weights, xp=np)
         slots = drawn.slots.reshape(drawn.drawn.shape)
         return chained(

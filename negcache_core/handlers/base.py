@@ -7,10 +7,8 @@ from typing import Any, ClassVar, Self
 from negcache_core.arrays._array import Array
 from negcache_core.arrays.backend import NUMPY, Backend
 from negcache_core.arrays.validation import (
-    as_array,
     check_field_names,
     check_flag,
-    check_mapping,
 )
 from negcache_core.cache.manager import CacheManager
 from negcache_core.cache.row_checks import CheckedRows
@@ -18,9 +16,8 @@ from negcache_core.cache.state import NegativeCache
 from negcache_core.handlers import checkpoint
 from negcache_core.handlers.new_items import check_batch, stand_in
 from negcache_core.handlers.setup import NewItemsFilter, Setup, check_parts, check_sharing
-from negcache_core.handlers.step import ItemNetwork, commit, run_step
+from negcache_core.handlers.step import ItemNetwork, check_result, commit, run_step
 from negcache_core.handlers.store import Store
-from negcache_core.losses.classification import CacheClassificationLoss
 from negcache_core.losses.results import CacheLossReturn
 from negcache_core.retrieval.result import Retrieval
 from negcache_core.sharding.mirrored import Mirrored
@@ -100,15 +97,8 @@ class BaseHandler:
 
     def _report(self, result: CacheLossReturn) -> None:
         """Keep a step's metrics for the user to read."""
-        stop, phased = (
-            self.backend.stop_gradient,
-            isinstance(self.cache_loss, CacheClassificationLoss),
-        )
-        metrics: Any = {} if result.metrics is None else result.metrics
-        self.metrics = {}
-        for key, value in check_mapping(metrics, "metrics of the loss's result").items():
-            what = f"metrics[{key!r}]"
-            self.metrics[key] = stop(value if phased else as_array(value, what, self.backend))
+        stop, metrics = self.backend.stop_gradient, result.metrics or {}
+        self.metrics = {key: stop(value) for key, value in metrics.items()}
 
     def compute_loss(
         self,
@@ -247,7 +237,8 @@ class BaseHandler:
     ) -> None:
         setup, store = self._setup, self._store
         setup.backend.begin_step()
-        commit(setup, store, result, check_batch(setup, store.read(), embeddings, features))
+        new = check_batch(setup, store.read(), embeddings, features)
+        commit(setup, store, check_result(result, self.backend), new)
 
     def _stand_in(self, features: Mapping[str, Mapping[str, Array]]) -> CheckedRows | None:
         return stand_in(self._setup, self._store.read(), features)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from negcache_core.arrays._array import Array
-from negcache_core.arrays.validation import check_function, check_mapping
+from negcache_core.arrays.backend import Backend
+from negcache_core.arrays.validation import as_array, check_function, check_mapping
 from negcache_core.cache.manager import UpdatePlan
 from negcache_core.cache.named import Caches
 from negcache_core.cache.row_checks import NewRows, check_refresh
@@ -55,18 +56,29 @@ def run_step(
             result = setup.weighted(loss(**arguments), query_embeddings)
             commit(setup, store, result, new)
     else:
-        result = setup.weighted(loss(**arguments), query_embeddings)
+        arguments["cache"] = dict(caches)  # to a loss inside of it they are a user's
+        result = check_result(loss(**arguments), setup.backend)
+        result = setup.weighted(result, query_embeddings)
         commit(setup, store, result, new)
     return result.training_loss if result.loss is None else result.loss
 
 
-def commit(setup: Setup, store: Store, result: CacheLossReturn, new: Mapping[str, NewRows]) -> None:
-    """Write what a step leaves behind: the fresh embeddings, and the new rows, checked before."""
+def check_result(result: Any, backend: Backend) -> CacheLossReturn:
+    """Return what another's loss returned, or a user hands in, with its metrics as arrays."""
     if not isinstance(result, CacheLossReturn):
         raise KindError(
             f"the loss returned, or commit was given, a {type(result).__name__}: expected a "
             "CacheLossReturn."
         )
+    if result.metrics is None:
+        return result
+    metrics = check_mapping(result.metrics, "metrics of the loss's result")
+    arrays = {key: as_array(value, f"metrics[{key!r}]", backend) for key, value in metrics.items()}
+    return result._replace(metrics=arrays)
+
+
+def commit(setup: Setup, store: Store, result: CacheLossReturn, new: Mapping[str, NewRows]) -> None:
+    """Write what a step leaves behind: the fresh embeddings, and the new rows, checked before."""
     with setup.backend.no_gradient():
         caches = store.read()
         # All plans before the first write: a refused update leaves every cache as it was.
