@@ -32,6 +32,7 @@ class StrategyReplicas(Replicas[Any]):
         self.count = strategy.num_replicas_in_sync
         # One program for each worker: what they trace may differ.
         self._many = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+        self._checks: list[Any] = []  # of the graph that is being traced
 
     @property
     def rank(self) -> Any:
@@ -123,7 +124,12 @@ class StrategyReplicas(Replicas[Any]):
 
     def _sum(self, arrays: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Return arrays (n, …) summed over replicas; those of a dtype travel side by side."""
-        context, sent = self._context(), [_to_wire(array) for array in arrays]
+        context = self._context()
+        # A graph runs what has its inputs: without this, unlike workers might exchange the rows of
+        # unequal batches before they are told that they are unlike.
+        graph = tf.compat.v1.get_default_graph()
+        with tf.control_dependencies([check for check in self._checks if check.graph is graph]):
+            sent = [tf.identity(_to_wire(array)) for array in arrays]
         found: dict[int, tf.Tensor] = {}
         for dtype in dict.fromkeys(each.dtype for each in sent):
             places = [place for place, each in enumerate(sent) if each.dtype == dtype]
@@ -151,7 +157,8 @@ class StrategyReplicas(Replicas[Any]):
         if self._many:
             own = tf.constant(numbers, tf.int32)
             (every,) = self.gather([own[None]], (1,) * self.count)
-            tf.debugging.assert_equal(every, tf.broadcast_to(own, every.shape), message)
+            check = tf.debugging.assert_equal(every, tf.broadcast_to(own, every.shape), message)
+            self._checks = [] if check is None else [check]
 
 
 def _at_own_place(mine: tf.Tensor, array: tf.Tensor) -> tf.Tensor:
