@@ -52,7 +52,7 @@ def check_steps(adapter: Adapter) -> None:
 
         cache: Any = side.numpy(manager_of(module, SLOTS).init_cache())
         for number in range(6):
-            rows = (3, 2, 0, 3, 1, 3)[number]
+            rows = (3, 2, 0, 3, 2, 3)[number]
             batch = {
                 **items_of(rng, rows),
                 "query": rng.standard_normal((rows, WIDTH)),
