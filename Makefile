@@ -33,6 +33,9 @@ run-benchmarks: $(VENV)/.test
 	for claim in $(TIMED); do for framework in numpy torch tensorflow jax; do \
 		$(BIN)/python benchmarks/$$claim.py $$framework $(SIZES) || exit 1; \
 	done; done
+	for framework in numpy torch; do \
+		$(BIN)/python benchmarks/small_operations_are_few.py $$framework || exit 1; \
+	done
 	$(BIN)/python benchmarks/memory_of_a_step_is_flat_in_capacity.py $(SIZES)
 	$(BIN)/python benchmarks/half_storage_costs_little_accuracy.py
 	$(BIN)/python benchmarks/cost_per_rank_is_flat_as_ranks_grow.py

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from backends import BACKENDS
+import torch
+from backends import BACKENDS, TORCH
 
 from negcache_core.cache.state import EMPTY, NegativeCache
 from negcache_core.losses.estimators import ESTIMATORS
@@ -151,3 +152,17 @@ def test_poison_reaches_no_other_query(name, estimator, correction, value):
         np.testing.assert_allclose(total, step.total(range(B))[0], **TOLERANCE)
     if estimator == "paper":
         assert_equal(step.total(WELL, ill="drawn", **bad), healthy)
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_nothing_pulls_where_every_draw_is_left_out(draws):
+    """The positive is pulled as hard as its negatives push: not at all without any."""
+    cache = NegativeCache(
+        {"x": torch.ones(4, 1), "embedding": torch.ones(4, D)}, torch.zeros(4, dtype=torch.int32)
+    )
+    queries, positives = (torch.randn(2, D, requires_grad=True) for _ in range(2))
+    loss = TORCH.module.CacheClassificationLoss("embedding", ("x",), num_samples=draws)
+    out = loss(lambda features: features["x"] * torch.nan + queries[:1], queries, positives, cache)
+    assert float(out.interpretable_loss.detach()) > 0.5  # the cache counts in the value
+    for gradient in torch.autograd.grad(out.loss, [queries, positives]):
+        np.testing.assert_array_equal(gradient, 0.0)
