@@ -286,6 +286,14 @@ CASES = [
     ),
     (
         lambda: loss().retrieve(
+            np.zeros((1, 2), np.float32), manager().init_cache(), noise=np.zeros((1, 1, 2), int)
+        ),
+        core.DTypeError,
+        "noise has dtype int64: expected float16, bfloat16, float32 or float64. Pass the network's "
+        "output, not its input.",
+    ),
+    (
+        lambda: loss().retrieve(
             np.zeros((1, 2), np.float32), manager().init_cache(), pos_features={"ids": 1}
         ),
         core.KeysError,

@@ -9,6 +9,8 @@ from backends import BACKENDS
 from fuzzing import method, state_of
 from handled import batch_of, double, specs_of
 
+from negcache_core import NegativeCache
+
 PLACES = ["network", "scale", "score_transform", "reducer", "retrieval_fn", "filter"]
 
 
@@ -98,3 +100,31 @@ def test_a_fault_anywhere_leaves_every_cache_as_it_was(name):
     assert raised >= {(place, 1, step) for place in places}
     # The last of three caches, after the others are planned and embedded.
     assert raised >= {("filter", 3, step), ("network", 3, "refresh")}
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "tensorflow"])  # JAX is given a key each time
+@pytest.mark.parametrize("phase", ["network", "noise"])
+def test_a_loss_by_itself_undoes_its_draws(name, phase):
+    """Without a handler too: the next draw is the one that the failed call would have made."""
+    backend = BACKENDS[name]
+    module, rng = backend.module, np.random.default_rng(0)
+    table = rng.normal(size=(64, 2))
+    cache = backend.native(NegativeCache({"x": table, "embedding": table}, np.zeros(64, np.int32)))
+    queries = backend.to_native(rng.normal(size=(5, 2)))
+
+    def failing(*arguments):
+        raise FaultError
+
+    slots = []
+    for fails in (False, True):
+        loss = module.CacheClassificationLoss("embedding", ("x",), generator=3)
+        if fails and phase == "network":
+            with pytest.raises(FaultError):
+                loss(failing, queries, queries, cache)
+        if fails and phase == "noise":
+            transform, loss.score_transform = loss.score_transform, failing
+            with pytest.raises(FaultError):
+                loss.retrieve(queries, cache)
+            loss.score_transform = transform
+        slots.append(backend.to_numpy(loss.retrieve(queries, cache).slots))
+    np.testing.assert_array_equal(*slots)

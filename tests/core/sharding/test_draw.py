@@ -5,9 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 
+from negcache_core import NegativeCache
 from negcache_core.arrays._array import numpy_namespace
 from negcache_core.retrieval.softmax_draw import inverse_cdf
 from negcache_core.sharding.draw import _pick
+from negcache_core.testing import NUMPY_ADAPTER
 
 
 @given(seed=seeds, shards=st.integers(1, 4), blocks=st.integers(1, 5))
@@ -23,3 +25,21 @@ def test_a_shard_and_then_its_block_are_what_one_draw_of_all_blocks_is(seed, sha
     block = inverse_cdf(inside, rest.reshape(-1, 1)).reshape(shard.shape)
     whole = inverse_cdf(scores.reshape(2, -1), uniforms)
     np.testing.assert_array_equal(shard * blocks + block, whole)
+
+
+def entropy_of_rank(adapter, rank):
+    """Return what a rank is told of its queries when all 10 rows of two shards score alike."""
+    loss = adapter.module.DistributedCacheClassificationLoss("embedding", ("x",), generator=0)
+    slots = (6, 4)[rank]
+    cache = NegativeCache(
+        {"x": np.zeros((slots, 1)), "embedding": np.zeros((slots, 2))}, np.zeros(slots, np.int32)
+    )
+    queries = np.ones((3 + rank, 2))
+    out = loss(lambda features: np.zeros((len(features["x"]), 2)), queries, queries, cache)
+    return {name: np.asarray(value) for name, value in out.metrics.items()}
+
+
+def test_all_slots_of_all_shards_compete():
+    for metrics in NUMPY_ADAPTER.replicas(2, entropy_of_rank):
+        np.testing.assert_allclose(metrics["effective_negatives"], 10.0, rtol=1e-12)
+        assert metrics["fill"] == 1.0
