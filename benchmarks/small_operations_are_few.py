@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from _grid import VOCABULARY
 from _harness import milliseconds, ratio, save, table
 
 SLOTS, WIDTH, ROWS = 16_384, 128, (8, 64)
@@ -61,7 +62,7 @@ class Worker:
 def answer(framework: str, rows: int) -> None:
     """Answer each line of the input: calls of a step, or seconds of a step or a product."""
     candidates = importlib.import_module(f"_steps_{framework}").Candidates(
-        SLOTS, WIDTH, rows, SLOTS
+        SLOTS, WIDTH, rows, VOCABULARY
     )
     runs = {"step": candidates.step(), "product": candidates.product()}
     for run in runs.values():
