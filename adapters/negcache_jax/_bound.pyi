@@ -144,6 +144,7 @@ class CacheLossHandler(core.CacheLossHandler):
         resize: bool = False,
     ) -> HandlerState: ...
     def evict_nonfinite(self, state: HandlerState) -> HandlerState: ...  # type: ignore[override]
+    def reset(self, state: HandlerState) -> HandlerState: ...  # type: ignore[override]
 
 class MultiCacheLossHandler(core.MultiCacheLossHandler):
     def init(self, key: jax.Array) -> HandlerState: ...
@@ -205,5 +206,6 @@ class MultiCacheLossHandler(core.MultiCacheLossHandler):
         resize: bool = False,
     ) -> HandlerState: ...
     def evict_nonfinite(self, state: HandlerState) -> HandlerState: ...  # type: ignore[override]
+    def reset(self, state: HandlerState) -> HandlerState: ...  # type: ignore[override]
 
 def approximate_top_k_with_indices(scores: Array, k: int) -> tuple[jax.Array, jax.Array]: ...

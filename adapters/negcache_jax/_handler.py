@@ -157,6 +157,10 @@ class StateHandler(Silent):
         """Return the state with the rows and ages of a cache; see `negcache_core`'s handler."""
         return self._after("restore", state, *arguments, **options)
 
+    def reset(self, state: HandlerState) -> HandlerState:
+        """Return the state with every slot empty; see `negcache_core`'s handler."""
+        return self._after("reset", state)
+
     def evict_nonfinite(self, state: HandlerState) -> HandlerState:
         """Return the state without rows that are not finite; see `negcache_core`'s handler."""
         return self._after("evict_nonfinite", state)

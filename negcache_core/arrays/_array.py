@@ -2,6 +2,7 @@
 
 The core is written against the array-API standard. What the standard lacks, or has only in a slow
 form, is listed in `EXTRAS`: a library brings its own of any of these, `completed` adds the rest.
+Longer than most files, since nothing else may know one array library from another.
 """
 
 import functools

@@ -13,9 +13,15 @@ from negcache_core.arrays.validation import (
 from negcache_core.cache.manager import CacheManager
 from negcache_core.cache.row_checks import CheckedRows
 from negcache_core.cache.state import NegativeCache
-from negcache_core.handlers import checkpoint
+from negcache_core.handlers import checkpoint, upkeep
 from negcache_core.handlers.new_items import check_batch, stand_in
-from negcache_core.handlers.setup import NewItemsFilter, Setup, check_parts, check_sharing
+from negcache_core.handlers.setup import (
+    NewItemsFilter,
+    Setup,
+    check_parts,
+    check_sharing,
+    named_by_loss,
+)
 from negcache_core.handlers.step import ItemNetwork, check_result, commit, run_step
 from negcache_core.handlers.store import Store
 from negcache_core.losses.results import CacheLossReturn
@@ -36,15 +42,18 @@ class BaseHandler:
         self,
         cache_managers: Mapping[str, CacheManager],
         cache_loss: Callable[..., CacheLossReturn],
-        embedding_key: str,
-        data_keys: Iterable[str],
+        embedding_key: str | None = None,
+        data_keys: Iterable[str] | None = None,
         use_cross_replica: bool = False,
         *,
         new_items_filter: NewItemsFilter | None = None,
         group: Any = None,
     ) -> None:
         super().__init__()
-        embedding_key, keys = check_field_names(embedding_key, data_keys)
+        embedding_key, keys = check_field_names(
+            named_by_loss(embedding_key, cache_loss, "embedding_key"),
+            named_by_loss(data_keys, cache_loss, "data_keys"),
+        )
         check_parts(cache_managers, cache_loss, embedding_key, keys, new_items_filter, self.backend)
         self.embedding_key, self.data_keys = embedding_key, keys
         self.cache_loss: Any = cache_loss
@@ -165,6 +174,17 @@ class BaseHandler:
         shards. Any exception leaves all as it was.
         """
         checkpoint.restore(self._setup, self._store, cache, resize=resize)
+
+    def reset(self) -> None:
+        """Empty every slot, as in a new handler; the draws go on where they were.
+
+        For the start of another phase of training, whose towers have little in common with those
+        that embedded the rows.
+
+        JAX: `state = handler.reset(state)`.
+        """
+        upkeep.reset(self._setup, self._store)
+        self.metrics = {}
 
     def evict_nonfinite(self) -> Array:
         """Empty the slots whose embedding is not finite; return how many there were.

@@ -25,8 +25,8 @@ class CacheLossHandler(BaseHandler):
                        that the filter needs
     cache_loss:        a CacheClassificationLoss, or any function (doc_network, query_embeddings,
                        pos_doc_embeddings, cache) -> CacheLossReturn
-    embedding_key:     the field of item embeddings
-    data_keys:         the fields that the item network takes
+    embedding_key:     the field of item embeddings; by default that of the loss
+    data_keys:         the fields that the item network takes; by default those of the loss
     use_cross_replica: every replica writes the rows of all, so that their caches stay equal
     new_items_filter:  which items may enter, such as IsInCacheFilterFn(keys); all by default
     group:             the replicas that share the cache; None for all
@@ -53,8 +53,8 @@ class CacheLossHandler(BaseHandler):
         self,
         cache_manager: CacheManager,
         cache_loss: Callable[..., CacheLossReturn],
-        embedding_key: str,
-        data_keys: Iterable[str],
+        embedding_key: str | None = None,
+        data_keys: Iterable[str] | None = None,
         use_cross_replica: bool = False,
         *,
         new_items_filter: NewItemsFilter | None = None,

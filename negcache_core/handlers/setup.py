@@ -61,6 +61,14 @@ class Setup(NamedTuple):
         return self.mirrored.weighted(result, queries)
 
 
+def named_by_loss(given: Any, loss: Any, what: str) -> Any:
+    """Return `given`, or for None what the loss names as `what`; raise KeysError for neither."""
+    named = getattr(loss, what, None) if given is None else given
+    if named is None:
+        raise KeysError(f"{what} is missing: the loss does not name it, so give it to the handler.")
+    return named
+
+
 def check_parts(
     managers: Any,
     loss: Any,

@@ -9,7 +9,7 @@ from negcache_core.cache.manager import UpdatePlan
 from negcache_core.cache.named import Caches
 from negcache_core.cache.plans import oldest_written, plan_reembed
 from negcache_core.cache.row_checks import CheckedRows, NewRows, check_rows
-from negcache_core.cache.state import NegativeCache
+from negcache_core.cache.state import EMPTY, NegativeCache
 from negcache_core.errors import CapacityError, KindError, OptionError
 from negcache_core.handlers.new_items import entering, finite_as_stored, stored_features
 from negcache_core.handlers.setup import Setup
@@ -72,6 +72,19 @@ def prefill(
         finally:
             _settle(setup, store, corpora)
     return left_out
+
+
+def reset(setup: Setup, store: Store) -> None:
+    """Empty every slot."""
+    backend, xp, caches = setup.backend, setup.backend.xp, Caches(store.read())
+    with backend.no_gradient():
+        for name, (data, age) in caches.items():
+            rows = {
+                key: backend.overwrite(table, xp.zeros_like(table)) for key, table in data.items()
+            }
+            empty = xp.full_like(age, EMPTY, dtype=age.dtype)
+            caches[name] = NegativeCache(rows, backend.overwrite(age, empty))
+        store.write(caches)
 
 
 def _plan_refresh(

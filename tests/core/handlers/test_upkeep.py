@@ -24,11 +24,18 @@ from handled import (
 from negcache_core import (
     EMPTY,
     CapacityError,
+    FieldSpec,
     KeysError,
     KindError,
     OptionError,
     ShapeError,
 )
+
+IDS = {
+    "numpy": FieldSpec((), "int64"),
+    "torch": FieldSpec((), torch.int64),
+    "tensorflow": FieldSpec((), tf.int64),
+}
 
 
 def negate(features):
@@ -248,6 +255,49 @@ def test_a_prefill_is_refused_before_the_network_runs(backend, change, error, me
         arguments["features"] = corpus_of(backend, 5)
     with pytest.raises(error, match=message):
         handler.prefill(failing, **arguments)
+
+
+@HANDLED
+def test_a_reset_handler_has_the_cache_of_a_new_one_and_goes_on_with_its_draws(backend):
+    handler, twin = (handler_of(backend, more={"id": IDS[backend.name]}) for _ in range(2))
+    new = state_of(backend, handler)
+    for each in (handler, twin):
+        for seed in range(3):
+            query, x = batch_of(backend, seed)
+            ids = backend.to_native(np.asarray([seed, 9]))
+            each.update_cache_and_compute_loss(double, query, double({"x": x}), {"x": x, "id": ids})
+    handler.reset()
+    assert_same_state(state_of(backend, handler), new)
+    assert handler.metrics == {}
+    noise = [
+        backend.to_numpy(each.backend.uniform(each.cache_loss.generator, (3,), query))
+        for each in (handler, twin)
+    ]
+    np.testing.assert_array_equal(*noise)
+
+
+def test_a_reset_state_of_jax_is_a_new_one_but_for_its_key():
+    handler = handler_of(
+        BACKENDS["jax"], loss=BACKENDS["jax"].module.CacheClassificationLoss("embedding", ("x",))
+    )
+    new = handler.init(jax.random.key(0))
+    filled = handler.prefill(new, double, corpus_of(BACKENDS["jax"], 3), 2)
+    assert int((filled.caches["cache"].age < EMPTY).sum()) == 3
+    again = jax.jit(handler.reset, donate_argnums=0)(filled)
+    jax.tree.map(
+        np.testing.assert_array_equal, again.caches, handler.init(jax.random.key(0)).caches
+    )
+
+
+@HANDLED
+def test_a_handler_takes_the_names_of_fields_from_its_loss(backend):
+    module = backend.module
+    manager = module.CacheManager(specs_of(module), 4)
+    loss = module.CacheClassificationLoss("embedding", ("x",), generator=1)
+    handler = module.CacheLossHandler(manager, loss)
+    assert (handler.embedding_key, handler.data_keys) == ("embedding", ("x",))
+    with pytest.raises(KeysError, match="embedding_key is missing: the loss does not name it"):
+        module.CacheLossHandler(manager, lambda **arguments: None, data_keys=("x",))
 
 
 @HANDLED
