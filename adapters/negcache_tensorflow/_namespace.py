@@ -93,6 +93,10 @@ def argsort(array: tf.Tensor, *, stable: Any) -> tf.Tensor:
     return tf.cast(tf.argsort(array, stable=stable), tf.int64)
 
 
+def searchsorted(ordered: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
+    return tf.searchsorted(ordered, values, out_type=tf.int64)
+
+
 def cumulative_sum(array: tf.Tensor, *, axis: int) -> tf.Tensor:
     return tf.cumsum(array, axis)
 

@@ -1,5 +1,6 @@
 """Matching: which slots hold an item that is equal to a given one."""
 
+import math
 from typing import Any
 
 from negcache_core.arrays._array import (
@@ -8,12 +9,17 @@ from negcache_core.arrays._array import (
     dtype_kind,
     dtype_name,
     fill,
+    length,
     namespace,
     positions,
 )
 from negcache_core.errors import DTypeError
 
 GROUP = 1024  # slots at a time, in looking for the first that matches (measured)
+
+FEW = 128
+"""Rows that are compared with each slot; more are matched by sorting. Measured: from 64 rows on in
+NumPy, PyTorch and TensorFlow, and from about 300 in JAX, sorting is the faster."""
 
 
 def check_identifies(dtype: Any, what: str) -> None:
@@ -61,6 +67,14 @@ def first_match(
     (array([1, 0]), array([ True, False]))
     """
     xp = namespace(rows, table, written, xp=xp)
+    count = rows.shape[0]
+    if count is not None and count <= FEW:
+        return _first_by_pairs(rows, table, written, xp)
+    return _first_by_sorting(rows, table, written, xp)
+
+
+def _first_by_pairs(rows: Array, table: Array, written: Array, xp: Any) -> tuple[Array, Array]:
+    """Compare each row with each slot: for few rows the fastest."""
     # Whole groups, so that one cheap reduction by group is the only pass over n x C for the place.
     groups = -(-table.shape[0] // GROUP)
     padding = groups * GROUP - table.shape[0]
@@ -75,6 +89,43 @@ def first_match(
     return group * GROUP + xp.argmax(inside, axis=1), xp.max(inside, axis=1) > 0
 
 
+def _first_by_sorting(rows: Array, table: Array, written: Array, xp: Any) -> tuple[Array, Array]:
+    """Look each slot up among the sorted rows, so that time and memory are not those of pairs."""
+    # One more row, of the table's, keeps every gather below defined where there is none.
+    count, capacity = length(rows, xp) + 1, table.shape[0]
+    keys = _as_numbers(xp.concat([cast(rows, table.dtype, xp), table[:1, ...], table], axis=0), xp)
+    wanted, held = keys[:count], keys[count:]
+    ordered = xp.sort(wanted)
+    place = xp.minimum(xp.searchsorted(ordered, held), count - 1)
+    hit = written & (xp.take_rows(ordered, place) == held)
+    # Slots in the order of the row that they hold, the lowest of a row's slots first.
+    group = xp.where(hit, place, count)
+    order = xp.argsort(group, stable=True)
+    first = xp.searchsorted(xp.take_rows(group, order), xp.searchsorted(ordered, wanted))
+    slot = xp.take_rows(order, xp.minimum(first, capacity - 1))[:-1]
+    wanted = wanted[:-1]
+    found = xp.take_rows(hit, slot) & (xp.take_rows(held, slot) == wanted)
+    return xp.where(found, slot, 0), found
+
+
+def _as_numbers(rows: Array, xp: Any) -> Any:
+    """Return (n,) integers that are equal where rows (n, …) are, in some order."""
+    if len(rows.shape) == 1:
+        return cast(rows, xp.index_dtype, xp)
+    order, width = positions(rows, xp), math.prod(rows.shape[1:])
+    if width == 0:  # rows without a value are all equal
+        return order * 0
+    columns = cast(xp.reshape(rows, (-1, width)), xp.index_dtype, xp)
+    for column in reversed(range(width)):
+        values = xp.take_rows(columns[:, column], order)
+        order = xp.take_rows(order, xp.argsort(values, stable=True))
+    ordered = xp.take_rows(columns, order)
+    changed = xp.any(ordered[1:, :] != ordered[:-1, :], axis=1)
+    zero = order[:1] * 0
+    number = xp.concat([zero, xp.cumulative_sum(cast(changed, order.dtype, xp), axis=0)])
+    return xp.put_rows(order, order, number)
+
+
 def last_of_each(rows: Array, mask: Array | None = None, *, xp: Any = None) -> Array:
     """Return bool (n,): False for a masked row, and for one that a later unmasked row equals.
 
@@ -83,8 +134,25 @@ def last_of_each(rows: Array, mask: Array | None = None, *, xp: Any = None) -> A
     array([False,  True, False])
     """
     xp = namespace(rows, xp=xp)
+    count = rows.shape[0]
+    if count is None or count > FEW:
+        return _last_by_sorting(rows, mask, xp)
     place = positions(rows, xp)
     repeated = equal_rows(rows, rows, xp=xp) & (place[None, :] > place[:, None])
     if mask is None:
         return ~xp.any(repeated, axis=1)
     return mask & ~xp.any(repeated & mask[None, :], axis=1)
+
+
+def _last_by_sorting(rows: Array, mask: Array | None, xp: Any) -> Any:
+    """Do what `last_of_each` does in the time of a sort."""
+    counts = positions(rows, xp) >= 0 if mask is None else mask
+    # One more row, which does not count, keeps every slice below inside where there is none.
+    counts = xp.concat([counts, fill((1,), value=False, like=counts, xp=xp)])
+    keys = _as_numbers(xp.concat([rows, fill((1, *rows.shape[1:]), 0, rows, xp)], axis=0), xp)
+    # Of equal rows those that do not count come first, then the others as they came.
+    order = xp.argsort(cast(counts, xp.index_dtype, xp), stable=True)
+    order = xp.take_rows(order, xp.argsort(xp.take_rows(keys, order), stable=True))
+    ordered = xp.take_rows(keys, order)
+    last = xp.concat([ordered[1:] != ordered[:-1], order[:1] >= 0], axis=0)
+    return xp.put_rows(counts, order, last & xp.take_rows(counts, order))[:-1]
