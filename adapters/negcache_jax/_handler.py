@@ -132,8 +132,7 @@ class StateHandler(Silent):
 
     def evaluate(self, state: HandlerState, *arguments: Any, **options: Any) -> CacheLossReturn:
         """Return the loss against the caches as they are; see `negcache_core`'s handler."""
-        result: CacheLossReturn = self.bind(state).evaluate(*arguments, **options)
-        return result
+        return self.bind(state).evaluate(*arguments, **options)
 
     def refresh(self, state: HandlerState, *arguments: Any, **options: Any) -> HandlerState:
         """Return the state with its oldest rows embedded anew; see `negcache_core`'s handler."""

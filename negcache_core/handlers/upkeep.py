@@ -176,8 +176,7 @@ def _embed(
 
 def _count(setup: Setup, mask: Array) -> Array:
     xp = setup.backend.xp
-    number: Array = xp.sum(cast(mask, xp.index_dtype, xp))
-    return number
+    return xp.sum(cast(mask, xp.index_dtype, xp))
 
 
 class _Batch(NamedTuple):

@@ -44,16 +44,15 @@ def gathered(
     They are raised once, so that what each of their uses adds to a gradient is summed up wide, and
     rounded to the towers' dtype once.
     """
-    if placement.sharded:
-        draws, sizes = retrieval.drawn.shape[1], retrieval.route.sizes
-        rows = tuple([size // draws for size in sizes])
-        # In this order everywhere, as the gradients travel back in the opposite one.
-        if retrieval.others is not None:
-            every = placement.gather_fresh(embedded.positives, rows)
-            embedded = embedded._replace(every_positive=every)
-        if retrieval.pool is not None:
-            every = placement.gather_fresh(embedded.drawn, sizes)
-            embedded = embedded._replace(every_drawn=every)
+    draws = () if retrieval.route is None else retrieval.route.sizes
+    rows = tuple([size // retrieval.drawn.shape[1] for size in draws])
+    # In this order everywhere, as the gradients travel back in the opposite one.
+    if retrieval.others is not None:
+        every = placement.gather_fresh(embedded.positives, rows)
+        embedded = embedded._replace(every_positive=every)
+    if retrieval.pool is not None:
+        every = placement.gather_fresh(embedded.drawn, draws)
+        embedded = embedded._replace(every_drawn=every)
     raised: list[Any] = [None if each is None else cast(each, dtype, xp) for each in embedded]
     return Embedded(*raised)
 

@@ -114,8 +114,7 @@ class Placement:
     def fill(self, request: Request, sizes: Sizes) -> Array:
         """Return the share of all slots that hold a row."""
         del sizes
-        filling: Array = filled(request.caches, request.scorer.dtype, request.backend.xp)
-        return filling
+        return filled(request.caches, request.scorer.dtype, request.backend.xp)
 
     def give_back(self, arrays: Sequence[Array], route: Any) -> Sequence[Array]:
         """Return arrays (m, …) about the rows served here, of what is known to those who drew."""
@@ -125,8 +124,7 @@ class Placement:
     def reduce_mean(self, values: Array, retrieval: Retrieval, xp: Any) -> Array:
         """Return the mean of everyone's values (B,), or this replica's part of it."""
         del retrieval
-        average: Array = mean(values, xp=xp)
-        return average
+        return mean(values, xp=xp)
 
     def bring_home(self, new: NewRows, cache: NegativeCache, key: str, xp: Any) -> NewRows:
         """Return the new rows whose items, told apart by field `key`, are to be stored here."""

@@ -82,5 +82,4 @@ def cross_scores(
         group = group_of(slots, capacity, candidates.shape[1], xp)
         best = xp.take_rows(xp.matrix_transpose(candidates), group)
         scores = xp.where(best == slots[:, None], scores, -float("inf"))
-    crossed: Array = xp.matrix_transpose(xp.where(drawn[:, None], scores, -float("inf")))
-    return crossed
+    return xp.matrix_transpose(xp.where(drawn[:, None], scores, -float("inf")))

@@ -158,8 +158,7 @@ class Shards(Placement):
         """Add up, as logarithms (n,), what each replica's queries contribute."""
         replicas = self.replicas
         (parts,) = replicas.gather([logs[None, :]], (1,) * replicas.count)
-        total: Array = log_sum_exp(parts, 0, xp=xp)
-        return total
+        return log_sum_exp(parts, 0, xp=xp)
 
     def fill(self, request: Request, sizes: Sizes) -> Array:
         """Return the share of all replicas' slots that hold a row."""
@@ -167,8 +166,7 @@ class Shards(Placement):
         slots = sum(cache.age.shape[0] for cache in request.caches.values())
         written = filled(request.caches, request.scorer.dtype, xp) * slots
         (every,) = replicas.gather([written[None]], (1,) * replicas.count)
-        share: Array = xp.sum(every) / sum(sizes.slots)
-        return share
+        return xp.sum(every) / sum(sizes.slots)
 
     def give_back(self, arrays: Sequence[Array], route: Any) -> Sequence[Array]:
         """Send rows of one's own draws to their owners."""
@@ -181,8 +179,7 @@ class Shards(Placement):
         the whole batch, also where parts differ in size.
         """
         queries = sum(retrieval.route.sizes) // retrieval.drawn.shape[1]
-        share: Array = xp.sum(values) * (self.replicas.count / max(queries, 1))
-        return share
+        return xp.sum(values) * (self.replicas.count / max(queries, 1))
 
     def bring_home(self, new: NewRows, cache: NegativeCache, key: str, xp: Any) -> NewRows:
         """Exchange new rows, so that each comes to the replica that stores its item."""
