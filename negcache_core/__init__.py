@@ -8,6 +8,7 @@ from negcache_core import unbound
 from negcache_core.cache.filters import IsInCacheFilterFn
 from negcache_core.cache.manager import CacheManager
 from negcache_core.handlers.cache_loss_handler import CacheLossHandler, MultiCacheLossHandler
+from negcache_core.handlers.negative_cache_loss import NegativeCacheLoss
 from negcache_core.losses.classification import CacheClassificationLoss
 from negcache_core.retrieval.retrieval_fns import GumbelMaxRetrievalFn, MaxScoreRetrievalFn
 from negcache_core.retrieval.top_k import approximate_top_k_with_indices
@@ -23,6 +24,7 @@ __all__ = [
     "IsInCacheFilterFn",
     "MaxScoreRetrievalFn",
     "MultiCacheLossHandler",
+    "NegativeCacheLoss",
     "approximate_top_k_with_indices",
 ]
 __all__ += unbound.__all__

@@ -20,6 +20,7 @@ from negcache_core.cache.manager import CacheManager
 from negcache_core.cache.named import Caches
 from negcache_core.handlers.base import BaseHandler
 from negcache_core.handlers.cache_loss_handler import CacheLossHandler, MultiCacheLossHandler
+from negcache_core.handlers.negative_cache_loss import NegativeCacheLoss, Parts
 from negcache_core.handlers.setup import Setup
 from negcache_core.handlers.store import Store
 from negcache_core.losses.classification import CacheClassificationLoss
@@ -52,6 +53,7 @@ class Bound(NamedTuple):
     DistributedCacheClassificationLoss: type[DistributedCacheClassificationLoss]
     CacheLossHandler: type[CacheLossHandler]
     MultiCacheLossHandler: type[MultiCacheLossHandler]
+    NegativeCacheLoss: type[NegativeCacheLoss]
     IsInCacheFilterFn: type[IsInCacheFilterFn]
     MaxScoreRetrievalFn: type[MaxScoreRetrievalFn]
     GumbelMaxRetrievalFn: type[GumbelMaxRetrievalFn]
@@ -92,10 +94,11 @@ def bind(
     8
     """
 
-    def bound(cls: Any, *bases: type) -> Any:
+    def bound(cls: Any, *bases: type, **more: Any) -> Any:
         mixin = (mixins or {}).get(cls.__name__)
         before = () if mixin is None else (mixin,)
         own: dict[str, Any] = {"__module__": package, "backend": backend}
+        own |= more
         own["__doc__"] = (mixin and mixin.__doc__) or _short(cls)
         if store is not None and issubclass(cls, BaseHandler):
             own["make_store"] = staticmethod(store)
@@ -112,6 +115,13 @@ def bind(
     top_k.__doc__ = approximate_top_k_with_indices.__doc__
     classes = {cls.__name__: bound(cls, module) for cls in _STATEFUL}
     classes |= {cls.__name__: bound(cls) for cls in _STATELESS}
+    parts = Parts(
+        classes["CacheManager"],
+        classes["CacheClassificationLoss"],
+        classes["DistributedCacheClassificationLoss"],
+    )
+    front_door = bound(NegativeCacheLoss, classes["CacheLossHandler"], parts=parts)
+    classes["NegativeCacheLoss"] = front_door
     return Bound(**classes, approximate_top_k_with_indices=top_k)
 
 

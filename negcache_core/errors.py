@@ -49,3 +49,7 @@ class DeviceError(NegcacheError, ValueError):
 
 class NonFiniteWarning(UserWarning):
     """A cache that was loaded had embeddings that are not finite; their slots were emptied."""
+
+
+class TrainingWarning(UserWarning):
+    """A training goes plainly wrong: the cache does more harm than good."""

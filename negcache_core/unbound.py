@@ -14,6 +14,7 @@ from negcache_core.errors import (
     NonFiniteWarning,
     OptionError,
     ShapeError,
+    TrainingWarning,
 )
 from negcache_core.losses.results import CacheLoss, CacheLossReturn
 from negcache_core.retrieval.result import Retrieval
@@ -42,6 +43,7 @@ __all__ = [
     "Retrieval",
     "Scaling",
     "ShapeError",
+    "TrainingWarning",
     "plot_cache",
     "scaling",
 ]

@@ -1,5 +1,9 @@
 """negcache's classes in JAX; what mypy knows of them stands in _bound.pyi."""
 
+from typing import Any
+
+from jax.sharding import AbstractMesh, Mesh
+
 from negcache_core.adapter import bind
 
 from ._backend import JAX
@@ -24,6 +28,14 @@ class _ManyCaches(StateHandler):
     holding = _HOLDING.MultiCacheLossHandler
 
 
+class _FrontDoor:
+    def __init__(self, *arguments: Any, group: Any = None, **options: Any) -> None:
+        if isinstance(group, (Mesh, AbstractMesh)):
+            axes = tuple(group.axis_names)
+            group = axes[0] if len(axes) == 1 else axes
+        super().__init__(*arguments, group=group, **options)
+
+
 BOUND = bind(
     JAX,
     "negcache_jax",
@@ -34,6 +46,7 @@ BOUND = bind(
         "DistributedCacheClassificationLoss": ShardedKeyedLoss,
         "CacheLossHandler": _OneCache,
         "MultiCacheLossHandler": _ManyCaches,
+        "NegativeCacheLoss": _FrontDoor,
     },
 )
 globals().update(BOUND._asdict())  # the names are those of _bound.pyi

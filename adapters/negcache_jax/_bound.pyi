@@ -95,6 +95,18 @@ class CacheLossHandler(core.CacheLossHandler):
     def specs(self) -> HandlerState: ...
     def shardings(self, mesh: Mesh) -> HandlerState: ...
     def bind(self, state: HandlerState) -> _HoldingOne: ...
+    def __call__(
+        self,
+        state: HandlerState,
+        item_network: ItemNetwork,
+        query_embeddings: Array,
+        pos_item_embeddings: Array,
+        features: Mapping[str, Array],
+        *,
+        labels: Mapping[str, Array] | None = None,
+        training: bool | None = None,
+        **options: Any,
+    ) -> tuple[jax.Array, HandlerState]: ...
     def update_cache_and_compute_loss(  # type: ignore[override] # the state is explicit
         self,
         state: HandlerState,
@@ -102,6 +114,9 @@ class CacheLossHandler(core.CacheLossHandler):
         query_embeddings: Array,
         pos_item_embeddings: Array,
         features: Mapping[str, Array],
+        *,
+        labels: Mapping[str, Array] | None = None,
+        training: bool | None = None,
         **options: Any,
     ) -> tuple[jax.Array, HandlerState]: ...
     def evaluate(  # type: ignore[override]
@@ -111,6 +126,8 @@ class CacheLossHandler(core.CacheLossHandler):
         query_embeddings: Array,
         pos_item_embeddings: Array,
         features: Mapping[str, Array],
+        *,
+        labels: Mapping[str, Array] | None = None,
         **options: Any,
     ) -> CacheLossReturn: ...
     def refresh(  # type: ignore[override]
@@ -123,6 +140,7 @@ class CacheLossHandler(core.CacheLossHandler):
         features: Mapping[str, Any],
         batch_size: int,
         *,
+        labels: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
     ) -> HandlerState: ...
     def save(  # type: ignore[override]
@@ -144,6 +162,9 @@ class CacheLossHandler(core.CacheLossHandler):
         resize: bool = False,
     ) -> HandlerState: ...
     def evict_nonfinite(self, state: HandlerState) -> HandlerState: ...  # type: ignore[override]
+    def diagnose(  # type: ignore[override]
+        self, state: HandlerState, metrics: Mapping[str, Any] | None = None
+    ) -> list[str]: ...
     def reset(self, state: HandlerState) -> HandlerState: ...  # type: ignore[override]
 
 class MultiCacheLossHandler(core.MultiCacheLossHandler):
@@ -151,6 +172,18 @@ class MultiCacheLossHandler(core.MultiCacheLossHandler):
     def specs(self) -> HandlerState: ...
     def shardings(self, mesh: Mesh) -> HandlerState: ...
     def bind(self, state: HandlerState) -> _HoldingMany: ...
+    def __call__(
+        self,
+        state: HandlerState,
+        item_network: ItemNetwork,
+        query_embeddings: Array,
+        pos_item_embeddings: Array,
+        new_item_embeddings: Mapping[str, Array],
+        new_item_features: Mapping[str, Mapping[str, Array]],
+        *,
+        training: bool | None = None,
+        **options: Any,
+    ) -> tuple[jax.Array, HandlerState]: ...
     def update_cache_and_compute_loss(  # type: ignore[override] # the state is explicit
         self,
         state: HandlerState,
@@ -159,6 +192,8 @@ class MultiCacheLossHandler(core.MultiCacheLossHandler):
         pos_item_embeddings: Array,
         new_item_embeddings: Mapping[str, Array],
         new_item_features: Mapping[str, Mapping[str, Array]],
+        *,
+        training: bool | None = None,
         **options: Any,
     ) -> tuple[jax.Array, HandlerState]: ...
     def evaluate(  # type: ignore[override]
@@ -206,6 +241,11 @@ class MultiCacheLossHandler(core.MultiCacheLossHandler):
         resize: bool = False,
     ) -> HandlerState: ...
     def evict_nonfinite(self, state: HandlerState) -> HandlerState: ...  # type: ignore[override]
+    def diagnose(  # type: ignore[override]
+        self, state: HandlerState, metrics: Mapping[str, Any] | None = None
+    ) -> list[str]: ...
     def reset(self, state: HandlerState) -> HandlerState: ...  # type: ignore[override]
+
+class NegativeCacheLoss(core.NegativeCacheLoss, CacheLossHandler): ...
 
 def approximate_top_k_with_indices(scores: Array, k: int) -> tuple[jax.Array, jax.Array]: ...

@@ -27,7 +27,7 @@ class Silent:
     Use the phases for metrics.
     """
 
-    def _report(self, result: CacheLossReturn) -> None:
+    def _report(self, result: CacheLossReturn, *, training: bool = True) -> None:
         """Keep nothing."""
 
 
@@ -130,6 +130,12 @@ class StateHandler(Silent):
         loss = bound.update_cache_and_compute_loss(*arguments, **options)
         return loss, bound.state
 
+    def __call__(
+        self, state: HandlerState, *arguments: Any, **options: Any
+    ) -> tuple[Array, HandlerState]:
+        """Return the loss and the state after a step; see `update_cache_and_compute_loss`."""
+        return self.update_cache_and_compute_loss(state, *arguments, **options)
+
     def evaluate(self, state: HandlerState, *arguments: Any, **options: Any) -> CacheLossReturn:
         """Return the loss against the caches as they are; see `negcache_core`'s handler."""
         return self.bind(state).evaluate(*arguments, **options)
@@ -163,6 +169,13 @@ class StateHandler(Silent):
     def evict_nonfinite(self, state: HandlerState) -> HandlerState:
         """Return the state without rows that are not finite; see `negcache_core`'s handler."""
         return self._after("evict_nonfinite", state)
+
+    def diagnose(self, state: HandlerState, metrics: Mapping[str, Any] | None = None) -> list[str]:
+        """Return what a state and the metrics of a step say; see `negcache_core`'s handler.
+
+        metrics: of the phases' `CacheLossReturn`, as a step keeps none
+        """
+        return self.bind(state).diagnose(metrics)
 
     def _after(self, name: str, state: HandlerState, *arguments: Any, **options: Any) -> Any:
         """Return the state after a method of the core's handler."""

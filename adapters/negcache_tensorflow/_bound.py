@@ -1,10 +1,11 @@
 """negcache's classes in TensorFlow; what mypy knows of them stands in _bound.pyi."""
 
+import contextlib
 from typing import Any
 
 import tensorflow as tf
 
-from negcache_core import CacheLossReturn, OptionError
+from negcache_core import CacheLossReturn, KindError, OptionError
 from negcache_core.adapter import bind
 
 from ._backend import TENSORFLOW
@@ -34,7 +35,13 @@ class _DistributedLoss:
 
 
 class _Handler:
-    def _report(self, result: CacheLossReturn) -> None:
+    def _report(self, result: CacheLossReturn, *, training: bool = True) -> None:
+        if training:
+            self._summarise(result)
+        if tf.executing_eagerly():  # a traced tensor must not outlive its trace
+            super()._report(result, training=training)
+
+    def _summarise(self, result: CacheLossReturn) -> None:
         recording = tf.get_static_value(tf.convert_to_tensor(tf.summary.should_record_summaries()))
         if recording is None or recording:  # False unless the user set a default summary writer
             values = {
@@ -44,8 +51,17 @@ class _Handler:
             }
             for name, value in values.items():
                 tf.summary.scalar(f"cache/{name}", tf.reduce_mean(value))
-        if tf.executing_eagerly():  # a traced tensor must not outlive its trace
-            super()._report(result)
+
+
+class _FrontDoor:
+    def __init__(self, *arguments: Any, group: Any = None, **options: Any) -> None:
+        if group is not None and not isinstance(group, tf.distribute.Strategy):
+            raise KindError(
+                f"group is a {type(group).__name__}: expected a tf.distribute.Strategy, whose "
+                "replicas share the cache, or None."
+            )
+        with contextlib.nullcontext() if group is None else group.scope():
+            super().__init__(*arguments, group=group, **options)
 
 
 BOUND = bind(
@@ -57,6 +73,7 @@ BOUND = bind(
         "DistributedCacheClassificationLoss": _DistributedLoss,
         "CacheLossHandler": _Handler,
         "MultiCacheLossHandler": _Handler,
+        "NegativeCacheLoss": _FrontDoor,
     },
 )
 globals().update(BOUND._asdict())  # the names are those of _bound.pyi

@@ -30,6 +30,9 @@ class CacheLossHandler(core.CacheLossHandler, tf.Module):
         query_embeddings: Any,
         pos_item_embeddings: Any,
         features: Mapping[str, Any],
+        *,
+        labels: Mapping[str, Any] | None = None,
+        training: bool | None = None,
         **options: Any,
     ) -> Any: ...
     def refresh(self, item_network: ItemNetwork, n: int) -> Any: ...
@@ -39,6 +42,7 @@ class CacheLossHandler(core.CacheLossHandler, tf.Module):
         features: Mapping[str, Any],
         batch_size: int,
         *,
+        labels: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
     ) -> Any: ...
     def evict_nonfinite(self) -> Any: ...
@@ -51,6 +55,8 @@ class MultiCacheLossHandler(core.MultiCacheLossHandler, tf.Module):
         pos_item_embeddings: Any,
         new_item_embeddings: Mapping[str, Any],
         new_item_features: Mapping[str, Mapping[str, Any]],
+        *,
+        training: bool | None = None,
         **options: Any,
     ) -> Any: ...
     def refresh(
@@ -65,5 +71,7 @@ class MultiCacheLossHandler(core.MultiCacheLossHandler, tf.Module):
         progress: Progress | None = None,
     ) -> Any: ...
     def evict_nonfinite(self) -> Any: ...
+
+class NegativeCacheLoss(core.NegativeCacheLoss, CacheLossHandler): ...
 
 def approximate_top_k_with_indices(scores: Any, k: int) -> tuple[Any, Any]: ...

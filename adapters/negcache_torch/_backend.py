@@ -63,6 +63,12 @@ class TorchBackend(Backend[Tensor]):
     def no_gradient(self) -> torch.no_grad:
         return torch.no_grad()
 
+    def eager(self) -> bool:
+        return not torch.compiler.is_compiling()
+
+    def differentiates(self) -> bool:
+        return torch.is_grad_enabled()
+
     def begin_step(self) -> None:
         refuse_recomputation()
 

@@ -1,6 +1,10 @@
 """negcache's classes in PyTorch; what mypy knows of them stands in _bound.pyi."""
 
+import contextlib
+from typing import Any
+
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from negcache_core import OptionError, handlers, losses
 from negcache_core.adapter import bind
@@ -10,7 +14,13 @@ from ._replicas import ProcessGroup
 from ._store import BufferStore, table_name
 
 
-class _Loss:
+class _Mode:
+    @property
+    def in_training(self) -> bool:
+        return self.training
+
+
+class _Loss(_Mode):
     forward = losses.CacheClassificationLoss.__call__
     __call__ = nn.Module.__call__
 
@@ -24,7 +34,7 @@ class _DistributedLoss(_Loss):
     """
 
 
-class _Handler:
+class _Handler(_Mode):
     def distributed_state_dict(self) -> dict[str, Tensor]:
         """Return the state for torch.distributed.checkpoint: each table is one shard of a DTensor.
 
@@ -47,10 +57,24 @@ class _Handler:
 
 class _OneCache(_Handler):
     forward = handlers.CacheLossHandler.update_cache_and_compute_loss
+    __call__ = nn.Module.__call__
 
 
 class _ManyCaches(_Handler):
     forward = handlers.MultiCacheLossHandler.update_cache_and_compute_loss
+    __call__ = nn.Module.__call__
+
+
+class _FrontDoor:
+    def __init__(
+        self, cache_size: int, features: Any, embedding: Any, *arguments: Any, **options: Any
+    ) -> None:
+        if isinstance(group := options.get("group"), DeviceMesh):
+            options["group"] = group.get_group()
+        # The cache is made where the example is: it need not be moved, nor fit anywhere else.
+        where = embedding.device if isinstance(embedding, Tensor) else contextlib.nullcontext()
+        with where:
+            super().__init__(cache_size, features, embedding, *arguments, **options)
 
 
 BOUND = bind(
@@ -64,6 +88,7 @@ BOUND = bind(
         "DistributedCacheClassificationLoss": _DistributedLoss,
         "CacheLossHandler": _OneCache,
         "MultiCacheLossHandler": _ManyCaches,
+        "NegativeCacheLoss": _FrontDoor,
     },
 )
 globals().update(BOUND._asdict())  # the names are those of _bound.pyi

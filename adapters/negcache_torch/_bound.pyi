@@ -56,6 +56,9 @@ class CacheLossHandler(core.CacheLossHandler, nn.Module):
         query_embeddings: Array,
         pos_item_embeddings: Array,
         features: Mapping[str, Array],
+        *,
+        labels: Mapping[str, Array] | None = None,
+        training: bool | None = None,
         **options: Any,
     ) -> Tensor: ...
     def forward(
@@ -64,6 +67,9 @@ class CacheLossHandler(core.CacheLossHandler, nn.Module):
         query_embeddings: Array,
         pos_item_embeddings: Array,
         features: Mapping[str, Array],
+        *,
+        labels: Mapping[str, Array] | None = None,
+        training: bool | None = None,
         **options: Any,
     ) -> Tensor: ...
     def update_cache_and_compute_loss(
@@ -72,6 +78,9 @@ class CacheLossHandler(core.CacheLossHandler, nn.Module):
         query_embeddings: Array,
         pos_item_embeddings: Array,
         features: Mapping[str, Array],
+        *,
+        labels: Mapping[str, Array] | None = None,
+        training: bool | None = None,
         **options: Any,
     ) -> Tensor: ...
     def refresh(self, item_network: ItemNetwork, n: int) -> Tensor: ...
@@ -81,6 +90,7 @@ class CacheLossHandler(core.CacheLossHandler, nn.Module):
         features: Mapping[str, Any],
         batch_size: int,
         *,
+        labels: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
     ) -> Tensor: ...
     def evict_nonfinite(self) -> Tensor: ...
@@ -94,6 +104,8 @@ class MultiCacheLossHandler(core.MultiCacheLossHandler, nn.Module):
         pos_item_embeddings: Array,
         new_item_embeddings: Mapping[str, Array],
         new_item_features: Mapping[str, Mapping[str, Array]],
+        *,
+        training: bool | None = None,
         **options: Any,
     ) -> Tensor: ...
     def forward(
@@ -103,6 +115,8 @@ class MultiCacheLossHandler(core.MultiCacheLossHandler, nn.Module):
         pos_item_embeddings: Array,
         new_item_embeddings: Mapping[str, Array],
         new_item_features: Mapping[str, Mapping[str, Array]],
+        *,
+        training: bool | None = None,
         **options: Any,
     ) -> Tensor: ...
     def update_cache_and_compute_loss(
@@ -112,6 +126,8 @@ class MultiCacheLossHandler(core.MultiCacheLossHandler, nn.Module):
         pos_item_embeddings: Array,
         new_item_embeddings: Mapping[str, Array],
         new_item_features: Mapping[str, Mapping[str, Array]],
+        *,
+        training: bool | None = None,
         **options: Any,
     ) -> Tensor: ...
     def refresh(
@@ -127,5 +143,7 @@ class MultiCacheLossHandler(core.MultiCacheLossHandler, nn.Module):
     ) -> Tensor: ...
     def evict_nonfinite(self) -> Tensor: ...
     def distributed_state_dict(self) -> dict[str, Tensor]: ...
+
+class NegativeCacheLoss(core.NegativeCacheLoss, CacheLossHandler): ...
 
 def approximate_top_k_with_indices(scores: Array, k: int) -> tuple[Tensor, Tensor]: ...

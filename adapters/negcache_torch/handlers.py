@@ -1,5 +1,5 @@
 """Handlers, under the published module name."""
 
-from ._bound import CacheLossHandler, MultiCacheLossHandler
+from ._bound import CacheLossHandler, MultiCacheLossHandler, NegativeCacheLoss
 
-__all__ = ["CacheLossHandler", "MultiCacheLossHandler"]
+__all__ = ["CacheLossHandler", "MultiCacheLossHandler", "NegativeCacheLoss"]

@@ -91,6 +91,14 @@ class Backend(Generic[ArrayT]):
         """
         return np.errstate(over="ignore", invalid="ignore")
 
+    def eager(self) -> bool:
+        """Return whether operations run as they are called, and are not being traced."""
+        return True
+
+    def differentiates(self) -> bool:
+        """Return whether gradients are taken here; False where a library was told to take none."""
+        return True
+
     def begin_step(self) -> None:
         """Raise OptionError where a step must not run, as where it would run a second time."""
         return  # not an empty body, of which TensorFlow's AutoGraph would warn

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 from negcache_core.arrays._array import Array, cast, native_dtype
 from negcache_core.arrays.backend import NUMPY, Backend
 from negcache_core.arrays.validation import as_whole, check_flag, in_order
+from negcache_core.arrays.words import fields_in_words
 from negcache_core.cache.matching import check_identifies
 from negcache_core.cache.plans import (
     WritePlan,
@@ -96,6 +97,11 @@ class CacheManager:
             native_dtype(spec.dtype, self.backend.xp)  # raises where the library lacks the dtype
         if unique_key is not None:
             _check_unique_key(unique_key, self.specs)
+
+    def __repr__(self) -> str:
+        """Return its size in words."""
+        fields = fields_in_words(self.specs, self.cache_size)
+        return f"{type(self).__name__}({self.cache_size:,} slots, {fields})"
 
     def init_cache(self) -> NegativeCache:
         """Return a cache of zero rows, every age EMPTY.

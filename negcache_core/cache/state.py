@@ -1,11 +1,15 @@
 """The state of a cache: its rows, and their ages."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from negcache_core.arrays._array import Array, dtype_kind, dtype_name
 from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.validation import as_array, check_device, shape_of
+from negcache_core.arrays.words import fields_in_words
+from negcache_core.cache.specs import FieldSpec
 from negcache_core.errors import CapacityError, DTypeError, KeysError, KindError, ShapeError
 
 EMPTY = 2**31 - 1
@@ -29,10 +33,27 @@ class NegativeCache(NamedTuple):
     data: dict[str, Any]  # the arrays of a library have methods of its own: to a user they are Any
     age: Any
 
+    def __repr__(self) -> str:
+        """Return its size in words; the rows are too many to show."""
+        slots = self.age.shape[0]
+        rows = {key: FieldSpec(table.shape[1:], table.dtype) for key, table in self.data.items()}
+        written = written_slots([self.age])
+        known = "" if written is None else f", {written:,} written"
+        return f"NegativeCache({slots:,} slots{known}, {fields_in_words(rows, slots)})"
+
 
 def is_written(age: Array) -> Array:
     """Return bool of the shape of `age`: True where a slot's row was written."""
     return age != EMPTY
+
+
+def written_slots(ages: Iterable[Any]) -> int | None:
+    """Return how many slots hold a row; None where values cannot be read, as in a trace."""
+    try:
+        hosts = [np.asarray(age.cpu() if hasattr(age, "cpu") else age) for age in ages]
+        return sum(int(np.sum(host != EMPTY)) for host in hosts)
+    except Exception:  # noqa: BLE001 - each library refuses in its own way, and print must not
+        return None
 
 
 def data_of(cache: Any) -> Any:

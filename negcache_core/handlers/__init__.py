@@ -5,5 +5,6 @@ A handler holds the state of a cache, or of several, and runs these on it.
 
 from negcache_core.handlers.base import BaseHandler
 from negcache_core.handlers.cache_loss_handler import CacheLossHandler, MultiCacheLossHandler
+from negcache_core.handlers.negative_cache_loss import NegativeCacheLoss
 
-__all__ = ["BaseHandler", "CacheLossHandler", "MultiCacheLossHandler"]
+__all__ = ["BaseHandler", "CacheLossHandler", "MultiCacheLossHandler", "NegativeCacheLoss"]

@@ -9,11 +9,14 @@ from negcache_core.arrays.backend import NUMPY, Backend
 from negcache_core.arrays.validation import (
     check_field_names,
     check_flag,
+    check_mapping,
 )
 from negcache_core.cache.manager import CacheManager
 from negcache_core.cache.row_checks import CheckedRows
 from negcache_core.cache.state import NegativeCache
+from negcache_core.errors import NegcacheError, OptionError
 from negcache_core.handlers import checkpoint, upkeep
+from negcache_core.handlers.diagnosis import describe, diagnose, warn_of_harm
 from negcache_core.handlers.new_items import check_batch, stand_in
 from negcache_core.handlers.setup import (
     NewItemsFilter,
@@ -22,7 +25,7 @@ from negcache_core.handlers.setup import (
     check_sharing,
     named_by_loss,
 )
-from negcache_core.handlers.step import ItemNetwork, check_result, commit, run_step
+from negcache_core.handlers.step import ItemNetwork, check_result, commit, evaluate, run_step
 from negcache_core.handlers.store import Store
 from negcache_core.losses.results import CacheLossReturn
 from negcache_core.retrieval.result import Retrieval
@@ -70,6 +73,7 @@ class BaseHandler:
         )
         self._hold(self.make_store(self._setup))
         self.metrics: dict[str, Any] = {}
+        self._steps, self._warned = 0, False
 
     @staticmethod
     def make_store(setup: Setup) -> Store:
@@ -104,10 +108,35 @@ class BaseHandler:
             self.backend,
         )
 
-    def _report(self, result: CacheLossReturn) -> None:
-        """Keep a step's metrics for the user to read."""
+    @property
+    def in_training(self) -> bool:
+        """Whether a step learns where the call does not say so: an adapter's modules know."""
+        return True
+
+    def _report(self, result: CacheLossReturn, *, training: bool = True) -> None:
+        """Keep the metrics of a step, or of an evaluation by the step's call, for the user."""
         stop, metrics = self.backend.stop_gradient, result.metrics or {}
         self.metrics = {key: stop(value) for key, value in metrics.items()}
+        if training and not self._warned and self.backend.eager():
+            self._steps += 1
+            self._warned = warn_of_harm(self._steps, self.metrics)
+
+    def __repr__(self) -> str:
+        try:
+            caches = self._store.read()
+        except NegcacheError:  # a handler of JAX holds none
+            caches = None
+        return describe(type(self).__name__, self._setup, caches, self.metrics)
+
+    def diagnose(self, metrics: Mapping[str, Any] | None = None) -> list[str]:
+        """Return what the figures say of the training: sentences, each with what it rests on.
+
+        metrics: of a step; by default the last one's
+
+        Reads values, so a device is waited for. JAX: `handler.diagnose(state, metrics)`.
+        """
+        known = self.metrics if metrics is None else check_mapping(metrics, "metrics")
+        return diagnose(self._setup, self._store.read(), known)
 
     def compute_loss(
         self,
@@ -204,8 +233,22 @@ class BaseHandler:
         pos_item_embeddings: Array,
         embeddings: Mapping[str, Array],
         features: Mapping[str, Mapping[str, Array]],
-        options: Mapping[str, Any],
+        training: bool | None,
+        options: dict[str, Any],
     ) -> Array:
+        if training is None:
+            training = self.in_training and self.backend.differentiates()
+        elif check_flag(training, "training") and not self.in_training:
+            raise OptionError(
+                "training=True was given to a handler in evaluation mode: call .train() on it, or "
+                "on the module that it is a part of."
+            )
+        if not training:
+            options.pop("noise", None)
+            arguments = (item_network, query_embeddings, pos_item_embeddings, features, options)
+            result = self._evaluate(*arguments)
+            self._report(result, training=False)
+            return result.loss
         return run_step(
             self._setup,
             self._store,
@@ -238,16 +281,15 @@ class BaseHandler:
         features: Mapping[str, Mapping[str, Array]],
         options: Mapping[str, Any],
     ) -> CacheLossReturn:
-        setup = self._setup
-        result = setup.phased_loss().evaluate(
+        return evaluate(
+            self._setup,
+            self._store,
             item_network,
             query_embeddings,
             pos_item_embeddings,
-            self._store.read(),
-            pos_features=self._stand_in(features),
-            **options,
+            features,
+            options,
         )
-        return setup.weighted(result, query_embeddings)
 
     def _commit(
         self,
@@ -255,6 +297,8 @@ class BaseHandler:
         embeddings: Mapping[str, Array],
         features: Mapping[str, Mapping[str, Array]],
     ) -> None:
+        if not self.in_training:
+            return
         setup, store = self._setup, self._store
         setup.backend.begin_step()
         new = check_batch(setup, store.read(), embeddings, features)

@@ -11,6 +11,7 @@ from negcache_core.cache.state import NegativeCache
 from negcache_core.errors import KindError
 from negcache_core.handlers import upkeep
 from negcache_core.handlers.base import BaseHandler
+from negcache_core.handlers.new_items import with_labels
 from negcache_core.handlers.setup import NewItemsFilter
 from negcache_core.handlers.step import ItemNetwork
 from negcache_core.handlers.upkeep import Progress
@@ -82,6 +83,9 @@ class CacheLossHandler(BaseHandler):
         query_embeddings: Array,
         pos_item_embeddings: Array,
         features: Mapping[str, Array],
+        *,
+        labels: Mapping[str, Array] | None = None,
+        training: bool | None = None,
         **options: Any,
     ) -> Array:
         """Run one step: return the loss to differentiate and to log, and update the cache.
@@ -90,17 +94,30 @@ class CacheLossHandler(BaseHandler):
         query_embeddings:    (B, D)
         pos_item_embeddings: (B, D), the positives' embeddings by the same network
         features:            field -> (B, …), the positives' features, which enter the cache
+        labels:              fields that the network does not take, such as ids; they may as well be
+                             among the features
+        training:            False: the loss against the cache as it is; nothing is drawn from a
+                             generator, written, or grows older. None: PyTorch's module is asked
+                             (`.train()`, `.eval()`), and without gradients it does not learn;
+                             elsewhere it does.
         options:             positive_ids, hard_negative_embeddings, sample_weight, noise: see
                              CacheClassificationLoss
+
+        Calling the handler does the same.
         """
         return self._step(
             item_network,
             query_embeddings,
             pos_item_embeddings,
             {SINGLE: pos_item_embeddings},
-            {SINGLE: features},
+            {SINGLE: with_labels(features, labels)},
+            training,
             options,
         )
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Run one step; see `update_cache_and_compute_loss`."""
+        return self.update_cache_and_compute_loss(*arguments, **options)
 
     def evaluate(
         self,
@@ -108,6 +125,8 @@ class CacheLossHandler(BaseHandler):
         query_embeddings: Array,
         pos_item_embeddings: Array,
         features: Mapping[str, Array],
+        *,
+        labels: Mapping[str, Array] | None = None,
         **options: Any,
     ) -> CacheLossReturn:
         """Return the loss against the cache as it is: nothing is drawn, written, or grows older.
@@ -118,25 +137,38 @@ class CacheLossHandler(BaseHandler):
 
         The value does not depend on draws: no generator is asked, rows are chosen without one.
         """
-        return self._evaluate(
-            item_network, query_embeddings, pos_item_embeddings, {SINGLE: features}, options
-        )
+        given = {SINGLE: with_labels(features, labels)}
+        return self._evaluate(item_network, query_embeddings, pos_item_embeddings, given, options)
 
     def retrieve(
-        self, query_embeddings: Array, features: Mapping[str, Array], **options: Any
+        self,
+        query_embeddings: Array,
+        features: Mapping[str, Array],
+        *,
+        labels: Mapping[str, Array] | None = None,
+        **options: Any,
     ) -> Retrieval:
         """Phase one: draw negatives. Embed the result's `.features`, perhaps with the positives.
 
         features: the positives', as in `update_cache_and_compute_loss`
         options:  positive_ids, noise: see the loss
         """
-        return self._retrieve(query_embeddings, {SINGLE: features}, options)
+        return self._retrieve(query_embeddings, {SINGLE: with_labels(features, labels)}, options)
 
     def commit(
-        self, result: CacheLossReturn, pos_item_embeddings: Array, features: Mapping[str, Array]
+        self,
+        result: CacheLossReturn,
+        pos_item_embeddings: Array,
+        features: Mapping[str, Array],
+        *,
+        labels: Mapping[str, Array] | None = None,
     ) -> None:
-        """Phase three: write the fresh embeddings and the batch's own items into the cache."""
-        self._commit(result, {SINGLE: pos_item_embeddings}, {SINGLE: features})
+        """Phase three: write the fresh embeddings and the batch's own items into the cache.
+
+        In evaluation nothing is written.
+        """
+        given = {SINGLE: with_labels(features, labels)}
+        self._commit(result, {SINGLE: pos_item_embeddings}, given)
 
     def refresh(self, item_network: ItemNetwork, n: int) -> Array:
         """Embed the n oldest written rows anew; return how many were left out as not finite.
@@ -169,12 +201,14 @@ class CacheLossHandler(BaseHandler):
         features: Mapping[str, Any],
         batch_size: int,
         *,
+        labels: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
     ) -> Array:
         """Fill the cache from a corpus; return how many rows were left out as not finite.
 
         item_network: data_keys -> (n, …) -> embeddings (n, D), for n <= batch_size
-        features:     field -> (N, …), every field of the cache but the embedding, N <= C
+        features:     field -> (N, …), every field of the cache but the embedding, N <= C; labels
+                      may as well be apart
         batch_size:   rows to embed at a time; the last batch may be smaller
         progress:     None, or a function that wraps the list of batches, such as tqdm.tqdm
 
@@ -189,9 +223,8 @@ class CacheLossHandler(BaseHandler):
         Raises CapacityError if N > C, KindError or OptionError for a wrong batch_size or progress,
         and KeysError, ShapeError or DTypeError for wrong features, before the network runs.
         """
-        return upkeep.prefill(
-            self._setup, self._store, {SINGLE: features}, item_network, batch_size, progress
-        )
+        given = {SINGLE: with_labels(features, labels)}
+        return upkeep.prefill(self._setup, self._store, given, item_network, batch_size, progress)
 
 
 class MultiCacheLossHandler(BaseHandler):
@@ -212,6 +245,8 @@ class MultiCacheLossHandler(BaseHandler):
         pos_item_embeddings: Array,
         new_item_embeddings: Mapping[str, Array],
         new_item_features: Mapping[str, Mapping[str, Array]],
+        *,
+        training: bool | None = None,
         **options: Any,
     ) -> Array:
         """Run one step, as CacheLossHandler does; what enters each cache is given by its name.
@@ -224,8 +259,13 @@ class MultiCacheLossHandler(BaseHandler):
             pos_item_embeddings,
             new_item_embeddings,
             new_item_features,
+            training,
             options,
         )
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Run one step; see `update_cache_and_compute_loss`."""
+        return self.update_cache_and_compute_loss(*arguments, **options)
 
     def evaluate(
         self,

@@ -59,6 +59,17 @@ def stored_features(
     return {key: features[key] for key in wanted}
 
 
+def with_labels(features: Mapping[str, Any], labels: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return features and labels as one mapping; no field may be in both."""
+    if labels is None:
+        return features
+    check_mapping(features, "features")
+    both = in_order(set(features) & set(check_mapping(labels, "labels")))
+    if both:
+        raise KeysError(f"features and labels both have {both}: give each field once.")
+    return {**features, **labels}
+
+
 def entering(setup: Setup, cache: NegativeCache, rows: CheckedRows) -> Array:
     """Return which rows enter: those with a finite embedding that the filter lets through."""
     embeddings = rows[setup.embedding_key]

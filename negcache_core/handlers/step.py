@@ -14,7 +14,7 @@ from negcache_core.cache.manager import UpdatePlan
 from negcache_core.cache.named import Caches
 from negcache_core.cache.row_checks import NewRows, check_refresh
 from negcache_core.errors import KindError
-from negcache_core.handlers.new_items import check_batch, entering, stand_in_of
+from negcache_core.handlers.new_items import check_batch, entering, stand_in, stand_in_of
 from negcache_core.handlers.setup import Setup
 from negcache_core.handlers.store import Store
 from negcache_core.losses.classification import CacheClassificationLoss
@@ -61,6 +61,41 @@ def run_step(
         result = setup.weighted(result, query_embeddings)
         commit(setup, store, result, new)
     return result.training_loss if result.loss is None else result.loss
+
+
+def evaluate(
+    setup: Setup,
+    store: Store,
+    item_network: ItemNetwork | None,
+    query_embeddings: Array,
+    pos_item_embeddings: Array,
+    features: Mapping[str, Mapping[str, Array]],
+    options: Mapping[str, Any],
+) -> CacheLossReturn:
+    """Return the loss against the caches as they are; nothing is written."""
+    loss, caches = setup.loss, store.read()
+    if isinstance(loss, CacheClassificationLoss):
+        positives = stand_in(setup, caches, features)
+        result = loss.evaluate(
+            item_network,
+            query_embeddings,
+            pos_item_embeddings,
+            caches,
+            pos_features=positives,
+            **options,
+        )
+    else:
+        result = check_result(
+            loss(
+                doc_network=item_network,
+                query_embeddings=query_embeddings,
+                pos_doc_embeddings=pos_item_embeddings,
+                cache=dict(caches),
+                **options,
+            ),
+            setup.backend,
+        )
+    return setup.weighted(result, query_embeddings)
 
 
 def check_result(result: Any, backend: Backend) -> CacheLossReturn:

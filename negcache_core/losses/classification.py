@@ -29,6 +29,7 @@ from negcache_core.losses.options import (
 )
 from negcache_core.losses.phases import draw_negatives, loss_of
 from negcache_core.losses.results import CacheLoss, CacheLossReturn
+from negcache_core.losses.words import loss_in_words
 from negcache_core.retrieval.placement import HERE, Placement
 from negcache_core.retrieval.request import Wanted
 from negcache_core.retrieval.result import Retrieval, check_retrieval
@@ -125,6 +126,15 @@ class CacheClassificationLoss(CacheLoss):
         self.id_key, self.log_frequency_key = id_key, log_frequency_key
         self.generator = self.backend.make_generator(generator)
 
+    def __repr__(self) -> str:
+        fields = f"{self.embedding_key} of {' and '.join(self.data_keys)}"
+        return f"{type(self).__name__}({fields}: {loss_in_words(self)})"
+
+    @property
+    def in_training(self) -> bool:
+        """Whether a call draws from the generator: an adapter's modules know."""
+        return True
+
     @property
     def item_keys(self) -> dict[str, str]:
         """What retrieval reads of items besides `data_keys`: "ids" and "bias" -> the field."""
@@ -151,8 +161,11 @@ class CacheClassificationLoss(CacheLoss):
                           id of its one positive. Fill up rows with an id twice, or one of no item.
         noise:            (B, S, 2) floating uniforms in [0, 1); drawn from the generator where None
         """
+        wanted = self._wanted()
+        if noise is None and not self.in_training:
+            wanted, noise = wanted._replace(retrieval_fn=None), self._fixed_noise(query_embeddings)
         return draw_negatives(
-            self, self._wanted(), query_embeddings, cache, pos_features, positive_ids, noise
+            self, wanted, query_embeddings, cache, pos_features, positive_ids, noise
         )
 
     def loss_from_negatives(
@@ -251,11 +264,10 @@ class CacheClassificationLoss(CacheLoss):
         check_pairs(query_embeddings, pos_doc_embeddings)
         if doc_network is not None:
             check_function(doc_network, "doc_network", "a function of features, or None")
-        xp = self.backend.xp
-        middle = cast(positions(query_embeddings, xp), xp.float32, xp) * 0.0 + 0.5
-        shape = (length(query_embeddings, xp), self.num_samples, 2)
-        noise = xp.broadcast_to(middle[:, None, None], shape)
-        wanted = self._wanted()._replace(retrieval_fn=None)
+        wanted, noise = (
+            self._wanted()._replace(retrieval_fn=None),
+            self._fixed_noise(query_embeddings),
+        )
         retrieval = draw_negatives(
             self, wanted, query_embeddings, cache, pos_features, positive_ids, noise
         )
@@ -279,6 +291,13 @@ class CacheClassificationLoss(CacheLoss):
     def guard(self, cache: Any) -> AbstractContextManager[None]:
         """Undo draws on an error; a handler, whose Caches these are, does so for its whole step."""
         return nullcontext() if isinstance(cache, Caches) else self.undone_on_error()
+
+    def _fixed_noise(self, queries: Array) -> Array:
+        """Return noise (B, S, 2) for draws that ask no generator."""
+        xp = self.backend.xp
+        middle = cast(positions(queries, xp), xp.float32, xp) * 0.0 + 0.5
+        shape = (length(queries, xp), self.num_samples, 2)
+        return xp.broadcast_to(middle[:, None, None], shape)
 
     def _wanted(self) -> Wanted:
         """Return the options that retrieval needs, as they are now."""

@@ -192,9 +192,18 @@ def corrected(
 def check_estimator(
     name: Any, *, transform: bool, top_k: bool, retrieval_fn: bool, correction: bool
 ) -> str:
-    """Return `name` if it names an estimator that works with the other options, or raise."""
+    """Return `name` if it names an estimator that works with the other options, or raise.
+
+    "auto" is the least noisy of those that do.
+    """
+    if isinstance(name, str) and name == "auto":
+        if retrieval_fn:
+            return "paper"
+        return "shared" if transform or top_k else "exact_query"
     if not isinstance(name, str) or name not in ESTIMATORS:
-        raise OptionError(f"estimator is {name!r}: expected one of {sorted(ESTIMATORS)}.")
+        raise OptionError(
+            f"estimator is {name!r}: expected one of {sorted(['auto', *ESTIMATORS])}."
+        )
     estimator = ESTIMATORS[name]
     if retrieval_fn and estimator.shares_draws:
         raise OptionError(

@@ -209,7 +209,7 @@ CASES = [
     (
         lambda: loss(estimator="best"),
         core.OptionError,
-        "estimator is 'best': expected one of ['exact_query', 'paper', 'shared'].",
+        "estimator is 'best': expected one of ['auto', 'exact_query', 'paper', 'shared'].",
     ),
     (
         lambda: loss(num_samples=0),

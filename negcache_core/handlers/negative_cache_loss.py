@@ -1,0 +1,130 @@
+"""The front door: a cache, its loss and its handler in one line."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+from negcache_core.arrays._array import Array
+from negcache_core.arrays.numerics import mean
+from negcache_core.cache.manager import CacheManager
+from negcache_core.handlers.cache_loss_handler import CacheLossHandler
+from negcache_core.handlers.fields import fields_of
+from negcache_core.handlers.setup import NewItemsFilter
+from negcache_core.losses.classification import CacheClassificationLoss
+from negcache_core.sharding.classification import DistributedCacheClassificationLoss
+
+
+class Parts(NamedTuple):
+    """The classes of one array library that a NegativeCacheLoss is made of."""
+
+    manager: type[CacheManager]
+    loss: type[CacheClassificationLoss]
+    sharded_loss: type[DistributedCacheClassificationLoss]
+
+
+class NegativeCacheLoss(CacheLossHandler):
+    """Cross-entropy of each query's item against everything in a cache of items.
+
+    cache_size: C, the number of items that the cache holds
+    features:   what the item network takes: an example batch, field -> (B, …), or field ->
+                FieldSpec of one row
+    embedding:  an example of item embeddings (B, D), whose dtype the cache stores; or D, which is
+                stored as float32
+    scale:      factor on the dot products, the inverse of a temperature: a number, a trained
+                parameter, or a function of no arguments that returns one. 20 suits embeddings of
+                length 1.
+    labels:     further fields that are kept beside the features and that the item network does not
+                get, such as an item's id: as `features`. A step finds them in its `labels`, or in
+                its `features`.
+    id_keys:    the fields, of integers, by which a row is no negative of a query: one that agrees
+                with it in any of them is neither drawn nor counted
+    group_key:  the field of integers that a row must share with a query to be its negative
+    margin:     rows whose score beats the positive's by more than this do not count
+    estimator:  "auto" is "exact_query" where the other options allow it, else "shared"
+    in_batch_negatives: whether the batch's other positives compete too, exactly, with gradients
+    use_lru, unique_key: see CacheManager
+    use_cross_replica, new_items_filter: see CacheLossHandler
+    group:      the replicas that share one cache, in shards; None for a cache of one's own
+
+    The other options are those of CacheClassificationLoss. A NegativeCacheLoss is a
+    CacheLossHandler: `prefill`, `refresh`, `save`, `load`, `metrics` and the phases are its
+    methods. Raises KeysError, KindError, ShapeError, DTypeError, CapacityError or OptionError on an
+    argument that cannot work.
+
+    >>> import numpy as np
+    >>> tokens = np.asarray([[1, 2], [3, 0], [2, 2]])  # your data: three items
+    >>> vectors = np.eye(4, dtype=np.float32)
+    >>> item_network = lambda features: vectors[features["tokens"]].mean(axis=1)
+    >>> items = item_network({"tokens": tokens})
+    >>> loss_fn = NegativeCacheLoss(8, {"tokens": tokens}, items, scale=20.0, generator=0)
+    >>> round(float(loss_fn(item_network, items, items, {"tokens": tokens})), 3)
+    0.015
+    >>> print(loss_fn)
+    NegativeCacheLoss(8 slots, 3 written, 288 bytes: tokens int64 (2,), embedding float32 (4,);
+      estimator exact_query with in-batch negatives, scale 20.0; staleness 0.000)
+    """
+
+    parts: ClassVar[Parts] = Parts(
+        CacheManager, CacheClassificationLoss, DistributedCacheClassificationLoss
+    )
+
+    def __init__(
+        self,
+        cache_size: int,
+        features: Mapping[str, Any],
+        embedding: Any,
+        scale: Any = 20.0,
+        *,
+        labels: Mapping[str, Any] | None = None,
+        id_keys: Iterable[str] = (),
+        group_key: str | None = None,
+        margin: float | None = None,
+        estimator: str = "auto",
+        in_batch_negatives: bool = True,
+        num_samples: int = 1,
+        top_k: int | None = None,
+        log_frequency_key: str | None = None,
+        staleness_correction: bool = False,
+        score_transform: Callable[[Any], Array] | None = None,
+        retrieval_fn: Callable[[Any], Array] | None = None,
+        reducer: Callable[[Any], Array] | None = mean,
+        generator: Any = None,
+        tile_bytes: int | None = None,
+        use_lru: bool = True,
+        unique_key: str | None = None,
+        use_cross_replica: bool = False,
+        new_items_filter: NewItemsFilter | None = None,
+        group: Any = None,
+    ) -> None:
+        fields = fields_of(features, embedding, labels, self.backend)
+        sharded = group is not None and not use_cross_replica
+        loss = (self.parts.sharded_loss if sharded else self.parts.loss)(
+            fields.embedding_key,
+            fields.data_keys,
+            score_transform,
+            top_k,
+            reducer,
+            retrieval_fn=retrieval_fn,
+            scale=scale,
+            estimator=estimator,
+            num_samples=num_samples,
+            in_batch_negatives=in_batch_negatives,
+            **{  # type: ignore[arg-type]
+                k: v
+                for k, v in (("id_keys", id_keys), ("group_key", group_key), ("margin", margin))
+                if v
+            },
+            log_frequency_key=log_frequency_key,
+            staleness_correction=staleness_correction,
+            generator=generator,
+            tile_bytes=tile_bytes,
+            **({"group": group} if sharded else {}),
+        )
+        super().__init__(
+            self.parts.manager(fields.specs, cache_size, use_lru, unique_key=unique_key),
+            loss,
+            fields.embedding_key,
+            fields.data_keys,
+            use_cross_replica,
+            new_items_filter=new_items_filter,
+            group=None if sharded else group,
+        )
