@@ -25,7 +25,14 @@ from negcache_core.handlers.setup import (
     check_sharing,
     named_by_loss,
 )
-from negcache_core.handlers.step import ItemNetwork, check_result, commit, evaluate, run_step
+from negcache_core.handlers.step import (
+    ItemNetwork,
+    check_result,
+    commit,
+    evaluate,
+    run_step,
+    to_differentiate,
+)
 from negcache_core.handlers.store import Store
 from negcache_core.losses.results import CacheLossReturn
 from negcache_core.retrieval.result import Retrieval
@@ -248,7 +255,7 @@ class BaseHandler:
             arguments = (item_network, query_embeddings, pos_item_embeddings, features, options)
             result = self._evaluate(*arguments)
             self._report(result, training=False)
-            return result.loss
+            return to_differentiate(result)
         return run_step(
             self._setup,
             self._store,

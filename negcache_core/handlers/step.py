@@ -60,7 +60,13 @@ def run_step(
         result = check_result(loss(**arguments), setup.backend)
         result = setup.weighted(result, query_embeddings)
         commit(setup, store, result, new)
-    return result.training_loss if result.loss is None else result.loss
+    return to_differentiate(result)
+
+
+def to_differentiate(result: CacheLossReturn) -> Array:
+    """Return what a training loop logs and differentiates; another's loss may have one value."""
+    value: Array = result.training_loss if result.loss is None else result.loss
+    return value
 
 
 def evaluate(

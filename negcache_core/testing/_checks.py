@@ -10,6 +10,7 @@ from negcache_core.testing._cache_checks import (
     check_top_k,
     check_unique,
 )
+from negcache_core.testing._front_door_checks import check_evaluation, check_front_door
 from negcache_core.testing._gradient_checks import check_estimators, check_gradients
 from negcache_core.testing._handler_checks import (
     check_files,
@@ -33,6 +34,8 @@ CHECKS: dict[str, Callable[[Adapter], None]] = {
     "gradients": check_gradients,
     "estimators": check_estimators,
     "steps": check_steps,
+    "front_door": check_front_door,
+    "evaluation": check_evaluation,
     "prefill": check_prefill,
     "refresh": check_refresh,
     "rollback": check_rollback,

@@ -4,7 +4,7 @@ from backends import BACKENDS
 from negcache_core.testing import CHECKS
 
 TRACED = ("tf.function", "tf.function+xla", "jax.jit")
-EAGER_ONLY = ("prefill", "rollback", "files")  # these trace nothing
+EAGER_ONLY = ("prefill", "rollback", "files", "front_door", "evaluation")  # these trace nothing
 
 
 @pytest.mark.parametrize(
