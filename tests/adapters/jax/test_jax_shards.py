@@ -253,6 +253,40 @@ def two_axes():
         close((loss, gradients, state.caches), (wanted, descent, other.caches))
 
 
+def front_door():
+    """NegativeCacheLoss with a mesh, or the name of its axis, makes the handler of shards."""
+    mesh, devices = mesh_of(4), 4
+    labels = {key: SPECS[key] for key in ("id", "log_q")}
+    options = {"estimator": "exact_query", "in_batch_negatives": True}
+    by_hand = handler_of({"scale": 1.5}, {**options, "group": "data"}, SLOTS * devices)
+    found = []
+    made = [
+        negcache.NegativeCacheLoss(
+            *(SLOTS * devices, {"x": SPECS["x"]}, SPECS["embedding"], 1.5),
+            labels=labels,
+            group=group,
+        )
+        for group in (mesh, "data")
+    ]
+    for handler in (by_hand, *made):
+
+        def step(state, batch, handler=handler):
+            given, features, more = arguments_of(weights_of(0), batch, {})
+            loss, state = handler(state, *given, features, **more)
+            return jax.lax.pmean(loss, "data"), state
+
+        specs = handler.specs()
+        mapped = jax.jit(
+            jax.shard_map(step, mesh=mesh, in_specs=(specs, P("data")), out_specs=(P(), specs))
+        )
+        state = jax.device_put(handler.init(jax.random.key(0)), handler.shardings(mesh))
+        for number in range(3):
+            loss, state = mapped(state, batch_of(number, devices))
+        found.append((loss, state.caches))
+    for ours in found[1:]:
+        jax.tree.map(np.testing.assert_array_equal, ours, found[0])
+
+
 def verbs():
     """Rows of every dtype reach those who drew them, bit for bit, and no others do."""
     mesh, count, own = mesh_of(4), 4, 3
@@ -451,7 +485,7 @@ def test_shards_are_the_one_big_cache():
 
 
 def test_on_four_devices():
-    run(4, ("two_axes",), ("verbs",), ("mistakes",), ("upkeep",), ("unique",))
+    run(4, ("two_axes",), ("front_door",), ("verbs",), ("mistakes",), ("upkeep",), ("unique",))
 
 
 def test_a_donated_state_stays_where_it_is_and_nothing_is_traced_again():

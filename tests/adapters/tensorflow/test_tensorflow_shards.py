@@ -156,8 +156,11 @@ def compare_with_one_process(strategy, options, ranks, specs=SPECS, steps=6, *, 
     """Same noise, same parameters: losses, gradients averaged over replicas, and every shard."""
     count, capacity = strategy.num_replicas_in_sync, 3 * strategy.num_replicas_in_sync
     ours, theirs = parameters(), parameters()
-    with strategy.scope():
-        sharded = handler_of(ours[2], options, capacity, specs=specs)
+    labels = {key: spec for key, spec in specs.items() if key not in ("x", "embedding")}
+    given = {"in_batch_negatives": False, **options, "labels": labels, "group": strategy}
+    sharded = negcache.NegativeCacheLoss(
+        capacity, {"x": specs["x"]}, specs["embedding"], ours[2], **given
+    )
     whole = whole_handler(theirs[2], options, count, capacity, specs)
 
     @tf.function(autograph=autograph)
@@ -491,6 +494,8 @@ def mistakes():
         open_ended(every)
     for age in local(strategy, handler.cache.age):
         assert (age == negcache.EMPTY).all()
+    with pytest.raises(negcache.KindError, match=r"expected a tf\.distribute\.Strategy"):
+        negcache.NegativeCacheLoss(9, {"x": SPECS["x"]}, WIDTH, group="data")
 
 
 def test_shards_are_the_one_big_cache_in_all_that_they_do(tmp_path):

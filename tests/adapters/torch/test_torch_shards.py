@@ -457,6 +457,36 @@ def test_shards_without_a_process_group_are_refused():
         negcache.CacheLossHandler(negcache.CacheManager(SPECS, CAPACITY), loss, "embedding", ("x",))
 
 
+def by_the_front_door(rank):
+    """NegativeCacheLoss with a group makes the handler of shards, for any kind of group."""
+    options = {"estimator": "exact_query", "in_batch_negatives": True}
+    labels = {key: SPECS[key] for key in ("id", "log_q")}
+    towers = Towers()
+    groups = (dist.group.WORLD, init_device_mesh("cpu", (RANKS,)))
+    made = [
+        negcache.NegativeCacheLoss(
+            *(CAPACITY, {"x": SPECS["x"]}, SPECS["embedding"], towers.scale),
+            labels=labels,
+            group=group,
+            generator=5,
+        )
+        for group in groups
+    ]
+    handlers = [sharded_handler(towers, options), *made]
+    for step in range(3):
+        given, features, more = towers.arguments(Batch(step).part(rank))
+        losses = [handler(*given, features, **more) for handler in handlers]
+        assert losses[0] == losses[1] == losses[2]
+    states = [handler.state_dict() for handler in handlers]
+    for key, value in states[0].items():
+        assert all(torch.equal(value, state[key]) for state in states[1:]), key
+    assert repr(handlers[1]).startswith(f"NegativeCacheLoss({(4, 4, 2)[rank]} of 10 slots, ")
+
+
+def test_the_front_door_makes_shards(tmp_path):
+    run(tmp_path, by_the_front_door, ranks=RANKS)
+
+
 def one_slot_for_an_item(rank):
     """With unique_key an item has one slot in all shards, and its last row counts."""
     towers, model = Towers(), {}
