@@ -144,8 +144,9 @@ class TorchBackend(Backend[Tensor]):
     def remember(self, generator: Any) -> Callable[[], Any] | None:
         if torch.compiler.is_compiling() or not isinstance(generator, BufferGenerator):
             return None
-        before = generator.state.clone()
-        return lambda: generator.state.copy_(before)
+        state = generator.held.state
+        before = state.clone()
+        return lambda: state.copy_(before)
 
     def uniform(self, generator: BufferGenerator, shape: tuple[int, ...], like: Tensor) -> Tensor:
         return generator.uniform(shape, like.device)

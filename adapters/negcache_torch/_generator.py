@@ -1,49 +1,57 @@
-"""A random generator whose whole state is one buffer."""
+"""A random generator whose whole state is one tensor."""
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from negcache_core import KindError, OptionError
+
+from ._state import OwnState
 
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64  # 64-bit constants of the published generator, as int64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 
 
-class BufferGenerator(nn.Module):
-    """SplitMix64: uniforms that are a function of an int64 buffer, and of nothing else.
+class BufferGenerator(OwnState):
+    """SplitMix64: uniforms that are a function of one int64, and of nothing else.
 
     seed: an int; or a torch.Generator, or None for PyTorch's global one, from which a seed is drawn
 
-    A torch.Generator cannot be a buffer, follow `.to(device)`, or be traced by `torch.compile`.
-    This one is saved, moved and copied with its module, needs no synchronisation, and draws the
-    same numbers on every device. Source: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number
-    Generators", OOPSLA 2014.
+    A torch.Generator cannot be in a state_dict, follow `.to(device)`, or be traced by
+    `torch.compile`. This one is saved, moved and copied with its module, needs no synchronisation,
+    and draws the same numbers on every device. Source: Steele, Lea, Flood, "Fast Splittable
+    Pseudorandom Number Generators", OOPSLA 2014.
 
     >>> BufferGenerator(0).uniform((2,), torch.device("cpu"))
     tensor([0.8833, 0.4315], dtype=torch.float64)
     """
 
-    state: Tensor
-
     def __init__(self, seed: Any = None) -> None:
-        super().__init__()
         if seed is None or isinstance(seed, torch.Generator):
-            seed = int(torch.randint(2**62, (), generator=seed))
+            device = (
+                "cpu" if seed is None else seed.device
+            )  # never "meta", where a model may be made
+            seed = int(torch.randint(2**62, (), generator=seed, device=device))
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise KindError(
                 f"generator is {seed!r}: expected None, an int seed, or a torch.Generator."
             )
-        self.register_buffer("state", torch.tensor(_signed(seed), dtype=torch.int64))
+        super().__init__({"state": torch.tensor(_signed(seed), dtype=torch.int64)})
+        self._seed = _signed(seed)
 
     def bits(self, count: int, device: torch.device) -> Tensor:
         """Return the next `count` 64-bit outputs as int64, and advance."""
         draw = _split_mix_whole if torch.compiler.is_compiling() else _split_mix
-        bits, state = draw(self.state.to(device), count)
-        self.state.copy_(state)
+        own: Tensor = self.held.state
+        bits, state = draw(own.to(device), count)
+        own.copy_(state)
         return bits
+
+    def reset_parameters(self) -> None:
+        """Begin anew at the seed."""
+        self.held.state.fill_(self._seed)
 
     def uniform(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Return uniforms in [0, 1) of 53 bits each."""

@@ -1,4 +1,4 @@
-"""Where a cache's state lives in PyTorch: in buffers."""
+"""Where a cache's state lives in PyTorch: in modules that keep it to themselves."""
 
 from typing import Any
 
@@ -9,31 +9,54 @@ from negcache_core.adapter import Caches, Setup, Store
 from negcache_core.cache.restoring import check_layout, nonfinite_rows, warn_of_nonfinite
 
 from ._backend import TORCH
+from ._state import OwnState
 
 
-class CacheTable(nn.Module):
-    """One cache's rows and ages as buffers: they are saved, moved and copied with the module."""
+class CacheTable(OwnState):
+    """One cache's rows and ages."""
 
     def __init__(self, cache: NegativeCache) -> None:
-        super().__init__()
-        self._names = {key: "field_" + module_name(key) for key in cache.data}
-        for key, table in cache.data.items():
-            self.register_buffer(self._names[key], table)
-        self.register_buffer("age", cache.age)
+        names = {key: "field_" + module_name(key) for key in cache.data}
+        super().__init__(
+            {names[key]: table for key, table in cache.data.items()} | {"age": cache.age}
+        )
+        self._names = names
 
     @property
     def cache(self) -> NegativeCache:
-        """The live rows and ages: writing to these tensors writes to the buffers."""
-        return self.view(self._buffers)
+        """The live rows and ages: writing to these tensors writes to the state."""
+        return self.view(self.held._buffers)  # noqa: SLF001 - its own
 
-    def view(self, buffers: dict[str, Any]) -> NegativeCache:
-        """Return buffers, by their names in this module, as a cache."""
-        data = {key: buffers[name] for key, name in self._names.items()}
-        return NegativeCache(data, buffers["age"])
+    def view(self, tensors: dict[str, Any]) -> NegativeCache:
+        """Return tensors, by their names in this module, as a cache."""
+        data = {key: tensors[name] for key, name in self._names.items()}
+        return NegativeCache(data, tensors["age"])
+
+    def reset_parameters(self) -> None:
+        """Empty every slot."""
+        for table in self.cache.data.values():
+            table.zero_()
+        self.cache.age.fill_(EMPTY)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *others: Any,
+    ) -> None:
+        before = len(missing_keys)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *others
+        )
+        if len(missing_keys) > before:  # all of them: see check_loaded
+            missing_keys[before] = MissingCache(missing_keys[before])
 
 
 class BufferStore(Store):
-    """The caches of a handler as buffers of its module `tables`; written in place."""
+    """The caches of a handler as the state of its module `tables`; written in place."""
 
     def __init__(self, caches: Caches) -> None:
         self.tables = {name: CacheTable(cache) for name, cache in caches.items()}
@@ -50,11 +73,11 @@ class BufferStore(Store):
         handler.register_load_state_dict_pre_hook(check_loaded)
 
     def read(self) -> Caches:
-        """Return the live buffers."""
+        """Return the live tensors."""
         return Caches({name: table.cache for name, table in self.tables.items()})
 
     def write(self, caches: Caches) -> None:
-        """Do nothing: buffers are written in place."""
+        """Do nothing: they are written in place."""
 
 
 def table_name(name: str) -> str:
@@ -65,6 +88,23 @@ def table_name(name: str) -> str:
 def module_name(key: str) -> str:
     """Return `key` without the dots that PyTorch allows in no name; distinct for distinct keys."""
     return key.replace("%", "%25").replace(".", "%2E")
+
+
+class MissingCache(str):
+    """A key that a state_dict lacks; in the error of a strict load it says what to do.
+
+    To `load_state_dict` it is a key like all others: it tells no module whether it is strict.
+    """
+
+    __slots__ = ()
+
+    def __format__(self, spec: str) -> str:
+        handler = self.partition("tables.")[0]
+        return (
+            f"{self!s}: the state_dict has no cache for the handler at {handler!r}, as that of a "
+            "model which was trained without. load_state_dict(state, strict=False) loads the rest "
+            "and leaves the cache as it is, at first empty; handler.prefill can fill it."
+        )
 
 
 def check_loaded(handler: Any, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
