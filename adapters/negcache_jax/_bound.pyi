@@ -1,7 +1,7 @@
 # What mypy knows of negcache's classes in JAX, which `_bound.py` makes at run time.
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import jax
@@ -48,6 +48,7 @@ class CacheClassificationLoss(core.CacheClassificationLoss):
         hard_negative_embeddings: Array | None = None,
         sample_weight: Array | None = None,
         noise: Array | None = None,
+        constant: Iterable[str] = (),
         key: jax.Array | None = None,
     ) -> CacheLossReturn: ...
 
@@ -78,6 +79,7 @@ class DistributedCacheClassificationLoss(sharding.DistributedCacheClassification
         hard_negative_embeddings: Array | None = None,
         sample_weight: Array | None = None,
         noise: Array | None = None,
+        constant: Iterable[str] = (),
         key: jax.Array | None = None,
     ) -> CacheLossReturn: ...
 
@@ -144,6 +146,9 @@ class CacheLossHandler(core.CacheLossHandler):
         resize: bool = False,
     ) -> HandlerState: ...
     def evict_nonfinite(self, state: HandlerState) -> HandlerState: ...  # type: ignore[override]
+    def resize(  # type: ignore[override]
+        self, state: HandlerState, cache_size: int | Mapping[str, int]
+    ) -> HandlerState: ...
     def reset(self, state: HandlerState) -> HandlerState: ...  # type: ignore[override]
 
 class MultiCacheLossHandler(core.MultiCacheLossHandler):
@@ -206,6 +211,9 @@ class MultiCacheLossHandler(core.MultiCacheLossHandler):
         resize: bool = False,
     ) -> HandlerState: ...
     def evict_nonfinite(self, state: HandlerState) -> HandlerState: ...  # type: ignore[override]
+    def resize(  # type: ignore[override]
+        self, state: HandlerState, cache_size: int | Mapping[str, int]
+    ) -> HandlerState: ...
     def reset(self, state: HandlerState) -> HandlerState: ...  # type: ignore[override]
 
 def approximate_top_k_with_indices(scores: Array, k: int) -> tuple[jax.Array, jax.Array]: ...

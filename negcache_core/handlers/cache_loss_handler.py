@@ -69,7 +69,11 @@ class CacheLossHandler(BaseHandler):
             new_items_filter=new_items_filter,
             group=group,
         )
-        self.cache_manager = cache_manager
+
+    @property
+    def cache_manager(self) -> CacheManager:
+        """The manager of the cache, of the size that it has now."""
+        return self._managers[SINGLE]
 
     @property
     def cache(self) -> NegativeCache:
@@ -90,8 +94,8 @@ class CacheLossHandler(BaseHandler):
         query_embeddings:    (B, D)
         pos_item_embeddings: (B, D), the positives' embeddings by the same network
         features:            field -> (B, …), the positives' features, which enter the cache
-        options:             positive_ids, hard_negative_embeddings, sample_weight, noise: see
-                             CacheClassificationLoss
+        options:             positive_ids, hard_negative_embeddings, sample_weight, noise, constant:
+                             see CacheClassificationLoss
         """
         return self._step(
             item_network,
