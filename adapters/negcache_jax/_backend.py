@@ -1,12 +1,13 @@
 """The verbs that JAX supplies to the core."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 
 from negcache_core import KindError, OptionError
 from negcache_core.adapter import Backend
@@ -62,6 +63,21 @@ class JaxBackend(Backend[Array]):
 
     def stop_gradient(self, array: Array) -> Array:
         return jax.lax.stop_gradient(array)
+
+    def watch_gradients(
+        self, arrays: Sequence[Array], check: Callable[[Sequence[bool | None]], None]
+    ) -> Sequence[Array]:
+        @jax.custom_jvp
+        def same(*arrays: Array) -> tuple[Array, ...]:
+            return arrays
+
+        def rule(primals: Any, tangents: Any) -> Any:
+            check([not isinstance(each, SymbolicZero) for each in tangents])
+            return primals, tangents
+
+        same.defjvp(rule, symbolic_zeros=True)
+        watched: tuple[Array, ...] = same(*arrays)
+        return watched
 
     def slice_rows(self, array: Array, start: Any, size: int) -> Array:
         return jax.lax.dynamic_slice_in_dim(array, start, size)

@@ -1,7 +1,7 @@
 # What mypy knows of negcache's classes in JAX, which `_bound.py` makes at run time.
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import jax
@@ -50,6 +50,7 @@ class CacheClassificationLoss(core.CacheClassificationLoss):
         hard_negative_features: Mapping[str, Array] | None = None,
         sample_weight: Array | None = None,
         noise: Array | None = None,
+        constant: Iterable[str] = (),
         key: jax.Array | None = None,
     ) -> CacheLossReturn: ...
 
@@ -82,6 +83,7 @@ class DistributedCacheClassificationLoss(sharding.DistributedCacheClassification
         hard_negative_features: Mapping[str, Array] | None = None,
         sample_weight: Array | None = None,
         noise: Array | None = None,
+        constant: Iterable[str] = (),
         key: jax.Array | None = None,
     ) -> CacheLossReturn: ...
 
@@ -169,6 +171,9 @@ class CacheLossHandler(core.CacheLossHandler):
     def diagnose(  # type: ignore[override]
         self, state: HandlerState, metrics: Mapping[str, Any] | None = None
     ) -> list[str]: ...
+    def resize(  # type: ignore[override]
+        self, state: HandlerState, cache_size: int | Mapping[str, int]
+    ) -> HandlerState: ...
     def reset(self, state: HandlerState) -> HandlerState: ...  # type: ignore[override]
 
 class MultiCacheLossHandler(core.MultiCacheLossHandler):
@@ -248,6 +253,9 @@ class MultiCacheLossHandler(core.MultiCacheLossHandler):
     def diagnose(  # type: ignore[override]
         self, state: HandlerState, metrics: Mapping[str, Any] | None = None
     ) -> list[str]: ...
+    def resize(  # type: ignore[override]
+        self, state: HandlerState, cache_size: int | Mapping[str, int]
+    ) -> HandlerState: ...
     def reset(self, state: HandlerState) -> HandlerState: ...  # type: ignore[override]
 
 class NegativeCacheLoss(core.NegativeCacheLoss, CacheLossHandler): ...

@@ -162,6 +162,10 @@ class StateHandler(Silent):
         """Return the state with the rows and ages of a cache; see `negcache_core`'s handler."""
         return self._after("restore", state, *arguments, **options)
 
+    def resize(self, state: HandlerState, cache_size: int | Mapping[str, int]) -> HandlerState:
+        """Return the state with another number of slots; see `negcache_core`'s handler."""
+        return self._after("resize", state, cache_size)
+
     def reset(self, state: HandlerState) -> HandlerState:
         """Return the state with every slot empty; see `negcache_core`'s handler."""
         return self._after("reset", state)

@@ -19,6 +19,8 @@ from negcache_tensorflow import (
     OptionError,
 )
 
+from negcache_core.losses.network import embedded_by
+
 _STATE = "negative_cache"  # under which a layer's variables in a file have the handler's state
 SHOWN = ("effective_negatives", "staleness", "fill")
 
@@ -86,7 +88,7 @@ class CacheLayer(keras.layers.Layer):
 
         training: False, as in `evaluate`: the loss against the cache as it is. Rows are drawn and
                   embedded for the figures alone; rows, ages and the draws to come stay the same.
-        options:  hard_negative_embeddings, hard_negative_features, sample_weight: see
+        options:  hard_negative_embeddings, hard_negative_features, sample_weight, constant: see
                   CacheClassificationLoss
 
         The other arguments are those of `handler.update_cache_and_compute_loss`. Raises KeysError
@@ -124,7 +126,7 @@ class CacheLayer(keras.layers.Layer):
             result = handler.compute_loss(
                 query_embeddings,
                 pos_item_embeddings,
-                item_network(found.features),
+                embedded_by(item_network, found.features),
                 found,
                 **options,
             )

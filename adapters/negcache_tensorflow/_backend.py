@@ -1,10 +1,11 @@
 """The verbs that TensorFlow supplies to the core."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.eager import record  # nothing public tells what a tape records
 
 from negcache_core import KindError
 from negcache_core.adapter import Backend
@@ -44,6 +45,26 @@ class TensorFlowBackend(Backend[Any]):
 
     def stop_gradient(self, array: tf.Tensor) -> tf.Tensor:
         return tf.stop_gradient(array)
+
+    def watch_gradients(
+        self, arrays: Sequence[Any], check: Callable[[Sequence[bool | None]], None]
+    ) -> Sequence[Any]:
+        learns = [_is_recorded(array) for array in arrays]
+        if True in learns and False in learns:
+            check(
+                [each or _learns_unseen(array) for each, array in zip(learns, arrays, strict=True)]
+            )
+        return arrays
+
+    def has_graph(self, value: Any) -> bool:
+        if not isinstance(value, tf.Tensor):
+            return False
+        if not tf.is_symbolic_tensor(value):
+            return _is_recorded(value)
+        graph = tf.compat.v1.get_default_graph()  # a body of a loop is inside of another
+        while graph is not None and graph is not value.graph:
+            graph = getattr(graph, "outer_graph", None)
+        return graph is None
 
     def after(self, arrays: Any) -> contextlib.AbstractContextManager[Any]:
         # A graph runs whatever has its inputs, also where something else is about to fail.
@@ -133,6 +154,35 @@ class TensorFlowBackend(Backend[Any]):
         wire = _WIRE.get(array.dtype, array.dtype)
         gathered = tf.distribute.get_replica_context().all_gather(tf.cast(array, wire), axis=0)
         return tf.cast(gathered, array.dtype)
+
+
+def _is_recorded(array: Any) -> bool:
+    """Return whether a gradient tape that is active here records what becomes of an array."""
+    tensor = tf.convert_to_tensor(array)
+    recorded: bool = record.should_record_backprop([tensor])
+    return recorded
+
+
+def _learns_unseen(array: Any) -> bool | None:
+    """Return None for an array that a tape outside of this trace may record, False otherwise.
+
+    An argument of the function that is traced tells nothing of where it comes from. So an array
+    that was made of one is known to be a constant only if it was also made of what is recorded: of
+    a variable, with something in between that stops gradients.
+    """
+    if not tf.is_symbolic_tensor(array):
+        return False
+    seen, left, argument = set(), [array], False
+    while left:
+        tensor = left.pop()
+        if tensor.ref() in seen:
+            continue
+        seen.add(tensor.ref())
+        if _is_recorded(tensor):
+            return False
+        left.extend(tensor.op.inputs)
+        argument |= tensor.op.type == "Placeholder" and tensor.dtype.is_floating
+    return None if argument else False
 
 
 TENSORFLOW = TensorFlowBackend(_namespace)

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from negcache_core import DTypeError, NegativeCache
+from negcache_core import DTypeError, NegativeCache, OptionError
 from negcache_core.adapter import Caches, Setup, Store
 from negcache_core.cache.restoring import warn_of_nonfinite
 from negcache_core.handlers import checkpoint
@@ -64,6 +64,15 @@ class VariableStore(Store):
     def write(self, caches: Caches) -> None:
         """Do nothing: variables are written in place."""
         del caches  # not an empty body, of which AutoGraph would warn
+
+    def replace(self, caches: Caches) -> None:
+        """Raise OptionError: variables, and functions that were traced with them, stay."""
+        del caches
+        raise OptionError(
+            "resize changes shapes, and TensorFlow's variables keep theirs: make a handler with "
+            "the new cache_size, and new.load(path, resize=True) what this one's save(path) wrote, "
+            "or new.restore(handler.cache, resize=True)."
+        )
 
     @tf.autograph.experimental.do_not_convert
     def _look_into_restored(self) -> None:

@@ -1,6 +1,6 @@
 """The verbs that PyTorch supplies to the core."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -68,6 +68,20 @@ class TorchBackend(Backend[Tensor]):
 
     def differentiates(self) -> bool:
         return torch.is_grad_enabled()
+
+    def watch_gradients(
+        self, arrays: Sequence[Tensor], check: Callable[[Sequence[bool | None]], None]
+    ) -> Sequence[Tensor]:
+        if torch.is_grad_enabled():
+            learns: list[bool | None] = []
+            for array in arrays:
+                learns.append(array.requires_grad)  # noqa: PERF401 - a comprehension is a call
+            if True in learns and False in learns:
+                check(learns)
+        return arrays
+
+    def has_graph(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.grad_fn is not None
 
     def begin_step(self) -> None:
         refuse_recomputation()

@@ -1,6 +1,6 @@
 # What mypy knows of negcache's classes in PyTorch, which `_bound.py` makes at run time.
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ class CacheClassificationLoss(core.CacheClassificationLoss, nn.Module):
         hard_negative_features: Mapping[str, Array] | None = None,
         sample_weight: Array | None = None,
         noise: Array | None = None,
+        constant: Iterable[str] = (),
     ) -> CacheLossReturn: ...
 
 class DistributedCacheClassificationLoss(sharding.DistributedCacheClassificationLoss, nn.Module):
@@ -49,6 +50,7 @@ class DistributedCacheClassificationLoss(sharding.DistributedCacheClassification
         hard_negative_features: Mapping[str, Array] | None = None,
         sample_weight: Array | None = None,
         noise: Array | None = None,
+        constant: Iterable[str] = (),
     ) -> CacheLossReturn: ...
 
 class CacheLossHandler(core.CacheLossHandler, nn.Module):

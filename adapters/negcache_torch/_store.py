@@ -22,6 +22,12 @@ class CacheTable(OwnState):
         )
         self._names = names
 
+    def put(self, cache: NegativeCache) -> None:
+        """Hold other rows and ages, perhaps of another number of slots."""
+        self.age = cache.age
+        for key, table in cache.data.items():
+            setattr(self, self._names[key], table)
+
     @property
     def cache(self) -> NegativeCache:
         """The live rows and ages: writing to these tensors writes to the state."""
@@ -78,6 +84,11 @@ class BufferStore(Store):
 
     def write(self, caches: Caches) -> None:
         """Do nothing: they are written in place."""
+
+    def replace(self, caches: Caches) -> None:
+        """Put other tensors in the place of the buffers; they have the same names."""
+        for name, cache in caches.items():
+            self.tables[name].put(cache)
 
 
 def table_name(name: str) -> str:

@@ -1,7 +1,7 @@
 """What an array library supplies beyond the array API: a few verbs, NumPy's as the default."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic
 
 import numpy as np
@@ -99,6 +99,22 @@ class Backend(Generic[ArrayT]):
     def differentiates(self) -> bool:
         """Return whether gradients are taken here; False where a library was told to take none."""
         return True
+
+    def watch_gradients(
+        self, arrays: Sequence[ArrayT], check: Callable[[Sequence[bool | None]], None]
+    ) -> Sequence[ArrayT]:
+        """Return the arrays; have `check` called with whether a gradient reaches each, if not all.
+
+        At once, or for a library that transforms functions as it differentiates what is returned.
+        None stands for what cannot be told; nothing is called where nothing is differentiated.
+        """
+        del check
+        return arrays
+
+    def has_graph(self, value: Any) -> bool:
+        """Return whether a value hangs on a computation that the next step no longer has."""
+        del value
+        return False
 
     def begin_step(self) -> None:
         """Raise OptionError where a step must not run, as where it would run a second time."""

@@ -13,7 +13,7 @@ from negcache_core.arrays.validation import (
     in_order,
     names_of,
 )
-from negcache_core.cache.matching import check_identifies, equal_rows
+from negcache_core.cache.matching import check_identifies, first_match, side_by_side
 from negcache_core.cache.row_checks import check_castable
 from negcache_core.cache.state import NegativeCache, check_cache, is_written
 from negcache_core.errors import KeysError
@@ -35,7 +35,8 @@ class IsInCacheFilterFn(CacheFilterFn):
     keys: integer or bool fields of any rank; they are compared exactly and together
 
     Give it to a handler as `new_items_filter=`, and an item that is cached keeps its one slot.
-    Cost: one comparison of n x C for every value in a row of the keys. Two equal items in one batch
+    Cost: that of sorting the rows and the slots by their keys; for few rows, one comparison of
+    n x C for every value in a row of the keys. Two equal items in one batch
     both pass. Differs from the published filter, which is never called, fails for fields that are
     not vectors, and finds zeros in slots that were never written.
 
@@ -53,7 +54,7 @@ class IsInCacheFilterFn(CacheFilterFn):
         xp = self.backend.xp
         cache = check_cache(cache, self.backend)
         check_mapping(new_items, "new_items")
-        equal = is_written(cache.age)[None, :]
+        pairs = []
         for key in self.keys:
             for what, fields in (("the cache", cache.data), ("new_items", new_items)):
                 if key not in fields:
@@ -67,5 +68,8 @@ class IsInCacheFilterFn(CacheFilterFn):
             rows = array_of(new_items[key], expected, what, self.backend)
             check_castable(rows.dtype, table.dtype, what)
             check_device(rows, table, what, self.backend)
-            equal = equal & equal_rows(cast(rows, table.dtype, xp), table, xp=xp)
-        return ~xp.any(equal, axis=1)
+            pairs.append((cast(rows, table.dtype, xp), table))
+        items, held = pairs[0]
+        if len(pairs) > 1:
+            items, held = (side_by_side(each, xp=xp) for each in zip(*pairs, strict=True))
+        return ~first_match(items, held, is_written(cache.age), xp=xp)[1]

@@ -1,8 +1,9 @@
 """The cache manager: which rows enter, stay, are refreshed, and leave."""
 
+import copy
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 from negcache_core.arrays._array import Array, cast, native_dtype
 from negcache_core.arrays.backend import NUMPY, Backend
@@ -18,7 +19,7 @@ from negcache_core.cache.plans import (
     rows_to_write,
 )
 from negcache_core.cache.row_checks import NewRows, Refresh, check_new_rows, check_refresh
-from negcache_core.cache.specs import as_field_specs
+from negcache_core.cache.specs import FieldSpec, as_field_specs
 from negcache_core.cache.state import EMPTY, NegativeCache, check_cache
 from negcache_core.errors import CapacityError, KeysError, KindError
 
@@ -76,21 +77,8 @@ class CacheManager:
         *,
         unique_key: str | None = None,
     ) -> None:
-        slots = as_whole(cache_size)
-        if slots is None:
-            raise KindError(
-                f"cache_size is {cache_size!r}: expected a positive int, the number of slots."
-            )
-        if slots < 1:
-            raise CapacityError(f"cache_size is {cache_size}: a cache needs at least one slot.")
         self.specs = as_field_specs(specs)
-        for key, spec in self.specs.items():
-            if slots * max(1, math.prod(spec.shape)) > MOST_VALUES:
-                raise CapacityError(
-                    f"field {key!r} would have {slots} rows of shape {spec.shape}, more values "
-                    "than any array can: lower cache_size, or make the rows smaller."
-                )
-        self.cache_size = slots
+        self.cache_size = _slots(cache_size, self.specs)
         self.use_lru = check_flag(use_lru, "use_lru")
         self.unique_key = unique_key
         for spec in self.specs.values():
@@ -102,6 +90,12 @@ class CacheManager:
         """Return its size in words."""
         fields = fields_in_words(self.specs, self.cache_size)
         return f"{type(self).__name__}({self.cache_size:,} slots, {fields})"
+
+    def with_size(self, cache_size: int) -> Self:
+        """Return this manager with another number of slots; raise as the constructor does."""
+        manager = copy.copy(self)
+        manager.cache_size = _slots(cache_size, self.specs)
+        return manager
 
     def init_cache(self) -> NegativeCache:
         """Return a cache of zero rows, every age EMPTY.
@@ -208,6 +202,24 @@ class CacheManager:
                     final = rows_to_write(where, data[key], array, xp=self.backend.xp)
                     data[key] = write_rows(data[key], where.slots, final)
         return data
+
+
+def _slots(cache_size: Any, specs: Mapping[str, FieldSpec]) -> int:
+    """Return a number of slots as an int; raise unless a cache can have so many."""
+    slots = as_whole(cache_size)
+    if slots is None:
+        raise KindError(
+            f"cache_size is {cache_size!r}: expected a positive int, the number of slots."
+        )
+    if slots < 1:
+        raise CapacityError(f"cache_size is {cache_size}: a cache needs at least one slot.")
+    for key, spec in specs.items():
+        if slots * max(1, math.prod(spec.shape)) > MOST_VALUES:
+            raise CapacityError(
+                f"field {key!r} would have {slots} rows of shape {spec.shape}, more values than "
+                "any array can: lower cache_size, or make the rows smaller."
+            )
+    return slots
 
 
 def _check_unique_key(key: Any, specs: Mapping[str, Any]) -> None:

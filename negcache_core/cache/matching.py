@@ -1,6 +1,7 @@
 """Matching: which slots hold an item that is equal to a given one."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from negcache_core.arrays._array import (
@@ -50,6 +51,17 @@ def equal_rows(rows: Array, table: Array, *, xp: Any = None) -> Array:
     if equal is None:  # rows without a value are all equal
         return (positions(rows, xp) >= 0)[:, None] & (positions(table, xp) >= 0)[None, :]
     return equal
+
+
+def side_by_side(fields: Sequence[Array], *, xp: Any = None) -> Any:
+    """Return integers (n, …) that are equal where all of several fields (n, …) are."""
+    xp = namespace(*fields, xp=xp)
+    columns = [positions(fields[0], xp)[:, None] * 0]  # rows without a value are all equal
+    for rows in fields:
+        width = math.prod(rows.shape[1:])
+        if width:
+            columns.append(cast(xp.reshape(rows, (-1, width)), xp.index_dtype, xp))
+    return xp.concat(columns, axis=1)
 
 
 def first_match(
@@ -134,25 +146,39 @@ def last_of_each(rows: Array, mask: Array | None = None, *, xp: Any = None) -> A
     array([False,  True, False])
     """
     xp = namespace(rows, xp=xp)
+    place = positions(rows, xp)
+    counts = place >= 0 if mask is None else mask
+    return counts & (last_equal(rows, counts, xp=xp) == place)
+
+
+def last_equal(rows: Array, counts: Array, *, xp: Any = None) -> Array:
+    """Return (n,) where the last of the rows (n, …) that count, bool (n,), equals each that counts.
+
+    For a row that does not count the result means nothing.
+
+    >>> import numpy as np
+    >>> last_equal(np.asarray([5, 6, 5]), np.asarray([True, True, True]))
+    array([2, 1, 2])
+    """
+    xp = namespace(rows, counts, xp=xp)
     count = rows.shape[0]
     if count is None or count > FEW:
-        return _last_by_sorting(rows, mask, xp)
+        return _last_by_sorting(rows, counts, xp)
     place = positions(rows, xp)
-    repeated = equal_rows(rows, rows, xp=xp) & (place[None, :] > place[:, None])
-    if mask is None:
-        return ~xp.any(repeated, axis=1)
-    return mask & ~xp.any(repeated & mask[None, :], axis=1)
+    if count == 0:  # some libraries know no largest of nothing
+        return place
+    equal = equal_rows(rows, rows, xp=xp) & counts[None, :]
+    return xp.max(xp.where(equal, place[None, :], 0), axis=1)
 
 
-def _last_by_sorting(rows: Array, mask: Array | None, xp: Any) -> Any:
-    """Do what `last_of_each` does in the time of a sort."""
-    counts = positions(rows, xp) >= 0 if mask is None else mask
-    # One more row, which does not count, keeps every slice below inside where there is none.
+def _last_by_sorting(rows: Array, counts: Array, xp: Any) -> Any:
+    """Do what `last_equal` does in the time of a sort."""
+    # One more row, which does not count, keeps every gather below defined where there is none.
     counts = xp.concat([counts, fill((1,), value=False, like=counts, xp=xp)])
     keys = _as_numbers(xp.concat([rows, fill((1, *rows.shape[1:]), 0, rows, xp)], axis=0), xp)
-    # Of equal rows those that do not count come first, then the others as they came.
-    order = xp.argsort(cast(counts, xp.index_dtype, xp), stable=True)
+    # Of equal rows those that count come first, the last one before the others.
+    place = positions(keys, xp)
+    order = xp.argsort(xp.where(counts, -place, 1), stable=True)
     order = xp.take_rows(order, xp.argsort(xp.take_rows(keys, order), stable=True))
-    ordered = xp.take_rows(keys, order)
-    last = xp.concat([ordered[1:] != ordered[:-1], order[:1] >= 0], axis=0)
-    return xp.put_rows(counts, order, last & xp.take_rows(counts, order))[:-1]
+    first = xp.searchsorted(xp.take_rows(keys, order), keys)
+    return xp.take_rows(order, first)[:-1]

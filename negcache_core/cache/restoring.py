@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from negcache_core.arrays._array import cast, dtype_name
+from negcache_core.arrays._array import cast, dtype_name, fill
 from negcache_core.arrays.backend import NUMPY, Backend
 from negcache_core.arrays.numerics import finite_rows
 from negcache_core.arrays.validation import check_keys, check_mapping
@@ -50,26 +50,26 @@ def check_layout(given: Any, own: Any, what: str, *, resize: bool = False) -> No
             )
 
 
-def resize_cache(cache: NegativeCache, capacity: int) -> NegativeCache:
-    """Return a cache of NumPy arrays with `capacity` slots; see `Checkpointed.restore`.
+def resize_cache(cache: NegativeCache, capacity: int, backend: Backend = NUMPY) -> NegativeCache:
+    """Return a cache with `capacity` slots; see `BaseHandler.resize`.
 
     >>> cache = NegativeCache({"x": np.asarray([5, 6, 7])}, np.asarray([1, 0, 2], dtype=np.int32))
     >>> resize_cache(cache, 2).data["x"], resize_cache(cache, 4).age
     (array([5, 6]), array([         1,          0,          2, 2147483647], dtype=int32))
     """
-    spare = capacity - cache.age.shape[0]
+    xp, spare = backend.xp, capacity - cache.age.shape[0]
     if spare == 0:
         return cache
     if spare < 0:
-        by_age = np.argsort(-cache.age.astype(np.int64), kind="stable")  # in the order of leaving
-        kept = np.sort(by_age[-spare:])
-        return NegativeCache({key: rows[kept] for key, rows in cache.data.items()}, cache.age[kept])
+        by_age = xp.argsort(-cast(cache.age, xp.index_dtype, xp), stable=True)  # as they leave
+        kept = xp.sort(by_age[-spare:])
+        data = {key: xp.take_rows(rows, kept) for key, rows in cache.data.items()}
+        return NegativeCache(data, xp.take_rows(cache.age, kept))
     data = {
-        key: np.concatenate([rows, np.zeros((spare, *rows.shape[1:]), rows.dtype)])
+        key: xp.concat([rows, fill((spare, *rows.shape[1:]), 0, rows, xp)])
         for key, rows in cache.data.items()
     }
-    empty = np.full((spare,), EMPTY, dtype=np.int32)
-    return NegativeCache(data, np.concatenate([cache.age, empty]))
+    return NegativeCache(data, xp.concat([cache.age, fill((spare,), EMPTY, cache.age, xp)]))
 
 
 def nonfinite_rows(cache: NegativeCache, embedding_key: str, backend: Backend) -> Any:

@@ -155,7 +155,8 @@ class BaseHandler:
     ) -> CacheLossReturn:
         """Phase two: the loss from embeddings (B * S, D) of the retrieved features.
 
-        options: hard_negative_embeddings, hard_negative_features, sample_weight: see the loss
+        options: hard_negative_embeddings, hard_negative_features, sample_weight, constant: see the
+                 loss
         """
         setup = self._setup
         result = setup.phased_loss().loss_from_negatives(
@@ -210,6 +211,25 @@ class BaseHandler:
         shards. Any exception leaves all as it was.
         """
         checkpoint.restore(self._setup, self._store, cache, resize=resize)
+
+    def resize(self, cache_size: int | Mapping[str, int]) -> None:
+        """Change the number of slots; the draws go on where they were.
+
+        cache_size: of all caches, or by name of some
+
+        Of more rows than fit the youngest stay, of equal ages those that would have been
+        overwritten last; slots to spare are empty. `handler.cache_manager` follows: a copy of the
+        manager, which others may share. Optimizers hold nothing of a cache and need nothing.
+
+        JAX: `state = handler.resize(state, cache_size)`, outside of jit; the handler is then one
+        for states of this size. TensorFlow's variables keep their shapes: there, `save` and load
+        into a new handler with `resize=True`.
+
+        Raises KindError, CapacityError or KeysError for a size that cannot be, OptionError for a
+        cache in shards, in TensorFlow and in a trace. Any exception leaves all as it was.
+        """
+        managers = checkpoint.resize(self._setup, self._store, cache_size)
+        self._managers.update(managers)
 
     def reset(self) -> None:
         """Empty every slot, as in a new handler; the draws go on where they were.

@@ -70,7 +70,11 @@ class CacheLossHandler(BaseHandler):
             new_items_filter=new_items_filter,
             group=group,
         )
-        self.cache_manager = cache_manager
+
+    @property
+    def cache_manager(self) -> CacheManager:
+        """The manager of the cache, of the size that it has now."""
+        return self._managers[SINGLE]
 
     @property
     def cache(self) -> NegativeCache:
@@ -101,7 +105,7 @@ class CacheLossHandler(BaseHandler):
                              (`.train()`, `.eval()`), and without gradients it does not learn;
                              elsewhere it does.
         options:             positive_ids, hard_negative_embeddings, hard_negative_features,
-                             sample_weight, noise: see CacheClassificationLoss
+                             sample_weight, noise, constant: see CacheClassificationLoss
 
         Calling the handler does the same.
         """

@@ -9,6 +9,7 @@ import numpy as np
 
 from negcache_core.arrays._array import Array, cast
 from negcache_core.arrays.validation import check_flag, check_keys
+from negcache_core.cache.manager import CacheManager
 from negcache_core.cache.named import SINGLE, Caches
 from negcache_core.cache.restoring import (
     check_layout,
@@ -23,6 +24,7 @@ from negcache_core.errors import OptionError
 from negcache_core.files import as_path, read_arrays, write_arrays
 from negcache_core.handlers.setup import Setup
 from negcache_core.handlers.store import Store
+from negcache_core.retrieval.top_k import check_groups
 
 
 def save(setup: Setup, store: Store, path: str | os.PathLike[str]) -> None:
@@ -68,6 +70,30 @@ def restore(
     _check_whole(setup, "restore")
     caches = cache if isinstance(cache, Mapping) else {SINGLE: cache}
     _take_over(setup, store, caches, resize=check_flag(resize, "resize"))
+
+
+def resize(setup: Setup, store: Store, cache_size: Any) -> dict[str, CacheManager]:
+    """Give caches another capacity, one for all or by name; return their managers."""
+    _check_whole(setup, "resize")
+    backend, caches = setup.backend, Caches(store.read())
+    sizes = cache_size if isinstance(cache_size, Mapping) else dict.fromkeys(caches, cache_size)
+    check_keys(sizes, caches, "cache_size", exact=False)
+    managers = {name: setup.managers[name].with_size(size) for name, size in sizes.items()}
+    slots = {name: cache.age.shape[0] for name, cache in caches.items()}
+    slots.update((name, manager.cache_size) for name, manager in managers.items())
+    top_k = getattr(setup.loss, "top_k", None)
+    if top_k is not None:
+        check_groups(top_k, sum(slots.values()))
+    with backend.no_gradient():
+        if any(backend.truth(cache.age[0] >= 0) is None for cache in caches.values()):
+            raise OptionError(
+                "resize runs eagerly, as it changes shapes: call it outside of what is traced, "
+                "and trace the step again."
+            )
+        for name, size in slots.items():
+            caches[name] = resize_cache(caches[name], size, backend)
+        store.replace(caches)
+    return managers
 
 
 def evict_nonfinite(setup: Setup, store: Store) -> Array:

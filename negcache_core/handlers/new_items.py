@@ -5,8 +5,8 @@ from typing import Any
 
 from negcache_core.arrays._array import Array, cast
 from negcache_core.arrays.numerics import finite_rows
-from negcache_core.arrays.validation import check_keys, check_mapping, in_order
-from negcache_core.cache.named import Caches
+from negcache_core.arrays.validation import check_keys, check_mapping, embeddings_of, in_order
+from negcache_core.cache.named import SINGLE, Caches
 from negcache_core.cache.row_checks import (
     CheckedRows,
     NewRows,
@@ -15,7 +15,8 @@ from negcache_core.cache.row_checks import (
     check_rows,
 )
 from negcache_core.cache.state import NegativeCache
-from negcache_core.errors import KeysError
+from negcache_core.cache.widths import check_widths
+from negcache_core.errors import DTypeError, KeysError, ShapeError
 from negcache_core.handlers.setup import Setup
 
 
@@ -24,22 +25,38 @@ def check_batch(
     caches: Caches,
     embeddings: Mapping[str, Array],
     features: Mapping[str, Mapping[str, Array]],
+    queries: Array | None = None,
 ) -> dict[str, NewRows]:
-    """Return the new rows of each cache; refuse a bad batch by its keys, shapes and dtypes."""
+    """Return the new rows of each cache; refuse a bad batch by its keys, shapes and dtypes.
+
+    queries: (B, D), whose width tells which of two others is wrong
+    """
     for what, given in (("new_item_embeddings", embeddings), ("new_item_features", features)):
         check_keys(check_mapping(given, what), caches, what, exact=True)
     return {
-        name: new_rows(setup, cache, embeddings[name], features[name])
+        name: new_rows(setup, name, cache, embeddings[name], features[name], queries)
         for name, cache in caches.items()
     }
 
 
 def new_rows(
-    setup: Setup, cache: NegativeCache, embeddings: Array, features: Mapping[str, Array]
+    setup: Setup,
+    name: str,
+    cache: NegativeCache,
+    embeddings: Array,
+    features: Mapping[str, Array],
+    queries: Array | None,
 ) -> NewRows:
     """Return the rows to insert, checked: one array for each field of the cache."""
-    given = {setup.embedding_key: embeddings, **stored_features(setup, cache, features)}
-    new = check_new_rows(given, cache, setup.backend)
+    key = setup.embedding_key
+    given = {key: embeddings, **stored_features(setup, cache, features)}
+    try:
+        new = check_new_rows(given, cache, setup.backend)
+    except (ShapeError, DTypeError):  # say it of the argument, and not of the field
+        what = "pos_item_embeddings" if name == SINGLE else f"new_item_embeddings[{name!r}]"
+        check_widths(cache.data[key], key, {what: embeddings, "query_embeddings": queries})
+        embeddings_of(embeddings, ("n", cache.data[key].shape[1]), what, setup.backend)
+        raise
     new.rows[setup.embedding_key] = setup.backend.stop_gradient(new.rows[setup.embedding_key])
     return new
 

@@ -42,7 +42,7 @@ def run_step(
     phased = isinstance(loss, CacheClassificationLoss)
     if phased:  # another may take no network
         check_function(item_network, "item_network", "a function of features")
-    new = check_batch(setup, caches, embeddings, features)
+    new = check_batch(setup, caches, embeddings, features, query_embeddings)
     arguments = {
         "doc_network": item_network,
         "query_embeddings": query_embeddings,

@@ -23,6 +23,13 @@ class Store:
         """Take charge of the caches after a change; arrays written in place need nothing."""
         self._caches = caches
 
+    def replace(self, caches: Caches) -> None:
+        """Take caches of another capacity in the place of those that are here.
+
+        Raises OptionError where shapes cannot change, before anything has.
+        """
+        self.write(caches)
+
     def generators(self, loss: Any) -> list[Any]:
         """Return what draws: the loss's generator, and its retrieval function's if it has one."""
         holders = (loss, getattr(loss, "retrieval_fn", None))

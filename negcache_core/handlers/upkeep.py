@@ -10,11 +10,13 @@ from negcache_core.cache.named import Caches
 from negcache_core.cache.plans import oldest_written, plan_reembed
 from negcache_core.cache.row_checks import CheckedRows, NewRows, check_rows
 from negcache_core.cache.state import EMPTY, NegativeCache
-from negcache_core.errors import CapacityError, KindError, OptionError
+from negcache_core.cache.widths import check_widths
+from negcache_core.errors import CapacityError, KindError, OptionError, ShapeError
 from negcache_core.handlers.new_items import entering, finite_as_stored, stored_features
 from negcache_core.handlers.setup import Setup
 from negcache_core.handlers.step import ItemNetwork, carry_out
 from negcache_core.handlers.store import Store
+from negcache_core.losses.network import embedded_by
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
@@ -166,8 +168,14 @@ def _embed(
     count: int,
 ) -> Array:
     """Return embeddings (count, D) as constants, checked."""
-    what, width = "the item network's output", cache.data[setup.embedding_key].shape[1]
-    fresh = embeddings_of(item_network(rows), (count, width), what, setup.backend, like=cache.age)
+    what, key = "the item network's output", setup.embedding_key
+    output, table = embedded_by(item_network, rows), cache.data[key]
+    try:
+        expected = (count, table.shape[1])
+        fresh = embeddings_of(output, expected, what, setup.backend, like=cache.age)
+    except ShapeError:
+        check_widths(table, key, {what: output})
+        raise
     fresh = setup.backend.stop_gradient(fresh)
     if setup.mirrored is not None:  # equal also where the network draws random numbers
         fresh = setup.mirrored.gather(fresh)[:count]

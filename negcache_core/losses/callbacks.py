@@ -7,14 +7,20 @@ from typing import Any
 from negcache_core.arrays._array import Array, cast, dtype_kind, dtype_name
 from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.validation import as_array, check_number, shape_of
-from negcache_core.errors import DeviceError, DTypeError, KindError, ShapeError
+from negcache_core.errors import DeviceError, DTypeError, KindError, OptionError, ShapeError
 
 
-def check_scale(scale: Any) -> Any:
+def check_scale(scale: Any, backend: Backend) -> Any:
     """Return `scale`; raise unless it is None, a finite number, an array or a function."""
     known = callable(scale) or (hasattr(scale, "shape") and hasattr(scale, "dtype"))
     if scale is not None and not known:
         check_number(scale, "scale")
+    if known and not callable(scale) and backend.has_graph(scale):
+        raise OptionError(
+            "scale is a tensor that was computed from others, whose graph only one step has: the "
+            "next could not differentiate it. Give the parameter itself, scale=log_scale, or a "
+            "function that computes it anew in every step, scale=lambda: log_scale.exp()."
+        )
     return scale
 
 

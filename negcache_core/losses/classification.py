@@ -19,6 +19,7 @@ from negcache_core.cache.state import NegativeCache
 from negcache_core.losses.callbacks import check_scale
 from negcache_core.losses.estimators import ESTIMATORS, check_estimator
 from negcache_core.losses.inputs import check_pairs
+from negcache_core.losses.network import embedded_by
 from negcache_core.losses.options import (
     MOST_DRAWS,
     check_functions,
@@ -119,7 +120,7 @@ class CacheClassificationLoss(CacheLoss):
         self.top_k = check_top_k(top_k)
         self.reducer = reducer
         self.retrieval_fn = retrieval_fn
-        self.scale = check_scale(scale)
+        self.scale = check_scale(scale, self.backend)
         self.staleness_correction = check_flag(staleness_correction, "staleness_correction")
         self.in_batch_negatives = check_flag(in_batch_negatives, "in_batch_negatives")
         self.estimator = check_estimator(
@@ -198,6 +199,7 @@ class CacheClassificationLoss(CacheLoss):
         hard_negative_embeddings: Array | None = None,
         hard_negative_features: Mapping[str, Array] | None = None,
         sample_weight: Array | None = None,
+        constant: Iterable[str] = (),
     ) -> CacheLossReturn:
         """Return the loss from embeddings of `retrieval.features`: phase two. Differentiable.
 
@@ -208,6 +210,12 @@ class CacheClassificationLoss(CacheLoss):
         hard_negative_features:   field -> (B, H) for id_keys and group_key, by which these are held
                                   to the same rules; without, margin alone leaves some out
         sample_weight:            (B,) factors on the queries' losses, before they are reduced
+        constant:                 which of "positives", "negatives" and "hard_negatives" are meant
+                                  to carry no gradient while the others do
+
+        Raises OptionError where some of the items carry a gradient and others do not, as one
+        network embeds all: at once in PyTorch and TensorFlow, in JAX as the loss is differentiated.
+        A frozen item network or constant queries are fine, and so is a loss of constants.
         """
         estimator = ESTIMATORS[self.estimator]
         check_retrieval(
@@ -227,6 +235,7 @@ class CacheClassificationLoss(CacheLoss):
             hard_negative_embeddings,
             hard_negative_features,
             sample_weight,
+            constant,
         )
 
     def __call__(
@@ -242,14 +251,16 @@ class CacheClassificationLoss(CacheLoss):
         hard_negative_features: Mapping[str, Array] | None = None,
         sample_weight: Array | None = None,
         noise: Array | None = None,
+        constant: Iterable[str] = (),
     ) -> CacheLossReturn:
         """Retrieve, embed what was drawn with `doc_network`, and return the loss.
 
         See the two phases for the arguments; the cache is not changed. Raises KeysError,
-        ShapeError, DTypeError, CapacityError or OptionError before `doc_network` is called, or
-        ShapeError on its output.
+        ShapeError, DTypeError, CapacityError or OptionError before `doc_network` is called,
+        KindError or KeysError where it cannot take a dict of the data_keys, and ShapeError or
+        OptionError on its output.
         """
-        check_pairs(query_embeddings, pos_doc_embeddings)
+        check_pairs(query_embeddings, pos_doc_embeddings, cache, self.embedding_key)
         check_function(doc_network, "doc_network", "a function of features")
         with self.guard(cache):
             retrieval = self.retrieve(
@@ -264,11 +275,12 @@ class CacheClassificationLoss(CacheLoss):
                 self,
                 query_embeddings,
                 pos_doc_embeddings,
-                doc_network(retrieval.features),
+                embedded_by(doc_network, retrieval.features),
                 retrieval,
                 hard_negative_embeddings,
                 hard_negative_features,
                 sample_weight,
+                constant if self.in_training else None,
             )
 
     def evaluate(
@@ -283,14 +295,17 @@ class CacheClassificationLoss(CacheLoss):
         hard_negative_embeddings: Array | None = None,
         hard_negative_features: Mapping[str, Array] | None = None,
         sample_weight: Array | None = None,
+        constant: Iterable[str] = (),
     ) -> CacheLossReturn:
         """Return the loss without asking a generator; its value does not depend on draws.
 
         doc_network: None: the rows' stale embeddings stand for fresh ones, which only metrics see
+        constant:    as in the call, and of no consequence here: nothing is to learn
 
         For the other arguments, and what is raised, see the call.
         """
-        check_pairs(query_embeddings, pos_doc_embeddings)
+        del constant
+        check_pairs(query_embeddings, pos_doc_embeddings, cache, self.embedding_key)
         if doc_network is not None:
             check_function(doc_network, "doc_network", "a function of features, or None")
         retrieval = draw_negatives(
@@ -308,7 +323,7 @@ class CacheClassificationLoss(CacheLoss):
             self,
             query_embeddings,
             pos_doc_embeddings,
-            drawn if doc_network is None else doc_network(retrieval.features),
+            drawn if doc_network is None else embedded_by(doc_network, retrieval.features),
             retrieval,
             hard_negative_embeddings,
             hard_negative_features,

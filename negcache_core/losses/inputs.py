@@ -17,7 +17,8 @@ from negcache_core.arrays.validation import (
 )
 from negcache_core.cache.named import Caches
 from negcache_core.cache.row_checks import check_castable, check_stand_in
-from negcache_core.errors import DTypeError, KeysError, KindError, OptionError
+from negcache_core.cache.widths import check_widths, table_of
+from negcache_core.errors import DTypeError, KeysError, KindError, OptionError, ShapeError
 from negcache_core.losses.nonfinite import Embedded
 from negcache_core.retrieval.positives import Positives, positives_of
 from negcache_core.retrieval.request import Wanted
@@ -46,9 +47,13 @@ def check_request(
     table = cache.data[wanted.embedding_key]
     what = f"field {wanted.embedding_key!r}"
     check_floating(check_shape(table, ("C", "D"), what, "Embeddings are vectors."), what)
-    queries = embeddings_of(
-        query_embeddings, ("B", table.shape[1]), "query_embeddings", backend, like=table
-    )
+    try:
+        queries = embeddings_of(
+            query_embeddings, ("B", table.shape[1]), "query_embeddings", backend, like=table
+        )
+    except ShapeError:
+        check_widths(table, wanted.embedding_key, {"query_embeddings": query_embeddings})
+        raise
     if noise is not None:
         expected = (queries.shape[0], wanted.num_samples, 2)
         noise = array_of(noise, expected, "noise", backend, "Uniforms in [0, 1).")
@@ -86,21 +91,33 @@ def check_embeddings(
     pos_doc_embeddings: Any,
     neg_doc_embeddings: Any,
     hard_negative_embeddings: Any,
+    embedding_key: str,
     backend: Backend,
 ) -> Embedded:
     """Return the embeddings of phase two, in the shapes that a retrieval makes of them."""
     (rows, draws), like = retrieval.drawn.shape, retrieval.stale_embeddings
     total, width = None if rows is None else rows * draws, like.shape[1]
-
-    def checked(value: Any, what: str, *shape: Any) -> Array:
-        return embeddings_of(value, (*shape, width), what, backend, like=like)
-
-    queries = checked(query_embeddings, "query_embeddings", rows)
-    positives = checked(pos_doc_embeddings, "pos_doc_embeddings", rows)
-    drawn = checked(neg_doc_embeddings, "the item network's output", total)
-    hard = None
-    if hard_negative_embeddings is not None:
-        hard = checked(hard_negative_embeddings, "hard_negative_embeddings", rows, "H")
+    output, hard = "the item network's output", None
+    try:
+        queries = embeddings_of(
+            query_embeddings, (rows, width), "query_embeddings", backend, like=like
+        )
+        positives = embeddings_of(
+            pos_doc_embeddings, (rows, width), "pos_doc_embeddings", backend, like=like
+        )
+        drawn = embeddings_of(neg_doc_embeddings, (total, width), output, backend, like=like)
+        if hard_negative_embeddings is not None:
+            what, expected = "hard_negative_embeddings", (rows, "H", width)
+            hard = embeddings_of(hard_negative_embeddings, expected, what, backend, like=like)
+    except ShapeError:
+        given = {
+            "query_embeddings": query_embeddings,
+            "pos_doc_embeddings": pos_doc_embeddings,
+            output: neg_doc_embeddings,
+            "hard_negative_embeddings": hard_negative_embeddings,
+        }
+        check_widths(like, embedding_key, given)
+        raise
     return Embedded(queries, positives, drawn, hard)
 
 
@@ -160,17 +177,29 @@ def check_weight(sample_weight: Any, retrieval: Retrieval, dtype: Any, backend: 
     return cast(weight, dtype, backend.xp)
 
 
-def check_pairs(query_embeddings: Any, pos_doc_embeddings: Any) -> None:
-    """Raise unless there is one positive for each query, before anything is drawn."""
+def check_pairs(
+    query_embeddings: Any, pos_doc_embeddings: Any, cache: Any, embedding_key: str
+) -> None:
+    """Raise unless there is one positive for each query, before anything is drawn.
+
+    cache: as the user gave it; it is asked for the width of its rows, and not checked
+    """
     for what, array in (
         ("query_embeddings", query_embeddings),
         ("pos_doc_embeddings", pos_doc_embeddings),
     ):
         if not hasattr(array, "shape") or not hasattr(array, "dtype"):
             raise KindError(f"{what} is a {type(array).__name__}: expected an array (B, D).")
-    check_shape(
-        pos_doc_embeddings,
-        shape_of(query_embeddings, "query_embeddings"),
-        "pos_doc_embeddings",
-        "One positive item for each query.",
-    )
+    queries = shape_of(query_embeddings, "query_embeddings")
+    table = table_of(cache, embedding_key)
+    known = hasattr(table, "shape") and tuple(table.shape[1:]) == queries[1:]
+    if known and shape_of(pos_doc_embeddings, "pos_doc_embeddings") == queries:
+        return
+    given = {"query_embeddings": query_embeddings, "pos_doc_embeddings": pos_doc_embeddings}
+    check_widths(table, embedding_key, given)
+    positives = check_shape(pos_doc_embeddings, ("B", *queries[1:]), "pos_doc_embeddings").shape
+    if queries and None not in (queries[0], positives[0]) and queries[0] != positives[0]:
+        raise ShapeError(
+            f"query_embeddings has {queries[0]} rows and pos_doc_embeddings {positives[0]}: "
+            "expected one positive item for each query."
+        )

@@ -1,6 +1,6 @@
 """The two phases of a loss, as functions of its options: draw negatives, and the loss from them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar, Protocol
@@ -18,6 +18,7 @@ from negcache_core.losses.inputs import (
     check_request,
     check_weight,
 )
+from negcache_core.losses.learning import learning_alike
 from negcache_core.losses.nonfinite import gathered
 from negcache_core.losses.objective import estimate
 from negcache_core.losses.results import CacheLossReturn, refresh_of
@@ -107,8 +108,12 @@ def loss_of(
     hard_negative_embeddings: Array | None,
     hard_negative_features: Mapping[str, Any] | None,
     sample_weight: Array | None,
+    constant: Iterable[str] | None = None,
 ) -> CacheLossReturn:
-    """Check embeddings, and return the loss from a retrieval of this very loss."""
+    """Check embeddings, and return the loss from a retrieval of this very loss.
+
+    constant: which items may carry no gradient while others do; None: nothing is to learn
+    """
     backend = loss.backend
     embedded = check_embeddings(
         retrieval,
@@ -116,11 +121,14 @@ def loss_of(
         pos_doc_embeddings,
         neg_doc_embeddings,
         hard_negative_embeddings,
+        loss.embedding_key,
         backend,
     )
     hard_labels = check_hard_labels(
         hard_negative_features, embedded.hard, retrieval, loss.id_keys, loss.group_key, backend
     )
+    if constant is not None:
+        embedded = learning_alike(embedded, constant, backend)
     scorer = _scorer(loss, *embedded[:3], retrieval.stale_embeddings)
     weight = check_weight(sample_weight, retrieval, scorer.dtype, backend)
     estimated = estimate(

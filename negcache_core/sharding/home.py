@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from negcache_core.arrays._array import Array, cast, positions
-from negcache_core.cache.matching import equal_rows, first_match
+from negcache_core.cache.matching import first_match, last_equal
 from negcache_core.errors import CapacityError
 from negcache_core.sharding.replicas import Replicas, Route
 
@@ -42,9 +42,7 @@ def bring_home(
     asker = place * 0
     for end in itertools.accumulate(sizes[:-1]):
         asker = asker + cast(place >= end, place.dtype, xp)
-    last, same = place, equal_rows(every, every, xp=xp) & counted[None, :]
-    if sum(sizes):  # some libraries know no largest of nothing
-        last = xp.max(xp.where(same, place[None, :], 0), axis=1)
+    last = last_equal(every, counted, xp=xp)
     home = xp.where(
         xp.any(holders, axis=0),
         xp.argmax(cast(holders, xp.uint8, xp), axis=0),

@@ -158,6 +158,8 @@ def compare_with_one_process(strategy, options, ranks, specs=SPECS, steps=6, *, 
     ours, theirs = parameters(), parameters()
     labels = {key: spec for key, spec in specs.items() if key not in ("x", "embedding")}
     given = {"in_batch_negatives": False, **options, "labels": labels, "group": strategy}
+    if "id_key" in given:
+        given["id_keys"] = (given.pop("id_key"),)
     sharded = negcache.NegativeCacheLoss(
         capacity, {"x": specs["x"]}, specs["embedding"], ours[2], **given
     )

@@ -34,18 +34,19 @@ def test_sorting_finds_what_comparing_pairs_does(name, seed, count, capacity, sh
     rng, backend = np.random.default_rng(seed), EAGER[name]
     xp = backend.module.CacheManager.backend.xp
     rows, table = (backend.to_native(items(rng, size, shape, dtype)) for size in (count, capacity))
-    written, mask = (backend.to_native(rng.random(size) < 0.7) for size in (capacity, count))
+    chosen = rng.random(count) < 0.7
+    written, mask = backend.to_native(rng.random(capacity) < 0.7), backend.to_native(chosen)
     by_pairs, by_sorting = (
         backend.numpy(way(rows, table, written, xp))
         for way in (matching._first_by_pairs, matching._first_by_sorting)
     )
     np.testing.assert_array_equal(by_sorting[1], by_pairs[1])
     np.testing.assert_array_equal(by_sorting[0][by_sorting[1]], by_pairs[0][by_pairs[1]])
-    for each in (None, mask):
-        np.testing.assert_array_equal(
-            backend.to_numpy(matching._last_by_sorting(rows, each, xp)),
-            backend.to_numpy(matching.last_of_each(rows, each, xp=xp)),
-        )
+    by_pairs, by_sorting = (
+        backend.to_numpy(way(rows, mask, xp=xp))
+        for way in (matching.last_equal, matching._last_by_sorting)
+    )
+    np.testing.assert_array_equal(by_sorting[chosen], by_pairs[chosen])
 
 
 @pytest.mark.parametrize("name", ["tf.function", "tf.function+xla", "jax.jit"])

@@ -73,7 +73,8 @@ class Options:
             "hard_negative_embeddings": self.hard,
             "sample_weight": self.weight,
         }
-        return {k: backend.to_native(v) for k, v in given.items() if v is not None}
+        native = {k: backend.to_native(v) for k, v in given.items() if v is not None}
+        return {**native, "constant": ("hard_negatives",)}
 
     def own_ids(self):
         return self.ids[1][:, None] if self.positive_ids is None else self.positive_ids
