@@ -25,7 +25,6 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 OUT = Path(__file__).resolve().parents[1] / "runs" / "lightning_search"
 IN_BAR = ("cache/fill", "cache/staleness")  # of the metrics; the loggers have all of them
@@ -74,9 +73,6 @@ class DocstringSearch(lightning.LightningModule):
             return
         self.sharded = dist.is_initialized() and dist.get_world_size() > 1
         self.handler = make_handler(self.model, self.slots, shards=self.sharded)
-        # Otherwise every process would get the first one's shard: at the start and in each step.
-        own = [f"handler.{name}" for name, _ in self.handler.named_buffers()]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, own)  # noqa: SLF001
 
     def training_step(self, batch: dict[str, Tensor]) -> Tensor:
         """Run one step of the cache; to DistributedDataParallel all of it is one forward pass."""

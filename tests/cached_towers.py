@@ -52,6 +52,10 @@ class Model(nn.Module):
     def forward(self, x):
         return self.handler.update_cache_and_compute_loss(*self.arguments(x))
 
+    def reset_parameters(self):
+        """Do what FSDP asks of modules that were made on "meta"."""
+        self.steps.zero_()
+
     def state(self):
         """Return a copy of all the handler's own."""
         return {key: value.clone() for key, value in self.state_dict().items() if key in STATE}

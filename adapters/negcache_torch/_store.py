@@ -53,11 +53,11 @@ class CacheTable(OwnState):
         missing_keys: list[str],
         *others: Any,
     ) -> None:
-        before = len(missing_keys)
+        before, names = len(missing_keys), [name for name, _ in self.named_buffers()]
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, *others
         )
-        if len(missing_keys) > before:  # all of them: see check_loaded
+        if len(missing_keys) == before + len(names):
             missing_keys[before] = MissingCache(missing_keys[before])
 
 
@@ -110,7 +110,7 @@ class MissingCache(str):
     __slots__ = ()
 
     def __format__(self, spec: str) -> str:
-        handler = self.partition("tables.")[0]
+        handler = ".".join(self.split(".")[:-3])  # before tables, the cache and the field
         return (
             f"{self!s}: the state_dict has no cache for the handler at {handler!r}, as that of a "
             "model which was trained without. load_state_dict(state, strict=False) loads the rest "

@@ -1,4 +1,4 @@
-"""Where a handler's caches are kept. An adapter brings its own: buffers, variables or a pytree."""
+"""Where a handler's caches are kept. An adapter brings its own: tensors, variables or a pytree."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ class Store:
         self._caches = caches
 
     def attach(self, handler: Any) -> None:
-        """Put onto a new handler what its framework is to track, such as buffers."""
+        """Put onto a new handler what its framework is to track, such as modules."""
         del handler  # not an empty body, of which TensorFlow's AutoGraph would warn
 
     def read(self) -> Caches:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cached_towers import assert_same
+from cached_towers import assert_same, batch
 from programs import torchrun
 from safetensors.torch import load_file
 
@@ -65,3 +65,19 @@ def test_an_evaluation_in_bfloat16_casts_no_row(towers, tmp_path):
 
 def test_two_processes_by_accelerate_and_by_the_trainer(tmp_path):
     torchrun(2, Path(__file__).with_name("trained_towers.py"), tmp_path)
+
+
+def test_from_pretrained_brings_the_cache_or_says_no(towers, tmp_path):
+    """It would take for initialised whatever is in the memory of a table that it does not find."""
+    torch.manual_seed(0)
+    model = towers.Pretrained(towers.Config())
+    for seed in range(3):
+        model(batch(seed))
+    model.save_pretrained(tmp_path / "whole")
+    other = towers.Pretrained.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
+    assert other.towers.item.weight.dtype == torch.bfloat16
+    assert_same(other.towers.state(), model.towers.state())
+    rest = {key: value for key, value in model.state_dict().items() if "handler" not in key}
+    model.save_pretrained(tmp_path / "rest", state_dict=rest)
+    with pytest.raises(AttributeError, match=r"handler\.tables\.cache_cache"):
+        towers.Pretrained.from_pretrained(tmp_path / "rest")

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from cached_towers import STATE, Model, assert_same, batch
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 ROWS = 3
 
@@ -20,6 +20,22 @@ class TrainerModel(Model):
             return {"loss": super().forward(x)}
         _, *given = self.arguments(x)
         return {"loss": self.handler.evaluate(None, *given).loss}
+
+
+class Config(PreTrainedConfig):
+    model_type = "towers"
+
+
+class Pretrained(PreTrainedModel):
+    config_class = Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.towers = Model()
+        self.post_init()
+
+    def forward(self, x):
+        return self.towers(x)
 
 
 def model_of(kind, **options):

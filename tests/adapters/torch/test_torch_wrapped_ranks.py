@@ -215,3 +215,24 @@ def shards(rank):
 
 def test_a_cache_in_shards_needs_no_more(tmp_path):
     run(tmp_path, shards, ranks=RANKS)
+
+
+def on_meta(rank):
+    """The way of large models: sharded before there is memory; then the cache is a new one."""
+    new = Model(generator=rank).state()
+    for name in ("fsdp2 layers", "fsdp1"):
+        with torch.device("meta"):
+            model = Model(generator=rank)
+        model = WRAPPERS[name](model)
+        if name != "fsdp1":  # which does so itself
+            model.to_empty(device=CPU)
+            for tower in (model.query, model.item):
+                tower.reset_parameters()
+        assert_same(own(model), new)
+        train(model, rank, range(2))
+        state = own(model)
+        assert torch.equal(state["handler.tables.cache_cache.field_x"][:3], data(rank, 0))
+
+
+def test_a_model_that_is_sharded_on_meta_has_a_new_cache(tmp_path):
+    run(tmp_path, on_meta, ranks=RANKS)

@@ -187,8 +187,13 @@ def test_checkpoints_of_whole_models(tmp_path):
 def test_copies_in_threads_are_refused():
     model = Model()
     for part in (model.handler, model.handler.cache_loss, negcache.GumbelMaxRetrievalFn()):
-        with pytest.raises(negcache.OptionError, match=r"DataParallel, which runs copies"):
+        with pytest.raises(negcache.OptionError) as error:
             replicate(part, [0, 1])
+        assert str(error.value) == (
+            "a cache is in a torch.nn.DataParallel, which runs copies of the model in threads and "
+            "drops what they write: rows and draws would be lost. Use one process for each device "
+            "with torch.nn.parallel.DistributedDataParallel, or keep the handler outside."
+        )
 
 
 def test_a_checkpoint_without_a_cache_gives_a_hint_and_loads_where_it_may():
@@ -201,7 +206,13 @@ def test_a_checkpoint_without_a_cache_gives_a_hint_and_loads_where_it_may():
     }
     with pytest.raises(RuntimeError, match="Missing key") as error:
         model.load_state_dict(baseline)
-    assert str(error.value).count("has no cache for the handler at 'towers.handler.'") == 1
+    told = (
+        '"towers.handler.tables.cache_cache.field_x: the state_dict has no cache for the handler '
+        "at 'towers.handler', as that of a model which was trained without. "
+        "load_state_dict(state, strict=False) loads the rest and leaves the cache as it is, at "
+        'first empty; handler.prefill can fill it.", '
+    )
+    assert str(error.value).count(told) == 1
     for key in STATE:
         assert f'"towers.{key}' in str(error.value)
     missing, unexpected = model.load_state_dict(baseline, strict=False)
@@ -211,8 +222,11 @@ def test_a_checkpoint_without_a_cache_gives_a_hint_and_loads_where_it_may():
     assert bool((model["other"].weight == 1).all())
 
 
-def test_keys_that_are_no_state_are_told_as_ever():
+def test_keys_that_are_no_state_or_lack_are_told_as_ever():
     model = Model()
+    rows = {k: v for k, v in model.handler.tables.state_dict().items() if "age" not in k}
+    with pytest.raises(RuntimeError, match=r'"cache_cache\.age"\. $'):
+        model.handler.tables.load_state_dict(rows)
     state = {**model.handler.tables.state_dict(), "cache_cache.more": torch.zeros(1)}
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"cache_cache\.more"'):
         model.handler.tables.load_state_dict(state)
