@@ -10,7 +10,11 @@ from negcache_core.testing._cache_checks import (
     check_top_k,
     check_unique,
 )
-from negcache_core.testing._gradient_checks import check_estimators, check_gradients
+from negcache_core.testing._gradient_checks import (
+    check_estimators,
+    check_gradients,
+    check_learning,
+)
 from negcache_core.testing._handler_checks import (
     check_files,
     check_prefill,
@@ -32,6 +36,7 @@ CHECKS: dict[str, Callable[[Adapter], None]] = {
     "half": check_half,
     "gradients": check_gradients,
     "estimators": check_estimators,
+    "learning": check_learning,
     "steps": check_steps,
     "prefill": check_prefill,
     "refresh": check_refresh,
