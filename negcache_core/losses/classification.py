@@ -18,9 +18,7 @@ from negcache_core.cache.named import Caches
 from negcache_core.cache.state import NegativeCache
 from negcache_core.losses.callbacks import check_scale
 from negcache_core.losses.estimators import ESTIMATORS, check_estimator
-from negcache_core.losses.inputs import (
-    check_pairs,
-)
+from negcache_core.losses.inputs import check_pairs
 from negcache_core.losses.network import embedded_by
 from negcache_core.losses.options import (
     MOST_DRAWS,
