@@ -41,7 +41,7 @@ PROMISED_MB, PROMISED_SLOTS, PROMISED_ROWS = 64, 1_048_576, 64
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def resident_rise(step: Callable[[], Any]) -> int | None:
+def resident_rise(step: Callable[[], Any], times: int = 3) -> int | None:
     """Return by how many bytes some steps raise the peak of resident memory; None if unknown."""
     status = Path("/proc/self/status")
 
@@ -55,7 +55,7 @@ def resident_rise(step: Callable[[], Any]) -> int | None:
     except (OSError, AttributeError):
         return None
     before = kilobytes("VmRSS")
-    for _ in range(3):
+    for _ in range(times):
         step()
     return 1024 * max(0, kilobytes("VmHWM") - before)
 

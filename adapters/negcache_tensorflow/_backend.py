@@ -172,6 +172,7 @@ def _learns_unseen(array: Any) -> bool | None:
     """
     if not tf.is_symbolic_tensor(array):
         return False
+    captured = {inside.ref() for inside in getattr(array.graph, "internal_captures", ())}
     seen, left, argument = set(), [array], False
     while left:
         tensor = left.pop()
@@ -181,7 +182,8 @@ def _learns_unseen(array: Any) -> bool | None:
         if _is_recorded(tensor):
             return False
         left.extend(tensor.op.inputs)
-        argument |= tensor.op.type == "Placeholder" and tensor.dtype.is_floating
+        if tensor.op.type == "Placeholder" and tensor.ref() not in captured:
+            argument |= tensor.dtype.is_floating
     return None if argument else False
 
 

@@ -191,7 +191,8 @@ def check_pairs(
         if not hasattr(array, "shape") or not hasattr(array, "dtype"):
             raise KindError(f"{what} is a {type(array).__name__}: expected an array (B, D).")
     queries = shape_of(query_embeddings, "query_embeddings")
-    table = table_of(cache, embedding_key)
+    sound = isinstance(cache, Caches)
+    table = cache.first().data[embedding_key] if sound else table_of(cache, embedding_key)
     known = hasattr(table, "shape") and tuple(table.shape[1:]) == queries[1:]
     if known and shape_of(pos_doc_embeddings, "pos_doc_embeddings") == queries:
         return

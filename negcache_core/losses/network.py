@@ -36,7 +36,7 @@ def _refusal(error: Exception, features: Mapping[str, Any]) -> Exception | None:
     key = error.args[0] if isinstance(error, KeyError) and error.args else None
     # What is subscripted, if it is that which failed.
     subscripted = "[" in text and _names_features(text.partition("[")[0], trace, fields)
-    if isinstance(key, str):
+    if isinstance(key, str) and "\n" not in key:  # Keras puts a report there
         if key in fields or not subscripted:
             return None
         return KeysError(

@@ -11,7 +11,11 @@ from negcache_core.testing._cache_checks import (
     check_unique,
 )
 from negcache_core.testing._front_door_checks import check_evaluation, check_front_door
-from negcache_core.testing._gradient_checks import check_estimators, check_gradients
+from negcache_core.testing._gradient_checks import (
+    check_estimators,
+    check_gradients,
+    check_learning,
+)
 from negcache_core.testing._handler_checks import (
     check_files,
     check_prefill,
@@ -33,6 +37,7 @@ CHECKS: dict[str, Callable[[Adapter], None]] = {
     "half": check_half,
     "gradients": check_gradients,
     "estimators": check_estimators,
+    "learning": check_learning,
     "steps": check_steps,
     "front_door": check_front_door,
     "evaluation": check_evaluation,

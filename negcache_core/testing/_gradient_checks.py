@@ -1,5 +1,6 @@
 """Checks of gradients: of one draw, worked out by hand, and expected over all draws."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from negcache_core import exact
 from negcache_core.arrays.backend import NUMPY
 from negcache_core.arrays.numerics import log_sum_exp
 from negcache_core.cache.state import EMPTY, NegativeCache
+from negcache_core.errors import OptionError
 from negcache_core.losses.estimators import ESTIMATORS, SampledSoftmax, Weights
 from negcache_core.losses.surrogate import positive_weight
 from negcache_core.testing._adapter import Adapter
@@ -134,6 +136,58 @@ def _gradients_of(
         return gradients_by_hand(drawn, estimator, picked, query, positive, fresh, scale)
 
     return gradients
+
+
+def check_learning(adapter: Adapter) -> None:
+    """Items of which some carry a gradient and others do not are refused, or named as `constant`.
+
+    Of all of them, or of none, nothing is said.
+    """
+    gradients = adapter.gradients
+    if gradients is None:
+        return
+    rng = np.random.default_rng(6)
+    cache = adapter.native(cache_of(rng, 5))
+    noise = adapter.to_native(rng.random((4, 1, 2)))
+    shapes = [(4, WIDTH), (4, WIDTH), (4, WIDTH), (4, 2, WIDTH)]
+    arrays = [adapter.to_native(rng.standard_normal(shape)) for shape in shapes]
+    loss = adapter.module.CacheClassificationLoss("embedding", ("tokens",))
+    xp, stop = loss.backend.xp, loss.backend.stop_gradient
+    names = ("positives", "negatives", "hard_negatives")
+
+    def outcome(still: tuple[str, ...], constant: tuple[str, ...]) -> str:
+        def value(query: Any, *items: Any) -> Any:
+            given = {
+                name: stop(each) if name in still else each
+                for name, each in zip(names, items, strict=True)
+            }
+            drawn = loss.retrieve(query, cache, noise=noise)
+            result = loss.loss_from_negatives(
+                query,
+                given["positives"],
+                given["negatives"],
+                drawn,
+                hard_negative_embeddings=given["hard_negatives"],
+                constant=constant,
+            )
+            return result.loss + sum(xp.sum(0.0 * each) for each in items)  # each has a gradient
+
+        try:
+            gradients(value, arrays)
+        except OptionError as error:
+            return str(error)
+        return ""
+
+    for count in range(len(names) + 1):
+        for still in itertools.combinations(names, count):
+            learning = tuple(name for name in names if name not in still)
+            told = outcome(still, ())
+            mixed = bool(still) and bool(learning)
+            if (f"constant={still!r}" in told) != mixed:
+                raise AssertionError(f"{adapter.name}: of constant {still} the loss says {told!r}.")
+            told = outcome(still, still) if mixed else ""
+            if told:
+                raise AssertionError(f"{adapter.name}: with constant={still} it says {told!r}.")
 
 
 def gradients_by_hand(

@@ -2,11 +2,14 @@
 
 from types import SimpleNamespace
 
+import negcache_torch
 import numpy as np
 import pytest
+import torch
 from backends import BACKENDS
 
 import negcache_core as core
+from negcache_core.arrays.backend import NUMPY
 
 SPECS = {"x": core.FieldSpec((2,), "float32"), "id": core.FieldSpec((), "int32")}
 
@@ -29,14 +32,52 @@ def loss(**options):
     return core.CacheClassificationLoss(**arguments)
 
 
-def call(query=(1, 2), positive=(1, 2), cache=None, dtype=np.float32, output=None, **options):
+def call(
+    query=(1, 2),
+    positive=(1, 2),
+    cache=None,
+    dtype=np.float32,
+    output=None,
+    network=None,
+    **options,
+):
     cache = manager().init_cache() if cache is None else cache
     return loss(**options)(
-        lambda features: np.zeros(output or (len(features["id"]), 2), np.float32),
+        network or (lambda features: np.zeros(output or (len(features["id"]), 2), np.float32)),
         np.zeros(query, dtype),
         np.zeros(positive, dtype),
         cache,
     )
+
+
+def tensorflow_parts():
+    module = BACKENDS["tensorflow"].module
+    return module.CacheManager(SPECS, 2), module.CacheClassificationLoss("x", ("id",))
+
+
+def step(query=(1, 2), positive=(1, 2), dtype=np.float32, **options):
+    """A step on a cache of embeddings (2,)."""
+    return handler().update_cache_and_compute_loss(
+        lambda features: np.zeros((len(features["id"]), 2), np.float32),
+        np.zeros(query, np.float32),
+        np.zeros(positive, dtype),
+        {"id": np.zeros(1, np.int32)},
+        **options,
+    )
+
+
+def mixed(still):
+    """Whether a gradient reaches the items, as a library that differentiates would say it."""
+
+    class Told(type(NUMPY)):
+        def watch_gradients(self, arrays, check):
+            check([name not in still for name in ("positives", "negatives")])
+            return arrays
+
+    own = loss()
+    own.backend = Told()
+    network, x = (lambda features: np.zeros((1, 2), np.float32)), np.zeros((1, 2), np.float32)
+    return own(network, x, x, manager().init_cache())
 
 
 def handler(specs=SPECS, cache_loss=None, embedding_key="x", data_keys=("id",), **options):
@@ -230,12 +271,128 @@ CASES = [
     (
         lambda: call(query=(1, 3), positive=(1, 3)),
         core.ShapeError,
-        "query_embeddings has shape (1, 3): expected (B, 2).",
+        "field 'x' of the cache has shape (2, 2): expected width 3, that of query_embeddings and "
+        "pos_doc_embeddings. Make the cache with FieldSpec((3,), …) for it.",
+    ),
+    (
+        lambda: call(query=(1, 3)),
+        core.ShapeError,
+        "query_embeddings has shape (1, 3): expected width 2, that of field 'x' of the cache and "
+        "pos_doc_embeddings.",
+    ),
+    (
+        lambda: call(positive=(1, 3)),
+        core.ShapeError,
+        "pos_doc_embeddings has shape (1, 3): expected width 2, that of field 'x' of the cache and "
+        "query_embeddings.",
+    ),
+    (
+        lambda: call(query=(1, 4), positive=(1, 3)),
+        core.ShapeError,
+        "query_embeddings has shape (1, 4), pos_doc_embeddings has shape (1, 3) and field 'x' of "
+        "the cache has shape (2, 2): expected one width, the last size, that of the towers and in "
+        "the cache's specs.",
+    ),
+    (
+        lambda: step(positive=(1, 3)),
+        core.ShapeError,
+        "pos_item_embeddings has shape (1, 3): expected width 2, that of field 'x' of the cache "
+        "and query_embeddings.",
+    ),
+    (
+        lambda: step(query=(1, 3), positive=(1, 3)),
+        core.ShapeError,
+        "field 'x' of the cache has shape (2, 2): expected width 3, that of pos_item_embeddings "
+        "and query_embeddings. Make the cache with FieldSpec((3,), …) for it.",
+    ),
+    (
+        lambda: step(query=(1, 3)),
+        core.ShapeError,
+        "query_embeddings has shape (1, 3): expected width 2, that of field 'x' of the cache and "
+        "pos_doc_embeddings.",
+    ),
+    (
+        lambda: step(dtype=np.int64),
+        core.DTypeError,
+        "pos_item_embeddings has dtype int64: expected float16, bfloat16, float32 or float64. Pass "
+        "the network's output, not its input.",
+    ),
+    (
+        lambda: step(hard_negative_embeddings=np.zeros((1, 2, 3), np.float32)),
+        core.ShapeError,
+        "hard_negative_embeddings has shape (1, 2, 3): expected width 2, that of field 'x' of the "
+        "cache, query_embeddings, pos_doc_embeddings and the item network's output.",
+    ),
+    (
+        lambda: handler().retrieve(np.zeros((1, 3), np.float32), {"id": np.zeros(1, np.int32)}),
+        core.ShapeError,
+        "query_embeddings has shape (1, 3) and field 'x' of the cache has shape (2, 2): expected "
+        "one width, the last size, that of the towers and in the cache's specs.",
+    ),
+    (
+        lambda: handler().prefill(
+            lambda features: np.zeros((1, 3), np.float32), {"id": np.zeros(1, np.int32)}, 1
+        ),
+        core.ShapeError,
+        "the item network's output has shape (1, 3) and field 'x' of the cache has shape (2, 2): "
+        "expected one width, the last size, that of the towers and in the cache's specs.",
+    ),
+    # what must not learn by accident
+    (
+        lambda: mixed({"positives"}),
+        core.OptionError,
+        "the positives carry no gradient, and the drawn negatives do: the item network would learn "
+        "from the drawn negatives alone. Embed all items by the network that is trained, outside "
+        "of no_grad and without detach or stop_gradient. If it is meant, pass "
+        "constant=('positives',).",
+    ),
+    (
+        lambda: mixed({"negatives"}),
+        core.OptionError,
+        "the drawn negatives carry no gradient, and the positives do: the item network would learn "
+        "from the positives alone. Embed all items by the network that is trained, outside of "
+        "no_grad and without detach or stop_gradient. If it is meant, pass "
+        "constant=('negatives',).",
+    ),
+    (
+        lambda: step(constant="positives"),
+        core.KindError,
+        "constant is 'positives': expected several names, as ('positives',).",
+    ),
+    (
+        lambda: step(constant=("items",)),
+        core.OptionError,
+        "constant has ['items']: expected names among ['positives', 'negatives', "
+        "'hard_negatives'].",
+    ),
+    (
+        lambda: negcache_torch.CacheClassificationLoss(
+            "x", ("id",), scale=torch.zeros((), requires_grad=True).exp()
+        ),
+        core.OptionError,
+        "scale is a tensor that was computed from others, whose graph only one step has: the next "
+        "could not differentiate it. Give the parameter itself, scale=log_scale, or a function "
+        "that computes it anew in every step, scale=lambda: log_scale.exp().",
+    ),
+    # networks that take no dict of these fields
+    (
+        lambda: call(network=lambda features: features + 1.0),
+        core.KindError,
+        "the item network raised TypeError, as it was called with a dict of arrays, fields ['id']: "
+        "wrap yours, such as lambda features: encoder(features['id']).",
+    ),
+    (
+        lambda: call(network=lambda features: features["label"]),
+        core.KeysError,
+        "the item network reads field 'label', and is given ['id'], the data_keys: labels that are "
+        "kept beside are not among them. Add 'label' to data_keys, or do without it in the "
+        "network.",
     ),
     (
         lambda: call(positive=(2, 2)),
         core.ShapeError,
-        "pos_doc_embeddings has shape (2, 2): expected (1, 2). One positive item for each query.",
+        "query_embeddings has 1 rows and pos_doc_embeddings 2: expected one positive item for each "
+        "query.",
     ),
     (
         lambda: call(dtype=np.int64),
@@ -246,7 +403,13 @@ CASES = [
     (
         lambda: call(output=(1, 5)),
         core.ShapeError,
-        "the item network's output has shape (1, 5): expected (1, 2).",
+        "the item network's output has shape (1, 5): expected width 2, that of field 'x' of the "
+        "cache, query_embeddings and pos_doc_embeddings.",
+    ),
+    (
+        lambda: call(output=(3, 2)),
+        core.ShapeError,
+        "the item network's output has shape (3, 2): expected (1, 2).",
     ),
     (
         lambda: call(cache=SimpleNamespace(data={})),
@@ -300,6 +463,13 @@ CASES = [
         "pos_features lack ['id']: expected all that the item network takes, ['id'].",
     ),
     # filters and handlers
+    (
+        lambda: BACKENDS["tensorflow"].module.CacheLossHandler(*tensorflow_parts()).resize(3),
+        core.OptionError,
+        "resize changes shapes, and TensorFlow's variables keep theirs: make a handler with the "
+        "new cache_size, and new.load(path, resize=True) what this one's save(path) wrote, or "
+        "new.restore(handler.cache, resize=True).",
+    ),
     (
         lambda: core.IsInCacheFilterFn(("x",))(manager().init_cache(), rows(1)),
         core.DTypeError,

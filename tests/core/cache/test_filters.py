@@ -1,5 +1,7 @@
 """The filter against a plain loop over slots, on every backend."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from backends import EAGER
@@ -8,8 +10,9 @@ from hypothesis import strategies as st
 from strategies import seeds
 
 from negcache_core import EMPTY
+from negcache_core.cache import matching
 
-SHAPES = {"scalar": (), "vector": (2,), "matrix": (2, 1), "flag": ()}
+SHAPES = {"scalar": (), "vector": (2,), "matrix": (2, 1), "flag": (), "nothing": (0,)}
 
 
 @pytest.mark.parametrize("name", EAGER)
@@ -18,8 +21,9 @@ SHAPES = {"scalar": (), "vector": (2,), "matrix": (2, 1), "flag": ()}
     slots=st.integers(1, 6),
     rows=st.integers(0, 5),
     keys=st.lists(st.sampled_from(sorted(SHAPES)), min_size=1, unique=True),
+    few=st.sampled_from([0, matching.FEW]),  # by sorting, or pair by pair
 )
-def test_true_means_that_no_written_row_equals_it_on_all_keys(name, seed, slots, rows, keys):
+def test_true_means_that_no_written_row_equals_it_on_all_keys(name, seed, slots, rows, keys, few):
     backend, rng = EAGER[name], np.random.default_rng(seed)
 
     def some(count):
@@ -39,7 +43,8 @@ def test_true_means_that_no_written_row_equals_it_on_all_keys(name, seed, slots,
         )
         for row in range(rows)
     ]
-    mask = backend.module.IsInCacheFilterFn(keys)(
-        backend.native(backend.module.NegativeCache(data, age)), backend.native(items)
-    )
+    with mock.patch.object(matching, "FEW", few):
+        mask = backend.module.IsInCacheFilterFn(keys)(
+            backend.native(backend.module.NegativeCache(data, age)), backend.native(items)
+        )
     np.testing.assert_array_equal(backend.to_numpy(mask), np.asarray(expected, bool))

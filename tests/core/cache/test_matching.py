@@ -1,5 +1,7 @@
 """Matching by sorting is matching pair by pair, on keys of any shape."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from backends import BACKENDS, EAGER
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import seeds
 
+from negcache_core import IsInCacheFilterFn, NegativeCache
 from negcache_core.cache import matching
 
 SHAPES = st.sampled_from([(), (1,), (3,), (2, 2), (0,)])
@@ -73,3 +76,30 @@ def test_a_traced_batch_is_matched_by_sorting_too(name, key, monkeypatch):
     np.testing.assert_array_equal(slots[found], expected[there])
     monkeypatch.undo()
     np.testing.assert_array_equal(last, matching.last_of_each(rows, mask))
+
+
+def peak_of(function):
+    """Return the most bytes that a call has allocated at a time."""
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("keys", [("id",), ("id", "tokens")])
+def test_many_rows_take_memory_as_rows_and_slots_do_and_not_as_pairs(keys):
+    """5,000 rows and 40,000 slots are 200 MB of pairs, each of one byte."""
+    rng = np.random.default_rng(0)
+    shapes = {"id": (), "tokens": (3,)}
+    cache = NegativeCache(
+        {key: rng.integers(0, 9**9, (40_000, *shape)) for key, shape in shapes.items()},
+        np.zeros(40_000, np.int32),
+    )
+    batch = {key: rows[:5_000] for key, rows in cache.data.items()}
+    passes = IsInCacheFilterFn(keys)
+    assert peak_of(lambda: passes(cache, batch)) < 15e6
+    assert not passes(cache, batch).any()
+    rows = batch["id"]
+    assert peak_of(lambda: matching.last_equal(rows, rows >= 0)) < 15e6
