@@ -75,7 +75,7 @@ def _exponentials_in_place(scores: Any, block: int, xp: Any) -> tuple[Any, Any]:
     top = xp.max(xp.reshape(xp.max(wide, axis=1), shape), axis=1)
     top = xp.clip(top, finite.min, finite.max)
     shift = xp.reshape(xp.broadcast_to(top[:, None, :], shape), (shape[0], 1, -1))
-    xp.exp(xp.subtract(wide, shift, out=wide), out=wide)
+    xp.exp_difference(wide, shift)
     return top, xp.sum(xp.reshape(xp.sum(wide, axis=1), shape), axis=1)
 
 

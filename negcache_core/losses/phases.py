@@ -24,7 +24,7 @@ from negcache_core.losses.objective import estimate
 from negcache_core.losses.results import CacheLossReturn, refresh_of
 from negcache_core.retrieval.placement import Placement
 from negcache_core.retrieval.request import Request, Wanted
-from negcache_core.retrieval.result import Retrieval
+from negcache_core.retrieval.result import Retrieval, check_retrieval
 from negcache_core.retrieval.retrieve import retrieve
 from negcache_core.retrieval.scorer import Scorer
 
@@ -97,6 +97,19 @@ def draw_negatives(
     if not isinstance(cache, Mapping):
         retrieval = retrieval._replace(slots=retrieval.slots[SINGLE], owned=retrieval.owned[SINGLE])
     return retrieval
+
+
+def check_own(loss: Phased, retrieval: Any) -> None:
+    """Raise unless `retrieval` is what this loss's own `retrieve` may have returned."""
+    estimator = ESTIMATORS[loss.estimator]
+    check_retrieval(
+        retrieval,
+        loss.backend,
+        pool=estimator.shares_draws,
+        readout=estimator.reads_out,
+        others=loss.in_batch_negatives,
+        own=bool(loss.id_keys) or loss.group_key is not None,
+    )
 
 
 def loss_of(
