@@ -9,11 +9,13 @@ from negcache_core.cache.named import Caches
 from negcache_core.cache.state import written_slots
 from negcache_core.errors import TrainingWarning
 from negcache_core.handlers.setup import Setup
-from negcache_core.losses.words import loss_in_words
+from negcache_core.losses.words import loss_in_words, scale_of
 
 HIGH_STALENESS = 0.1
 HARMFUL_STALENESS = 0.5
-"""Two random directions have a staleness of 2: at a quarter of that rows mislead more than help."""
+STRANGE_STALENESS = 1.0
+"""Two random directions have a staleness of 2: at a quarter of that rows mislead more than help, at
+half of it they hardly tell of these towers."""
 
 FIRST_LOOK = 64
 """The first step at which figures are read for a warning; later ones are at twice as many each."""
@@ -93,6 +95,9 @@ def _of_staleness(figures: Mapping[str, Any]) -> list[str]:
         f"staleness {stale:.2f} (|stale - fresh|^2 / |fresh|^2 of drawn rows, {age:.0f} steps old "
         "on average)"
     )
+    if stale >= STRANGE_STALENESS:
+        why = "Was a checkpoint loaded into one of them only, or is the learning rate far too high?"
+        return [f"{measured}: the item tower is hardly the one that embedded these rows. {why}"]
     if stale >= HIGH_STALENESS:
         advice = "Lower it, refresh() rows between steps, or make the cache smaller."
         return [f"{measured}: rows are too old for this learning rate. {advice}"]
@@ -126,7 +131,7 @@ def _of_scale(loss: Any) -> list[str]:
     scale = getattr(loss, "scale", None)
     if scale is None or isinstance(scale, (int, float)):
         return []
-    value = number_of(scale() if callable(scale) else scale)
+    value = scale_of(loss)
     if value is None or value < RUNAWAY_SCALE:
         return []
     advice = "Fix it: 20 suits embeddings of length 1."
