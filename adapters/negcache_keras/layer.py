@@ -86,7 +86,8 @@ class CacheLayer(keras.layers.Layer):
 
         training: False, as in `evaluate`: the loss against the cache as it is. Rows are drawn and
                   embedded for the figures alone; rows, ages and the draws to come stay the same.
-        options:  hard_negative_embeddings, sample_weight: see CacheClassificationLoss
+        options:  hard_negative_embeddings, hard_negative_features, sample_weight: see
+                  CacheClassificationLoss
 
         The other arguments are those of `handler.update_cache_and_compute_loss`. Raises KeysError
         for a name in `shown` that is no metric of the loss, and what the handler raises.
@@ -114,7 +115,12 @@ class CacheLayer(keras.layers.Layer):
         """Run a step by its phases; nothing is written if a name in `shown` is wrong."""
         handler = self.handler
         with handler.cache_loss.undone_on_error():
-            found = handler.retrieve(query_embeddings, features, positive_ids=positive_ids)
+            found = handler.retrieve(
+                query_embeddings,
+                features,
+                positive_ids=positive_ids,
+                pos_item_embeddings=pos_item_embeddings,
+            )
             result = handler.compute_loss(
                 query_embeddings,
                 pos_item_embeddings,

@@ -7,10 +7,10 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from negcache_core.adapter import ACCELERATOR_TILE, CPU_TILE, Backend
-from negcache_core.arrays.numerics import block_log_sum_exp_in_place, exclude_in_place
+from negcache_core.arrays.exclusion import Exclusions, Labels, exclude_in_place
+from negcache_core.arrays.numerics import block_log_sum_exp_in_place, read_blocks_in_place
 
 from . import _namespace
 from ._generator import BufferGenerator, refuse_recomputation
@@ -112,19 +112,22 @@ class TorchBackend(Backend[Tensor]):
         scores = torch.where(written[:, None], scores, -torch.inf)
         return torch.logsumexp(scores.view(scores.shape[0] // block, block, -1), 1)
 
-    def attention(self, queries: Tensor, rows: Tensor, written: Tensor) -> Tensor | None:
-        # Measured on CPUs: a third faster than products and exponentials apart. A mask undoes it.
-        if not _values_are_at_hand(rows) or rows.dtype != queries.dtype or not written.all():
-            return None
-        asked, keys = queries[None, None], rows[None, None]
-        with _namespace.as_wide_as_given(rows):
-            mean = functional.scaled_dot_product_attention(asked, keys, keys, scale=1.0)
-        return mean[0, 0]
+    def read_blocks(
+        self, scores: Tensor, rows: Tensor, written: Tensor, block: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not _values_are_at_hand(scores):
+            return super().read_blocks(scores, rows, written, block)
+        # Measured: twice as fast as PyTorch's attention kernel beside the blocks' own exponentials.
+        scores = scores.contiguous()
+        if not written.all():
+            scores.index_fill_(0, torch.nonzero(~written)[:, 0], -torch.inf)
+            rows = torch.where(written[: len(rows), None], rows, 0.0)
+        return read_blocks_in_place(scores, rows, block, xp=self.xp)
 
-    def exclude(self, scores: Tensor, ids: Tensor, positive_ids: Tensor) -> Tensor:
+    def exclude(self, scores: Tensor, rows: Labels, own: Exclusions) -> Tensor:
         if _values_are_at_hand(scores):
-            return exclude_in_place(scores, ids, positive_ids, xp=self.xp)
-        return super().exclude(scores, ids, positive_ids)
+            return exclude_in_place(scores.contiguous(), rows, own, xp=self.xp)
+        return super().exclude(scores, rows, own)
 
     def write_rows(self, table: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
         if table.dtype in _namespace.UNSIGNED:

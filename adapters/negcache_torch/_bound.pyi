@@ -28,8 +28,9 @@ class CacheClassificationLoss(core.CacheClassificationLoss, nn.Module):
         cache: NegativeCache | Mapping[str, NegativeCache],
         *,
         pos_features: Mapping[str, Array] | None = None,
-        positive_ids: Array | None = None,
+        positive_ids: Array | Mapping[str, Array] | None = None,
         hard_negative_embeddings: Array | None = None,
+        hard_negative_features: Mapping[str, Array] | None = None,
         sample_weight: Array | None = None,
         noise: Array | None = None,
     ) -> CacheLossReturn: ...
@@ -43,8 +44,9 @@ class DistributedCacheClassificationLoss(sharding.DistributedCacheClassification
         cache: NegativeCache | Mapping[str, NegativeCache],
         *,
         pos_features: Mapping[str, Array] | None = None,
-        positive_ids: Array | None = None,
+        positive_ids: Array | Mapping[str, Array] | None = None,
         hard_negative_embeddings: Array | None = None,
+        hard_negative_features: Mapping[str, Array] | None = None,
         sample_weight: Array | None = None,
         noise: Array | None = None,
     ) -> CacheLossReturn: ...

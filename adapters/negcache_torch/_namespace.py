@@ -24,7 +24,8 @@ arange, zeros, full, full_like = torch.arange, torch.zeros, torch.full, torch.fu
 ones_like, where, reshape = torch.ones_like, torch.where, torch.reshape
 broadcast_to, concat, cumulative_sum = torch.broadcast_to, torch.cat, torch.cumsum
 all, any, mean, max, argmax = torch.all, torch.any, torch.mean, torch.amax, torch.argmax
-argsort, topk, clip, subtract = torch.argsort, torch.topk, torch.clip, torch.subtract
+argsort, topk, clip = torch.argsort, torch.topk, torch.clip
+subtract, multiply = torch.subtract, torch.multiply
 finfo, searchsorted, zeros_like = torch.finfo, torch.searchsorted, torch.zeros_like
 
 index_dtype = int64
@@ -51,8 +52,18 @@ def maximum(left: Tensor, right: Any) -> Tensor:
     return torch.maximum(left, right) if isinstance(right, Tensor) else left.clamp(min=right)
 
 
-def minimum(left: Tensor, right: Any) -> Tensor:
-    return torch.minimum(left, right) if isinstance(right, Tensor) else left.clamp(max=right)
+def minimum(left: Tensor, right: Any, out: Tensor | None = None) -> Tensor:
+    if isinstance(right, Tensor):
+        return torch.minimum(left, right, out=out)
+    return left.clamp(max=right)
+
+
+def take(array: Tensor, indices: Tensor, axis: int) -> Tensor:
+    return torch.index_select(array, axis, indices)
+
+
+def nonzero(array: Tensor) -> tuple[Tensor, ...]:
+    return torch.nonzero(array, as_tuple=True)
 
 
 def sort(array: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ from typing import Any, Generic
 import numpy as np
 
 from negcache_core.arrays._array import Array, ArrayT, concat_rows, namespace, numpy_namespace
+from negcache_core.arrays.exclusion import Exclusions, Labels, exclude_in_place, excluded
 from negcache_core.arrays.numerics import (
     block_log_sum_exp_in_place,
-    exclude_in_place,
-    is_among,
     log_sum_exp,
+    read_blocks_in_place,
+    read_out,
 )
 from negcache_core.errors import KindError, OptionError
 
@@ -150,20 +151,29 @@ class Backend(Generic[ArrayT]):
         scores = xp.where(written[:, None], scores, -float("inf"))
         return log_sum_exp(xp.reshape(scores, (scores.shape[0] // block, block, -1)), 1, xp=xp)
 
-    def attention(self, queries: ArrayT, rows: ArrayT, written: ArrayT) -> ArrayT | None:
-        """Return softmax(queries @ rows.T) @ rows, for queries (B, D) and rows (n, D): (B, D).
+    def read_blocks(
+        self, scores: ArrayT, rows: ArrayT, written: ArrayT, block: int
+    ) -> tuple[ArrayT, ArrayT, ArrayT]:
+        """Return `block_log_sum_exp`, that of all rows (B,), and the mean (B, D) of rows (m, D).
 
-        By a kernel of the library's own, and None where it has none that is faster, or where not
-        all rows count, written (n,).
-        """
-        return None
-
-    def exclude(self, scores: ArrayT, ids: ArrayT, positive_ids: ArrayT) -> ArrayT:
-        """Return scores (n, B), -inf where the item, ids (n,), is one of positive_ids (B, P).
+        scores, written: as there, n >= m; the mean is under each query's softmax
 
         May overwrite `scores`.
         """
-        return self.xp.where(is_among(ids, positive_ids), -float("inf"), scores)
+        xp, count = self.xp, rows.shape[0]
+        counts = written[:count, None]
+        # Rows of empty slots may hold anything, and 0 times it need not be 0.
+        read: Any = read_out(
+            xp.where(counts, scores[:count, ...], -float("inf")), xp.where(counts, rows, 0.0), xp=xp
+        )
+        return self.block_log_sum_exp(scores, written, block), *read
+
+    def exclude(self, scores: ArrayT, rows: Labels, own: Exclusions) -> ArrayT:
+        """Return scores (n, B), -inf where a row, labels (n,), must not oppose a query.
+
+        May overwrite `scores`.
+        """
+        return excluded(scores, rows, own, xp=self.xp)
 
     def write_rows(self, table: ArrayT, slots: ArrayT, rows: ArrayT) -> ArrayT:
         """Put `rows` (n, …) at `slots` (n,) of `table` (C, …), and return the table.
@@ -225,9 +235,21 @@ class NumpyBackend(Backend):
         with np.errstate(divide="ignore"):  # the logarithm of an empty block's sum
             return block_log_sum_exp_in_place(scores, block, xp=self.xp)
 
-    def exclude(self, scores: Array, ids: Array, positive_ids: Array) -> Array:
-        """Do it in place; the few rows that hold anyone's positive are found first."""
-        return exclude_in_place(scores, ids, positive_ids, xp=self.xp)
+    def read_blocks(
+        self, scores: Array, rows: Any, written: Any, block: int
+    ) -> tuple[Array, Array, Array]:
+        """Do it in place."""
+        scores = np.require(scores, requirements=("C", "W"))
+        if not written.all():
+            scores[~written] = -np.inf
+            rows = np.where(written[: len(rows), None], rows, 0)
+        with np.errstate(divide="ignore"):
+            return read_blocks_in_place(scores, rows, block, xp=self.xp)
+
+    def exclude(self, scores: Array, rows: Labels, own: Exclusions) -> Array:
+        """Do it in place."""
+        scores = np.require(scores, requirements=("C", "W"))
+        return exclude_in_place(scores, rows, own, xp=self.xp)
 
 
 NUMPY = NumpyBackend()

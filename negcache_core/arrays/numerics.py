@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from negcache_core.arrays._array import Array, ArrayT, cast, namespace, positions
+from negcache_core.arrays._array import Array, ArrayT, cast, namespace
 
 
 def log_sum_exp(scores: ArrayT, axis: int = -1, *, xp: Any = None) -> ArrayT:
@@ -25,46 +25,71 @@ def log_sum_exp(scores: ArrayT, axis: int = -1, *, xp: Any = None) -> ArrayT:
     return xp.where(total == 0, -float("inf"), xp.log(xp.where(total == 0, 1.0, total)) + top)
 
 
+def read_out(scores: Array, rows: Array, *, xp: Any) -> tuple[Array, Array]:
+    """Return the log-sum-exp (B,) of scores (n, B), and the mean (B, D) of rows by their softmax.
+
+    This is attention with keys and values alike.
+    """
+    top = xp.max(scores, axis=0)
+    top = xp.where(top > -float("inf"), top, 0.0)
+    weights = xp.exp(scores - top[None, :])
+    total = xp.sum(weights, axis=0)
+    some = xp.where(total > 0, total, 1.0)
+    added = xp.where(total > 0, xp.log(some) + top, -float("inf"))
+    return added, xp.matmul(xp.matrix_transpose(weights), rows) / some[:, None]
+
+
 def block_log_sum_exp_in_place(scores: ArrayT, block: int, *, xp: Any) -> ArrayT:
     """Return the log-sum-exp of every `block` rows of scores (n, B): (n / block, B).
 
     For libraries that write into their arrays (`out=`): overwrites `scores`, and allocates little.
-    Each FOLD rows are treated as one, so that few queries still make rows as wide as registers.
     """
-    blocks, rows = scores.shape[0] // block, scores.shape[1]
-    narrow, finite = (blocks, FOLD, rows), xp.finfo(scores.dtype)
-    wide = xp.reshape(scores, (blocks, block // FOLD, FOLD * rows))
-    top = xp.max(xp.reshape(xp.max(wide, axis=1), narrow), axis=1)
-    top = xp.clip(top, finite.min, finite.max)[:, None, :]
-    shift = xp.reshape(xp.broadcast_to(top, narrow), (blocks, 1, FOLD * rows))
+    top, total = _exponentials_in_place(scores, block, xp)
+    return xp.log(total) + top
+
+
+def read_blocks_in_place(
+    scores: ArrayT, rows: Any, block: int, *, xp: Any
+) -> tuple[ArrayT, ArrayT, ArrayT]:
+    """Return `block_log_sum_exp_in_place`, that of all rows (B,), and their mean (B, D).
+
+    rows: (m, D), m <= n; the mean is under each query's softmax of scores (n, B), and 0 of no rows.
+    One set of exponentials serves both, so a readout costs little more than a second product.
+    """
+    top, total = _exponentials_in_place(scores, block, xp)
+    highest = xp.max(top, axis=0)
+    share = xp.exp(top - highest[None, :])  # of a block's exponentials in those of all
+    whole = xp.sum(share * total, axis=0)
+    some = xp.where(whole > 0, whole, 1.0)
+    shape, wide = _folded(scores, block, xp)
+    share = xp.reshape(xp.broadcast_to((share / some)[:, None, :], shape), (shape[0], 1, -1))
+    xp.multiply(wide, share, out=wide)
+    mean = xp.matmul(xp.matrix_transpose(scores[: rows.shape[0]]), rows)
+    return xp.log(total) + top, xp.log(whole) + highest, mean
+
+
+def _exponentials_in_place(scores: Any, block: int, xp: Any) -> tuple[Any, Any]:
+    """Make scores (n, B) exponentials, over each block's largest; return that, and their sums."""
+    shape, wide = _folded(scores, block, xp)
+    finite = xp.finfo(scores.dtype)
+    top = xp.max(xp.reshape(xp.max(wide, axis=1), shape), axis=1)
+    top = xp.clip(top, finite.min, finite.max)
+    shift = xp.reshape(xp.broadcast_to(top[:, None, :], shape), (shape[0], 1, -1))
     xp.exp(xp.subtract(wide, shift, out=wide), out=wide)
-    total = xp.sum(xp.reshape(xp.sum(wide, axis=1), narrow), axis=1)
-    return xp.log(total) + top[:, 0]
+    return top, xp.sum(xp.reshape(xp.sum(wide, axis=1), shape), axis=1)
+
+
+def _folded(scores: Any, block: int, xp: Any) -> tuple[tuple[int, int, int], Any]:
+    """Return a view of scores (n, B) in which FOLD rows of a block are one, and its parts' shape.
+
+    So few queries still make rows as wide as registers.
+    """
+    blocks, queries = scores.shape[0] // block, scores.shape[1]
+    wide = xp.reshape(scores, (blocks, block // FOLD, FOLD * queries))
+    return (blocks, FOLD, queries), wide
 
 
 FOLD = 8
-
-
-def is_among(ids: Array, positive_ids: Array) -> Array:
-    """Return bool (n, B): whether each of ids (n,) is one of each query's positive_ids (B, P)."""
-    found = ids[:, None] == positive_ids[None, :, 0]
-    for place in range(1, positive_ids.shape[1]):  # one n x B comparison at a time
-        found = found | (ids[:, None] == positive_ids[None, :, place])
-    return found
-
-
-def exclude_in_place(scores: ArrayT, ids: Array, positive_ids: Array, *, xp: Any) -> ArrayT:
-    """Set scores (n, B) to -inf where `is_among`, for libraries that write into their arrays.
-
-    Few rows hold a positive of any query: they are found by bisection, and only they are compared.
-    """
-    wanted = xp.sort(xp.reshape(positive_ids, (-1,)))
-    if wanted.shape[0]:
-        place = xp.clip(xp.searchsorted(wanted, ids), 0, wanted.shape[0] - 1)
-        rows = positions(ids, xp)[wanted[place] == ids]
-        found = is_among(ids[rows], positive_ids)
-        scores[rows] = xp.where(found, -float("inf"), scores[rows])
-    return scores
 
 
 def soft_plus(values: Array, *, xp: Any = None) -> Array:

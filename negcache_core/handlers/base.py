@@ -148,7 +148,7 @@ class BaseHandler:
     ) -> CacheLossReturn:
         """Phase two: the loss from embeddings (B * S, D) of the retrieved features.
 
-        options: hard_negative_embeddings, sample_weight: see the loss
+        options: hard_negative_embeddings, hard_negative_features, sample_weight: see the loss
         """
         setup = self._setup
         result = setup.phased_loss().loss_from_negatives(
@@ -264,13 +264,18 @@ class BaseHandler:
         self,
         query_embeddings: Array,
         features: Mapping[str, Mapping[str, Array]],
+        pos_item_embeddings: Array | None,
         options: Mapping[str, Any],
     ) -> Retrieval:
         setup, caches = self._setup, self._store.read()
         loss = setup.phased_loss()
         with loss.undone_on_error():
             return loss.retrieve(
-                query_embeddings, caches, pos_features=self._stand_in(features), **options
+                query_embeddings,
+                caches,
+                pos_features=self._stand_in(features),
+                pos_doc_embeddings=pos_item_embeddings,
+                **options,
             )
 
     def _evaluate(

@@ -100,8 +100,8 @@ class CacheLossHandler(BaseHandler):
                              generator, written, or grows older. None: PyTorch's module is asked
                              (`.train()`, `.eval()`), and without gradients it does not learn;
                              elsewhere it does.
-        options:             positive_ids, hard_negative_embeddings, sample_weight, noise: see
-                             CacheClassificationLoss
+        options:             positive_ids, hard_negative_embeddings, hard_negative_features,
+                             sample_weight, noise: see CacheClassificationLoss
 
         Calling the handler does the same.
         """
@@ -133,7 +133,8 @@ class CacheLossHandler(BaseHandler):
 
         item_network: None, or a network to embed a few rows with, for the metrics that tell how
                       stale the cache is; without it they are those of a fresh cache
-        options:      positive_ids, hard_negative_embeddings, sample_weight: see the loss
+        options:      positive_ids, hard_negative_embeddings, hard_negative_features,
+                      sample_weight: see the loss
 
         The value does not depend on draws: no generator is asked, rows are chosen without one.
         """
@@ -146,14 +147,17 @@ class CacheLossHandler(BaseHandler):
         features: Mapping[str, Array],
         *,
         labels: Mapping[str, Array] | None = None,
+        pos_item_embeddings: Array | None = None,
         **options: Any,
     ) -> Retrieval:
         """Phase one: draw negatives. Embed the result's `.features`, perhaps with the positives.
 
-        features: the positives', as in `update_cache_and_compute_loss`
-        options:  positive_ids, noise: see the loss
+        features:            the positives', as in `update_cache_and_compute_loss`
+        pos_item_embeddings: (B, D), needed for a loss with a `margin` alone
+        options:             positive_ids, noise: see the loss
         """
-        return self._retrieve(query_embeddings, {SINGLE: with_labels(features, labels)}, options)
+        given = {SINGLE: with_labels(features, labels)}
+        return self._retrieve(query_embeddings, given, pos_item_embeddings, options)
 
     def commit(
         self,
@@ -284,10 +288,12 @@ class MultiCacheLossHandler(BaseHandler):
         self,
         query_embeddings: Array,
         new_item_features: Mapping[str, Mapping[str, Array]],
+        *,
+        pos_item_embeddings: Array | None = None,
         **options: Any,
     ) -> Retrieval:
-        """Phase one: draw negatives from all caches together."""
-        return self._retrieve(query_embeddings, new_item_features, options)
+        """Phase one: draw negatives from all caches together; see CacheLossHandler."""
+        return self._retrieve(query_embeddings, new_item_features, pos_item_embeddings, options)
 
     def commit(
         self,

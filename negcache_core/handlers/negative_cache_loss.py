@@ -108,11 +108,9 @@ class NegativeCacheLoss(CacheLossHandler):
             estimator=estimator,
             num_samples=num_samples,
             in_batch_negatives=in_batch_negatives,
-            **{  # type: ignore[arg-type]
-                k: v
-                for k, v in (("id_keys", id_keys), ("group_key", group_key), ("margin", margin))
-                if v
-            },
+            id_keys=id_keys,
+            group_key=group_key,
+            margin=margin,
             log_frequency_key=log_frequency_key,
             staleness_correction=staleness_correction,
             generator=generator,

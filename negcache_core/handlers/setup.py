@@ -43,7 +43,7 @@ class Setup(NamedTuple):
     @property
     def item_keys(self) -> tuple[str, ...]:
         """The fields that the loss reads of items besides data_keys; another's loss has none."""
-        return tuple(getattr(self.loss, "item_keys", {}).values())
+        return tuple(getattr(self.loss, "item_keys", ()))
 
     def phased_loss(self) -> CacheClassificationLoss:
         """Return the loss; raise KindError if it is one without phases."""
@@ -167,12 +167,12 @@ def _check_loss(
             raise OptionError(
                 f"the handler has {what}={own!r} and its loss {other!r}: give both the same."
             )
-    item_keys = getattr(cache_loss, "item_keys", {}).values()
+    item_keys = getattr(cache_loss, "item_keys", ())
     missing = [key for key in item_keys if key not in manager.specs]
     if missing:
         raise KeysError(
-            f"the loss reads {missing} (id_key, log_frequency_key), which the cache lacks: add the "
-            f"field to its specs, {sorted(manager.specs)}."
+            f"the loss reads {missing} (id_keys, group_key, log_frequency_key), which the cache "
+            f"lacks: add the field to its specs, {sorted(manager.specs)}."
         )
 
 

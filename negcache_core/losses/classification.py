@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
-from negcache_core.arrays._array import Array, cast, length, positions
+from negcache_core.arrays._array import Array
 from negcache_core.arrays.backend import NUMPY, Backend
 from negcache_core.arrays.numerics import mean
 from negcache_core.arrays.rollback import UndoneOnError
@@ -18,20 +18,19 @@ from negcache_core.cache.named import Caches
 from negcache_core.cache.state import NegativeCache
 from negcache_core.losses.callbacks import check_scale
 from negcache_core.losses.estimators import ESTIMATORS, check_estimator
-from negcache_core.losses.inputs import (
-    check_pairs,
-)
+from negcache_core.losses.inputs import check_pairs
 from negcache_core.losses.options import (
     MOST_DRAWS,
     check_functions,
     check_item_fields,
+    check_margin,
+    id_fields,
     positive,
 )
 from negcache_core.losses.phases import draw_negatives, loss_of
 from negcache_core.losses.results import CacheLoss, CacheLossReturn
 from negcache_core.losses.words import loss_in_words
 from negcache_core.retrieval.placement import HERE, Placement
-from negcache_core.retrieval.request import Wanted
 from negcache_core.retrieval.result import Retrieval, check_retrieval
 from negcache_core.retrieval.top_k import check_top_k
 
@@ -54,9 +53,14 @@ class CacheClassificationLoss(CacheLoss):
     estimator:       "paper", "shared" or "exact_query", see `negcache_core.losses.estimators`
     num_samples:     S, draws per query, with replacement
     in_batch_negatives: whether the batch's other positives compete too, exactly, with gradients
-    id_key:          a field of integers that tell items apart. Rows with the id of a positive of
-                     the query are no negatives of it: not drawn, not counted, on no path
-                     (accidental-hit masking).
+    id_keys:         fields of integers that tell rows apart, such as the item, and the query it was
+                     a positive of. A row that agrees with the query in any of them is no negative
+                     of it: not drawn, not counted, on no path.
+    id_key:          one such field: short for id_keys=(id_key,)
+    group_key:       a field of integers; only rows of the query's own group are its negatives
+    margin:          rows that score higher than the positive's score plus this are no negatives,
+                     as they may well be right. Of cached rows the stale score counts, as scale and
+                     score_transform leave it; of in-batch and hard negatives the fresh one.
     log_frequency_key: a floating field (scalar per row), the log of how often an item comes up in
                      the stream. It is subtracted from the scores of cached rows and in-batch
                      negatives, which are there in proportion to it, and not from the positive's
@@ -98,6 +102,9 @@ class CacheClassificationLoss(CacheLoss):
         num_samples: int = 1,
         in_batch_negatives: bool = False,
         id_key: str | None = None,
+        id_keys: Iterable[str] | None = None,
+        group_key: str | None = None,
+        margin: float | None = None,
         log_frequency_key: str | None = None,
         staleness_correction: bool = False,
         generator: Any = None,
@@ -122,8 +129,9 @@ class CacheClassificationLoss(CacheLoss):
             retrieval_fn=retrieval_fn is not None,
             correction=self.staleness_correction,
         )
-        check_item_fields(id_key=id_key, log_frequency_key=log_frequency_key)
-        self.id_key, self.log_frequency_key = id_key, log_frequency_key
+        check_item_fields(group_key=group_key, log_frequency_key=log_frequency_key)
+        self.id_keys, self.margin = id_fields(id_key, id_keys), check_margin(margin)
+        self.group_key, self.log_frequency_key = group_key, log_frequency_key
         self.generator = self.backend.make_generator(generator)
 
     def __repr__(self) -> str:
@@ -136,10 +144,15 @@ class CacheClassificationLoss(CacheLoss):
         return True
 
     @property
-    def item_keys(self) -> dict[str, str]:
-        """What retrieval reads of items besides `data_keys`: "ids" and "bias" -> the field."""
-        found = {"ids": self.id_key, "bias": self.log_frequency_key}
-        return {name: key for name, key in found.items() if key is not None}
+    def id_key(self) -> str | None:
+        """The first of id_keys, or None."""
+        return self.id_keys[0] if self.id_keys else None
+
+    @property
+    def item_keys(self) -> tuple[str, ...]:
+        """The fields that retrieval reads of items besides `data_keys`."""
+        more = [key for key in (self.group_key, self.log_frequency_key) if key is not None]
+        return (*self.id_keys, *more)
 
     def retrieve(
         self,
@@ -147,7 +160,8 @@ class CacheClassificationLoss(CacheLoss):
         cache: NegativeCache | Mapping[str, NegativeCache],
         *,
         pos_features: Mapping[str, Array] | None = None,
-        positive_ids: Array | None = None,
+        positive_ids: Array | Mapping[str, Array] | None = None,
+        pos_doc_embeddings: Array | None = None,
         noise: Array | None = None,
     ) -> Retrieval:
         """Draw negatives: phase one. No gradient flows, and nothing is embedded.
@@ -156,16 +170,22 @@ class CacheClassificationLoss(CacheLoss):
         cache:            a NegativeCache, or a dict of named ones that count as one
         pos_features:     field -> (rows, …), features of the positives; they stand in where no slot
                           is usable, so that the encoder never sees the zeros of an unwritten slot;
-                          with id_key or log_frequency_key these fields too, (B,)
-        positive_ids:     (B, P) integers, all items that are positives of a query; by default the
-                          id of its one positive. Fill up rows with an id twice, or one of no item.
+                          with id_keys, group_key or log_frequency_key these fields too, (B,)
+        positive_ids:     (B, P) integers, all items that are positives of a query, in the first of
+                          id_keys; or a dict of such by key. By default the values of its one
+                          positive. Fill up rows with an id twice, or one of no item.
+        pos_doc_embeddings: (B, D), with a margin alone
         noise:            (B, S, 2) floating uniforms in [0, 1); drawn from the generator where None
         """
-        wanted = self._wanted()
-        if noise is None and not self.in_training:
-            wanted, noise = wanted._replace(retrieval_fn=None), self._fixed_noise(query_embeddings)
         return draw_negatives(
-            self, wanted, query_embeddings, cache, pos_features, positive_ids, noise
+            self,
+            query_embeddings,
+            cache,
+            pos_features,
+            positive_ids,
+            pos_doc_embeddings,
+            noise,
+            by_chance=noise is not None or self.in_training,
         )
 
     def loss_from_negatives(
@@ -176,6 +196,7 @@ class CacheClassificationLoss(CacheLoss):
         retrieval: Retrieval,
         *,
         hard_negative_embeddings: Array | None = None,
+        hard_negative_features: Mapping[str, Array] | None = None,
         sample_weight: Array | None = None,
     ) -> CacheLossReturn:
         """Return the loss from embeddings of `retrieval.features`: phase two. Differentiable.
@@ -184,6 +205,8 @@ class CacheClassificationLoss(CacheLoss):
         hard_negative_embeddings: (B, H, D), negatives of each query that compete exactly, with
                                   gradients; they do not enter the cache, and those that are not
                                   finite do not count
+        hard_negative_features:   field -> (B, H) for id_keys and group_key, by which these are held
+                                  to the same rules; without, margin alone leaves some out
         sample_weight:            (B,) factors on the queries' losses, before they are reduced
         """
         estimator = ESTIMATORS[self.estimator]
@@ -193,6 +216,7 @@ class CacheClassificationLoss(CacheLoss):
             pool=estimator.shares_draws,
             readout=estimator.reads_out,
             others=self.in_batch_negatives,
+            own=bool(self.id_keys) or self.group_key is not None,
         )
         return loss_of(
             self,
@@ -201,6 +225,7 @@ class CacheClassificationLoss(CacheLoss):
             neg_doc_embeddings,
             retrieval,
             hard_negative_embeddings,
+            hard_negative_features,
             sample_weight,
         )
 
@@ -212,8 +237,9 @@ class CacheClassificationLoss(CacheLoss):
         cache: NegativeCache | Mapping[str, NegativeCache],
         *,
         pos_features: Mapping[str, Array] | None = None,
-        positive_ids: Array | None = None,
+        positive_ids: Array | Mapping[str, Array] | None = None,
         hard_negative_embeddings: Array | None = None,
+        hard_negative_features: Mapping[str, Array] | None = None,
         sample_weight: Array | None = None,
         noise: Array | None = None,
     ) -> CacheLossReturn:
@@ -231,6 +257,7 @@ class CacheClassificationLoss(CacheLoss):
                 cache,
                 pos_features=pos_features,
                 positive_ids=positive_ids,
+                pos_doc_embeddings=pos_doc_embeddings,
                 noise=noise,
             )
             return loss_of(
@@ -240,6 +267,7 @@ class CacheClassificationLoss(CacheLoss):
                 doc_network(retrieval.features),
                 retrieval,
                 hard_negative_embeddings,
+                hard_negative_features,
                 sample_weight,
             )
 
@@ -251,8 +279,9 @@ class CacheClassificationLoss(CacheLoss):
         cache: NegativeCache | Mapping[str, NegativeCache],
         *,
         pos_features: Mapping[str, Array] | None = None,
-        positive_ids: Array | None = None,
+        positive_ids: Array | Mapping[str, Array] | None = None,
         hard_negative_embeddings: Array | None = None,
+        hard_negative_features: Mapping[str, Array] | None = None,
         sample_weight: Array | None = None,
     ) -> CacheLossReturn:
         """Return the loss without asking a generator; its value does not depend on draws.
@@ -264,12 +293,15 @@ class CacheClassificationLoss(CacheLoss):
         check_pairs(query_embeddings, pos_doc_embeddings)
         if doc_network is not None:
             check_function(doc_network, "doc_network", "a function of features, or None")
-        wanted, noise = (
-            self._wanted()._replace(retrieval_fn=None),
-            self._fixed_noise(query_embeddings),
-        )
         retrieval = draw_negatives(
-            self, wanted, query_embeddings, cache, pos_features, positive_ids, noise
+            self,
+            query_embeddings,
+            cache,
+            pos_features,
+            positive_ids,
+            pos_doc_embeddings,
+            None,
+            by_chance=False,
         )
         drawn = retrieval.stale_embeddings
         return loss_of(
@@ -279,6 +311,7 @@ class CacheClassificationLoss(CacheLoss):
             drawn if doc_network is None else doc_network(retrieval.features),
             retrieval,
             hard_negative_embeddings,
+            hard_negative_features,
             sample_weight,
         )
 
@@ -291,27 +324,3 @@ class CacheClassificationLoss(CacheLoss):
     def guard(self, cache: Any) -> AbstractContextManager[None]:
         """Undo draws on an error; a handler, whose Caches these are, does so for its whole step."""
         return nullcontext() if isinstance(cache, Caches) else self.undone_on_error()
-
-    def _fixed_noise(self, queries: Array) -> Array:
-        """Return noise (B, S, 2) for draws that ask no generator."""
-        xp = self.backend.xp
-        middle = cast(positions(queries, xp), xp.float32, xp) * 0.0 + 0.5
-        shape = (length(queries, xp), self.num_samples, 2)
-        return xp.broadcast_to(middle[:, None, None], shape)
-
-    def _wanted(self) -> Wanted:
-        """Return the options that retrieval needs, as they are now."""
-        estimator = ESTIMATORS[self.estimator]
-        return Wanted(
-            self.embedding_key,
-            self.data_keys,
-            self.id_key,
-            self.log_frequency_key,
-            self.num_samples,
-            self.top_k,
-            self.retrieval_fn,
-            self.in_batch_negatives,
-            estimator.shares_draws,
-            estimator.reads_out,
-            self.tile_bytes,
-        )

@@ -5,23 +5,25 @@ from typing import Any
 
 from negcache_core.arrays._array import Array, cast, dtype_kind, dtype_name
 from negcache_core.arrays.backend import Backend
+from negcache_core.arrays.exclusion import Labels
 from negcache_core.arrays.validation import (
     array_of,
     check_device,
     check_floating,
+    check_mapping,
     check_shape,
     embeddings_of,
     shape_of,
 )
 from negcache_core.cache.named import Caches
-from negcache_core.cache.row_checks import check_stand_in
-from negcache_core.errors import DTypeError, KindError
+from negcache_core.cache.row_checks import check_castable, check_stand_in
+from negcache_core.errors import DTypeError, KeysError, KindError, OptionError
 from negcache_core.losses.nonfinite import Embedded
 from negcache_core.retrieval.positives import Positives, positives_of
 from negcache_core.retrieval.request import Wanted
 from negcache_core.retrieval.result import Retrieval
 
-Checked = tuple[Array, Positives, dict[str, Array] | None, Array | None]
+Checked = tuple[Array, Positives, dict[str, Array] | None, Array | None, Array | None]
 
 
 def check_request(
@@ -29,11 +31,17 @@ def check_request(
     caches: Caches,
     pos_features: Mapping[str, Any] | None,
     positive_ids: Any,
+    pos_doc_embeddings: Any,
     noise: Any,
     wanted: Wanted,
     backend: Backend,
+    *,
+    scores_positives: bool,
 ) -> Checked:
-    """Return what `retrieve` was given: queries, positives, stand-ins and noise."""
+    """Return what `retrieve` was given: queries, positives, stand-ins, noise, and embeddings.
+
+    scores_positives: whether the positives' embeddings (B, D) are needed, or None will do
+    """
     cache = caches.first()
     table = cache.data[wanted.embedding_key]
     what = f"field {wanted.embedding_key!r}"
@@ -52,13 +60,24 @@ def check_request(
         queries,
         pos_features,
         positive_ids,
-        wanted.id_key,
+        wanted.id_keys,
+        wanted.group_key,
         wanted.bias_key,
         caches,
         backend,
         in_batch=wanted.in_batch,
     )
-    return queries, batch, stand_in, noise
+    positives = None
+    if scores_positives:
+        if pos_doc_embeddings is None:
+            raise OptionError(
+                "margin compares a row's score with the positive's, and there are no positives: "
+                "pass pos_doc_embeddings to the loss's retrieve(), or pos_item_embeddings to the "
+                "handler's."
+            )
+        shape, what = (queries.shape[0], table.shape[1]), "pos_doc_embeddings"
+        positives = embeddings_of(pos_doc_embeddings, shape, what, backend, like=table)
+    return queries, batch, stand_in, noise, positives
 
 
 def check_embeddings(
@@ -83,6 +102,47 @@ def check_embeddings(
     if hard_negative_embeddings is not None:
         hard = checked(hard_negative_embeddings, "hard_negative_embeddings", rows, "H")
     return Embedded(queries, positives, drawn, hard)
+
+
+def check_hard_labels(
+    features: Any,
+    hard: Array | None,
+    retrieval: Retrieval,
+    id_keys: tuple[str, ...],
+    group_key: str | None,
+    backend: Backend,
+) -> Labels | None:
+    """Return the labels (B, H) of hard negatives (B, H, D), or None where they are not to be told.
+
+    Other fields of `features` are not read.
+    """
+    if features is None:
+        return None
+    if hard is None:
+        raise OptionError(
+            "hard_negative_features were given without hard_negative_embeddings: pass both, or "
+            "neither."
+        )
+    check_mapping(features, "hard_negative_features")
+    keys = [key for key in (*id_keys, group_key) if key is not None]
+    missing = [key for key in keys if key not in features]
+    if missing:
+        raise KeysError(
+            f"hard_negative_features lack {missing}: expected an array (B, H) for each of id_keys "
+            f"and group_key, {keys}. Without hard_negative_features they all count."
+        )
+    own = retrieval.own
+    if own is None:
+        return None
+    shape, found = tuple(hard.shape[:2]), []
+    for key, like in zip(keys, (*own.ids, own.group), strict=False):
+        what = f"hard_negative_features[{key!r}]"
+        array = array_of(features[key], shape, what, backend, "One for each hard negative.")
+        check_device(array, like, what, backend)
+        check_castable(array.dtype, like.dtype, what)
+        found.append(cast(array, like.dtype, backend.xp))
+    ids, group = found[: len(own.ids)], found[len(own.ids) :]
+    return Labels(tuple(ids), group[0] if group else None)
 
 
 def check_weight(sample_weight: Any, retrieval: Retrieval, dtype: Any, backend: Backend) -> Any:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from negcache_core.arrays._array import Array, cast
 from negcache_core.arrays.backend import Backend
+from negcache_core.arrays.exclusion import Exclusions, Labels
 from negcache_core.arrays.numerics import finite_rows, sigmoid, soft_plus
 from negcache_core.losses.estimators import Estimator, SampledSoftmax, Weights, corrected
 from negcache_core.losses.metrics import staleness, step_metrics, weight_metrics
@@ -46,8 +47,13 @@ def estimate(
     *,
     estimator: Estimator,
     staleness_correction: bool,
+    hard_labels: Labels | None = None,
+    margin: float | None = None,
 ) -> Estimate:
-    """Return the estimate of one step; see `CacheClassificationLoss.loss_from_negatives`."""
+    """Return the estimate of one step; see `CacheClassificationLoss.loss_from_negatives`.
+
+    hard_labels: (B, H), None where hard negatives are not told apart
+    """
     xp, constant = backend.xp, backend.stop_gradient
     given, stored = embedded, retrieval.stale_embeddings
     embedded, usable = without_poison(given, stored, scorer, backend)
@@ -55,7 +61,8 @@ def estimate(
     known = of_usable_queries(retrieval, usable.queries, xp=xp)
     stale = stored if known.pool is None else known.pool.stale
     positive = scorer.pairs(queries, embedded.positives)
-    parts = _full_negatives(embedded, retrieval, usable, scorer)
+    ceiling = None if margin is None else positive + margin
+    parts = _full_negatives(embedded, retrieval, usable, scorer, hard_labels, ceiling)
     softmax = SampledSoftmax(
         constant(positive),
         cast(known.log_partition, scorer.dtype, xp),
@@ -109,17 +116,32 @@ def estimate(
 
 
 def _full_negatives(
-    embedded: Embedded, retrieval: Retrieval, usable: Usable, scorer: Scorer
+    embedded: Embedded,
+    retrieval: Retrieval,
+    usable: Usable,
+    scorer: Scorer,
+    hard_labels: Labels | None,
+    ceiling: Array | None,
 ) -> list[FullNegatives]:
     """Return what competes in full: in-batch positives and hard negatives, where there are such."""
-    parts = []
-    if retrieval.others is not None:
+    parts, own = [], Exclusions(ceiling=ceiling)
+    if retrieval.others is not None:  # told apart by their labels already
         scores = scorer.cross(embedded.queries, embedded.batch())
         counts = retrieval.others & usable.batch[None, :]
+        counts = _counting(counts, own, Labels(), scores)
         parts.append(FullNegatives(scores, counts, retrieval.positive_bias))
     if embedded.hard is not None:
-        parts.append(FullNegatives(scorer.pairs(embedded.queries, embedded.hard), usable.hard))
+        scores = scorer.pairs(embedded.queries, embedded.hard)
+        if hard_labels is not None and retrieval.own is not None:
+            own = retrieval.own._replace(ceiling=ceiling)
+        counts = _counting(usable.hard, own, hard_labels or Labels(), scores)
+        parts.append(FullNegatives(scores, counts))
     return parts
+
+
+def _counting(counts: Any, own: Exclusions, labels: Labels, scores: Array) -> Any:
+    admitted = own.admit(labels, scores)
+    return counts if admitted is None else counts & admitted
 
 
 def _moved(weights: Weights, scorer: Scorer, queries: Array, fresh: Array, stale: Array) -> Array:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from negcache_core.arrays.validation import as_whole, check_function
+from negcache_core.arrays.validation import as_whole, check_function, check_number, names_of
 from negcache_core.errors import KindError, OptionError
 
 MOST_DRAWS = 2**31 - 1
@@ -24,6 +24,30 @@ def check_functions(**functions: Any) -> None:
     for name, function in functions.items():
         if function is not None:
             check_function(function, name, "a function, or None")
+
+
+def id_fields(id_key: Any, id_keys: Any) -> tuple[str, ...]:
+    """Return the fields of ids: `id_keys`, or the one `id_key`."""
+    check_item_fields(id_key=id_key)
+    if id_keys is None or id_keys == ():
+        return () if id_key is None else (id_key,)
+    if id_key is not None:
+        raise OptionError(
+            f"id_key is {id_key!r} and id_keys {id_keys!r}: give one of them; id_key='x' is short "
+            "for id_keys=('x',)."
+        )
+    names = names_of(id_keys, "id_keys", "item_id", "tell items apart")
+    if len(set(names)) < len(names):
+        raise OptionError(f"id_keys is {names!r}: name each field once.")
+    return names
+
+
+def check_margin(margin: Any) -> float | None:
+    """Return the margin, a finite number or None."""
+    if margin is not None:
+        check_number(margin, "margin")
+    number: float | None = margin
+    return number
 
 
 def check_item_fields(**keys: Any) -> None:

@@ -5,14 +5,19 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
-from negcache_core.arrays._array import Array, accumulation_dtype
+from negcache_core.arrays._array import Array, accumulation_dtype, cast, length, positions
 from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.numerics import mean
 from negcache_core.cache.named import SINGLE, named_caches
 from negcache_core.cache.state import NegativeCache
 from negcache_core.losses.callbacks import reduced, scale_for, transformed
 from negcache_core.losses.estimators import ESTIMATORS
-from negcache_core.losses.inputs import check_embeddings, check_request, check_weight
+from negcache_core.losses.inputs import (
+    check_embeddings,
+    check_hard_labels,
+    check_request,
+    check_weight,
+)
 from negcache_core.losses.nonfinite import gathered
 from negcache_core.losses.objective import estimate
 from negcache_core.losses.results import CacheLossReturn, refresh_of
@@ -29,6 +34,16 @@ class Phased(Protocol):
     backend: ClassVar[Backend]
     placement: Placement
     embedding_key: str
+    data_keys: tuple[str, ...]
+    id_keys: tuple[str, ...]
+    group_key: str | None
+    margin: float | None
+    log_frequency_key: str | None
+    num_samples: int
+    top_k: int | None
+    retrieval_fn: Callable[[Any], Array] | None
+    in_batch_negatives: bool
+    tile_bytes: int | None
     score_transform: Callable[[Array], Array] | None
     scale: Any
     reducer: Callable[[Array], Array] | None
@@ -42,22 +57,38 @@ class Phased(Protocol):
 
 def draw_negatives(
     loss: Phased,
-    wanted: Wanted,
     query_embeddings: Array,
     cache: NegativeCache | Mapping[str, NegativeCache],
     pos_features: Mapping[str, Array] | None,
-    positive_ids: Array | None,
+    positive_ids: Any,
+    pos_doc_embeddings: Array | None,
     noise: Array | None,
+    *,
+    by_chance: bool = True,
 ) -> Retrieval:
-    """Check the arguments of `retrieve`, and draw."""
-    backend = loss.backend
+    """Check the arguments of `retrieve`, and draw; by_chance=False asks no generator."""
+    backend, wanted = loss.backend, _wanted(loss)
+    if not by_chance:
+        noise = _middle_noise(query_embeddings, loss.num_samples, backend.xp)
+        wanted = wanted._replace(retrieval_fn=None)
     caches = named_caches(cache, wanted.fields, backend)
-    queries, batch, stand_in, noise = check_request(
-        query_embeddings, caches, pos_features, positive_ids, noise, wanted, backend
+    queries, batch, stand_in, noise, positives = check_request(
+        query_embeddings,
+        caches,
+        pos_features,
+        positive_ids,
+        pos_doc_embeddings,
+        noise,
+        wanted,
+        backend,
+        scores_positives=loss.margin is not None,
     )
     with backend.no_gradient(), loss.guard(cache):
         queries = backend.stop_gradient(queries)
         scorer = _scorer(loss, queries, caches.first().data[loss.embedding_key])
+        if positives is not None:
+            ceiling = scorer.pairs(queries, positives) + loss.margin
+            batch = batch.under(backend.stop_gradient(ceiling))
         request = Request(
             wanted, queries, caches, batch, stand_in, noise, loss.generator, scorer, backend
         )
@@ -74,6 +105,7 @@ def loss_of(
     neg_doc_embeddings: Array,
     retrieval: Retrieval,
     hard_negative_embeddings: Array | None,
+    hard_negative_features: Mapping[str, Any] | None,
     sample_weight: Array | None,
 ) -> CacheLossReturn:
     """Check embeddings, and return the loss from a retrieval of this very loss."""
@@ -86,6 +118,9 @@ def loss_of(
         hard_negative_embeddings,
         backend,
     )
+    hard_labels = check_hard_labels(
+        hard_negative_features, embedded.hard, retrieval, loss.id_keys, loss.group_key, backend
+    )
     scorer = _scorer(loss, *embedded[:3], retrieval.stale_embeddings)
     weight = check_weight(sample_weight, retrieval, scorer.dtype, backend)
     estimated = estimate(
@@ -95,6 +130,8 @@ def loss_of(
         backend,
         estimator=ESTIMATORS[loss.estimator],
         staleness_correction=loss.staleness_correction,
+        hard_labels=hard_labels,
+        margin=loss.margin,
     )
     training, interpretable = estimated.training, estimated.interpretable
     if weight is not None:
@@ -111,6 +148,32 @@ def loss_of(
         loss=interpretable + (training - backend.stop_gradient(training)),
         metrics=estimated.metrics,
     )
+
+
+def _wanted(loss: Phased) -> Wanted:
+    """Return the options that retrieval needs, as they are now."""
+    estimator = ESTIMATORS[loss.estimator]
+    return Wanted(
+        loss.embedding_key,
+        loss.data_keys,
+        loss.id_keys,
+        loss.group_key,
+        loss.log_frequency_key,
+        loss.num_samples,
+        loss.top_k,
+        loss.retrieval_fn,
+        loss.in_batch_negatives,
+        estimator.shares_draws,
+        estimator.reads_out,
+        loss.tile_bytes,
+    )
+
+
+def _middle_noise(queries: Array, draws: int, xp: Any) -> Array:
+    """Return noise (B, draws, 2) of 0.5."""
+    middle = cast(positions(queries, xp), xp.float32, xp) * 0.0 + 0.5
+    found: Array = xp.broadcast_to(middle[:, None, None], (length(queries, xp), draws, 2))
+    return found
 
 
 def _scorer(loss: Phased, *arrays: Array) -> Scorer:

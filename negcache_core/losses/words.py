@@ -8,6 +8,8 @@ OPTIONS = (
     *("num_samples", "top_k", "id_keys", "group_key", "margin", "log_frequency_key"),
     *("staleness_correction", "retrieval_fn", "score_transform", "group"),
 )
+UNSAID = {"num_samples": 1, "id_keys": ()}
+"""What these options are where nothing is asked for; of the others it is None or False."""
 
 
 def loss_in_words(loss: Any) -> str:
@@ -21,7 +23,7 @@ def loss_in_words(loss: Any) -> str:
     words = [f"estimator {loss.estimator}{batch}", "no scale" if loss.scale is None else said]
     for name in OPTIONS:
         option = getattr(loss, name, None)
-        if option not in (None, False, (), 1):
+        if option is not None and option is not False and option != UNSAID.get(name):
             words.append(f"{name} {_named(option)}")
     return ", ".join(words)
 

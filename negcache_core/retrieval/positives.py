@@ -5,8 +5,15 @@ from typing import Any, NamedTuple
 
 from negcache_core.arrays._array import Array, cast, dtype_kind, dtype_name, positions
 from negcache_core.arrays.backend import Backend
-from negcache_core.arrays.numerics import is_among
-from negcache_core.arrays.validation import array_of, as_array, check_device, check_shape, shape_of
+from negcache_core.arrays.exclusion import Exclusions, Labels
+from negcache_core.arrays.validation import (
+    array_of,
+    as_array,
+    check_device,
+    check_keys,
+    check_shape,
+    shape_of,
+)
 from negcache_core.cache.row_checks import check_castable
 from negcache_core.cache.state import NegativeCache
 from negcache_core.errors import DTypeError, KeysError, OptionError, ShapeError
@@ -15,21 +22,27 @@ from negcache_core.errors import DTypeError, KeysError, OptionError, ShapeError
 class Positives(NamedTuple):
     """What is known of the positives of B queries.
 
-    ids:   (B, P) all items that are positives of a query; None without an id_key
-    items: (B,) which item each query's own positive is, where that is needed; or None
-    bias:  (B,) taken from their scores as negatives, or None
+    own:    what must not oppose each query; None for nothing
+    labels: (B,) by which a positive is told to be no negative of another query
+    bias:   (B,) taken from their scores as negatives, or None
     """
 
-    ids: Array | None
-    items: Array | None
-    bias: Array | None
+    own: Exclusions | None = None
+    labels: Labels = Labels()
+    bias: Array | None = None
+
+    def under(self, ceiling: Array) -> "Positives":
+        """Return these with a ceiling (B,), over which a row's score is no negative's."""
+        own = Exclusions() if self.own is None else self.own
+        return self._replace(own=own._replace(ceiling=ceiling))
 
 
 def positives_of(
     queries: Array,
     features: Mapping[str, Any] | None,
     positive_ids: Any,
-    id_key: str | None,
+    id_keys: tuple[str, ...],
+    group_key: str | None,
     bias_key: str | None,
     caches: Mapping[str, NegativeCache],
     backend: Backend,
@@ -39,10 +52,7 @@ def positives_of(
     """Check and gather what is known of the positives; see `CacheClassificationLoss.retrieve`."""
     xp, rows = backend.xp, queries.shape[0]
     table = next(iter(caches.values())).data
-    if positive_ids is not None and id_key is None:
-        raise OptionError(
-            "positive_ids were given to a loss without id_key: name the cache's field of ids."
-        )
+    given = _given_ids(positive_ids, id_keys)
 
     def column(key: str) -> Array:
         if features is None or key not in features:
@@ -55,50 +65,70 @@ def positives_of(
         check_castable(array.dtype, table[key].dtype, what)
         return cast(array, table[key].dtype, xp)
 
-    own: Any = None
-    items: Any = None
+    own: list[Any] = []
+    items: list[Any] = []
+    for key in id_keys:
+        _check_field(table, key, "integer", "id_keys")
+        if key not in given or in_batch:
+            items.append(column(key))
+        if key in given:
+            what = "positive_ids" if given[key] is positive_ids else f"positive_ids[{key!r}]"
+            ids = _ids(given[key], rows, table[key], what, backend)
+        else:
+            ids = items[-1][:, None]
+        own.append(cast(ids, table[key].dtype, xp))
+    group: Any = None
     bias: Any = None
-    if id_key is not None:
-        _check_field(table, id_key, "integer", "id_key")
-        if positive_ids is None or in_batch:
-            items = column(id_key)
-        own = (
-            items[:, None]
-            if positive_ids is None
-            else _ids(positive_ids, rows, table[id_key], backend)
-        )
-        own = cast(own, table[id_key].dtype, xp)
+    if group_key is not None:
+        _check_field(table, group_key, "integer", "group_key")
+        group = column(group_key)
     if bias_key is not None:
         _check_field(table, bias_key, "floating", "log_frequency_key")
         bias = column(bias_key) if in_batch else None
-    return Positives(own, items if in_batch else None, bias)
+    labels = Labels(tuple(items), group) if in_batch else Labels()
+    return Positives(Exclusions.of((*own, group, None)), labels, bias)
 
 
 def others_of(
-    queries: Array, own: Array | None, every: Array, items: Array | None, first: int, *, xp: Any
+    queries: Array, own: Exclusions | None, every: Array, labels: Labels, first: int, *, xp: Any
 ) -> Array:
-    """Return bool (B, n): which of n positives are negatives of each query.
+    """Return bool (B, n): which of n positives are negatives of each query, but for a ceiling.
 
-    queries: (B, D), whose own positives are the ones from `first` on; own: (B, P) ids, or None
-    every:   (n, …), anything of all positives; items: (n,) their ids, or None
+    queries: (B, D), whose own positives are the ones from `first` on
+    every:   (n, …), anything of all positives; labels: (n,)
     """
     others = (positions(queries, xp) + first)[:, None] != positions(every, xp)[None, :]
-    if items is None or own is None:
-        return others
-    return others & ~xp.matrix_transpose(is_among(items, own))
+    admitted = None
+    if own is not None:
+        admitted = own.admit(labels.each(lambda field: field[None, :]), None)
+    return others if admitted is None else others & admitted
 
 
-def _ids(positive_ids: Any, rows: Any, table: Array, backend: Backend) -> Array:
-    what, advice = "positive_ids", "The ids of each query's positives."
+def _given_ids(positive_ids: Any, id_keys: tuple[str, ...]) -> Mapping[str, Any]:
+    """Return `positive_ids` by key; an array is that of the first one."""
+    if positive_ids is None:
+        return {}
+    if not id_keys:
+        raise OptionError(
+            "positive_ids were given to a loss without id_keys: name the cache's fields of ids."
+        )
+    if not isinstance(positive_ids, Mapping):
+        return {id_keys[0]: positive_ids}
+    check_keys(positive_ids, id_keys, "positive_ids", exact=False)
+    return positive_ids
+
+
+def _ids(positive_ids: Any, rows: Any, table: Array, what: str, backend: Backend) -> Array:
+    advice = "The ids of each query's positives."
     if not hasattr(positive_ids, "shape"):
         positive_ids = as_array(positive_ids, what, backend)
     single = len(shape_of(positive_ids, what)) == 1
     ids = array_of(positive_ids, (rows,) if single else (rows, "P"), what, backend, advice)
     ids = check_device(ids[:, None] if single else ids, table, what, backend)
     if ids.shape[1] == 0:
-        raise ShapeError("positive_ids has no columns: expected one id or more for each query.")
+        raise ShapeError(f"{what} has no columns: expected one id or more for each query.")
     if dtype_kind(ids.dtype) != "integer":
-        raise DTypeError(f"positive_ids has dtype {dtype_name(ids.dtype)}: expected integers.")
+        raise DTypeError(f"{what} has dtype {dtype_name(ids.dtype)}: expected integers.")
     return ids
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from negcache_core.arrays._array import Array
+from negcache_core.arrays.exclusion import Labels
 from negcache_core.arrays.numerics import log_sum_exp
 from negcache_core.retrieval.tiled_scores import CacheScores
 from negcache_core.retrieval.top_k import group_of
@@ -57,7 +58,7 @@ def pool_of(
 def cross_scores(
     scores_of: CacheScores,
     stale: Array,
-    ids: Array | None,
+    labels: Labels,
     bias: Array | None,
     drawn: Array,
     slots: Array | None,
@@ -67,17 +68,17 @@ def cross_scores(
     """Return (B, n): the stale score of each query with each drawn row, -inf if not a negative.
 
     scores_of:       the scores of the queries (B, D), of any cache
-    stale, ids, bias: (n, D), (n,), (n,) of the drawn rows; drawn: bool (n,), False where nothing
+    stale, labels, bias: (n, D), (n,), (n,) of the drawn rows; drawn: bool (n,), False where nothing
                      could be drawn
     slots:           (n,) of all `capacity` slots, with `candidates` (B, k), the best slot of each
                      group, where a query competes with these only
     """
     xp, backend = scores_of.scorer.xp, scores_of.backend
     scores = scores_of.scorer.by_item(scores_of.queries, stale)
+    if scores_of.own is not None:
+        scores = backend.exclude(scores, labels, scores_of.own)
     if bias is not None:
         scores = scores - bias[:, None]
-    if ids is not None:
-        scores = backend.exclude(scores, ids, scores_of.positive_ids)
     if candidates is not None and slots is not None:
         group = group_of(slots, capacity, candidates.shape[1], xp)
         best = xp.take_rows(xp.matrix_transpose(candidates), group)

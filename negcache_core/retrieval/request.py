@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from negcache_core.arrays._array import Array
 from negcache_core.arrays.backend import Backend
+from negcache_core.arrays.exclusion import Exclusions
 from negcache_core.cache.named import Caches
 from negcache_core.retrieval.positives import Positives
 from negcache_core.retrieval.scorer import Scorer
@@ -20,7 +21,8 @@ class Wanted(NamedTuple):
 
     embedding_key: str
     data_keys: tuple[str, ...]
-    id_key: str | None = None
+    id_keys: tuple[str, ...] = ()
+    group_key: str | None = None
     bias_key: str | None = None
     num_samples: int = 1
     top_k: int | None = None
@@ -33,8 +35,8 @@ class Wanted(NamedTuple):
     @property
     def fields(self) -> tuple[str, ...]:
         """The fields of the cache that retrieval reads."""
-        more = [key for key in (self.id_key, self.bias_key) if key is not None]
-        return (self.embedding_key, *self.data_keys, *more)
+        more = [key for key in (self.group_key, self.bias_key) if key is not None]
+        return (self.embedding_key, *self.data_keys, *self.id_keys, *more)
 
 
 class Request(NamedTuple):
@@ -50,11 +52,10 @@ class Request(NamedTuple):
     scorer: Scorer
     backend: Backend
 
-    def scores(
-        self, queries: Array, positive_ids: Array | None, first: Any = 0
-    ) -> list[CacheScores]:
+    def scores(self, queries: Array, own: Exclusions | None, first: Any = 0) -> list[CacheScores]:
         """Return the scores of queries (n, D) against each cache, none of them computed yet.
 
+        own:   what must not oppose each query
         first: the number of the first slot of all
         """
         wanted = self.wanted
@@ -65,8 +66,9 @@ class Request(NamedTuple):
             self.scorer,
             self.backend,
             wanted.tile_bytes,
-            id_key=wanted.id_key,
-            positive_ids=positive_ids,
+            own=own,
+            id_keys=wanted.id_keys,
+            group_key=wanted.group_key,
             bias_key=wanted.bias_key,
             first=first,
         )

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from negcache_core.arrays._array import Array, dtype_kind, dtype_name
 from negcache_core.arrays.backend import Backend
+from negcache_core.arrays.exclusion import Exclusions
 from negcache_core.arrays.validation import (
     array_of,
     check_device,
@@ -36,6 +37,8 @@ class Retrieval(NamedTuple):
     others:           bool (B, B), which of the batch's other positives are negatives of a query;
                       None unless they are wanted
     positive_bias:    (B,) taken from the scores of the batch's positives as negatives, or None
+    own:              the ids and the group that must not, or alone may, oppose each query; None
+                      for a loss without id_keys and group_key
     """
 
     features: dict[str, Any]
@@ -52,6 +55,7 @@ class Retrieval(NamedTuple):
     readout: Array | None = None
     others: Array | None = None
     positive_bias: Array | None = None
+    own: Exclusions | None = None
 
 
 Part = tuple[str, Any, tuple[Any, ...], str]  # name, value, expected shape, kind of dtype
@@ -112,6 +116,16 @@ def _shared(retrieval: Retrieval) -> Iterator[Part]:
     if retrieval.positive_bias is not None and retrieval.others is not None:
         negatives = shape_of(retrieval.others, "retrieval.others")[1:]
         yield "positive_bias", retrieval.positive_bias, negatives, "floating"
+    if retrieval.own is not None:
+        if not isinstance(retrieval.own, Exclusions):
+            raise KindError(
+                f"retrieval.own is a {type(retrieval.own).__name__}: expected retrieve()'s record."
+            )
+        rows = shape_of(retrieval.drawn, "retrieval.drawn")[0]
+        for ids in retrieval.own.ids:
+            yield "own.ids", ids, (rows, "P"), "integer"
+        if retrieval.own.group is not None:
+            yield "own.group", retrieval.own.group, (rows,), "integer"
     if retrieval.pool is not None:
         if not isinstance(retrieval.pool, Pool):
             raise KindError(f"retrieval.pool is a {type(retrieval.pool).__name__}: expected Pool.")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from negcache_core.arrays._array import Array, length, mask_rows, positions
+from negcache_core.arrays.exclusion import Exclusions, Labels
 from negcache_core.retrieval.placement import Found, Placement, Sizes
 from negcache_core.retrieval.positives import others_of
 from negcache_core.retrieval.proposal import Pool, cross_scores, pool_of
@@ -20,17 +21,22 @@ def retrieve(request: Request, placement: Placement) -> Retrieval:
     wanted, batch, backend = request.wanted, request.batch, request.backend
     xp, constant = backend.xp, backend.stop_gradient
     sizes = placement.meet(request)
-    queries, ids = placement.gather((request.queries, batch.ids), sizes.rows)
-    scores = request.scores(queries, ids, placement.first(sizes.slots))
+    queries, own = request.queries, batch.own
+    if own is None:
+        (queries,) = placement.gather((queries,), sizes.rows)
+    else:
+        queries, *facts = placement.gather((queries, *own.arrays()), sizes.rows)
+        own = Exclusions.of(facts)
+    scores = request.scores(queries, own, placement.first(sizes.slots))
     drawn_rows = placement.draw(request, scores, sizes)
     others, bias, pool = None, None, None
     if wanted.in_batch:
-        items, bias = placement.gather((batch.items, batch.bias), sizes.rows)
-        first = placement.first(sizes.rows)
-        others = others_of(request.queries, batch.ids, queries, items, first, xp=xp)
+        *items, group, bias = placement.gather((*batch.labels.arrays(), batch.bias), sizes.rows)
+        labels, first = Labels(tuple(items), group), placement.first(sizes.rows)
+        others = others_of(request.queries, batch.own, queries, labels, first, xp=xp)
     if wanted.shares_draws:
         if placement.sharded:  # those above are of everyone's queries
-            scores = request.scores(request.queries, batch.ids)
+            scores = request.scores(request.queries, batch.own)
         pool = Pool(*map(constant, _pool(request, placement, sizes, scores, drawn_rows)))
     fields, rows = drawn_rows.rows["fields"], drawn_rows.rows
     features = {key: fields[key] for key in wanted.data_keys}
@@ -49,6 +55,7 @@ def retrieve(request: Request, placement: Placement) -> Retrieval:
         None if drawn_rows.readout is None else constant(drawn_rows.readout),
         others,
         bias,
+        None if batch.own is None else batch.own.told(),
     )
 
 
@@ -63,13 +70,15 @@ def _pool(
     wanted, xp, fields = request.wanted, request.backend.xp, drawn_rows.rows["fields"]
     known = [
         None if key is None else fields[key]
-        for key in (wanted.embedding_key, wanted.id_key, wanted.bias_key)
+        for key in (wanted.embedding_key, *wanted.id_keys, wanted.group_key, wanted.bias_key)
     ]
     draws = () if drawn_rows.route is None else drawn_rows.route.sizes
     flat = xp.reshape(drawn_rows.drawn, (-1,))
-    stale, ids, bias, slots, drawn = placement.gather((*known, drawn_rows.slots, flat), draws)
+    gathered = placement.gather((*known, drawn_rows.slots, flat), draws)
+    stale, *ids, group, bias, slots, drawn = gathered
+    labels = Labels(tuple(ids), group)
     cross = cross_scores(
-        scores[0], stale, ids, bias, drawn, slots, drawn_rows.candidates, sum(sizes.slots)
+        scores[0], stale, labels, bias, drawn, slots, drawn_rows.candidates, sum(sizes.slots)
     )
     return pool_of(
         cross,

@@ -18,6 +18,7 @@ from negcache_core.arrays._array import (
     length,
 )
 from negcache_core.arrays.backend import Backend
+from negcache_core.arrays.exclusion import Exclusions, Labels
 from negcache_core.arrays.numerics import log_sum_exp
 from negcache_core.cache.state import NegativeCache, is_written
 from negcache_core.retrieval.scorer import Scorer
@@ -46,13 +47,13 @@ def tile_slots(rows: int | None, width: int, itemsize: int, tile_bytes: int) -> 
 class CacheScores(NamedTuple):
     """The scores of queries (B, D) against one cache, any part of them on demand.
 
-    They are -inf where a slot is empty or holds an item that is a positive of the query.
+    They are -inf where a slot is empty, or its row must not oppose the query.
 
     queries:      with the scale in them; `scorer` then has none
     first:        the number that slot 0 of this cache has among all caches' slots
     tile:         slots to score at a time
-    ids:          (C,) which item each row is, or None
-    positive_ids: (B, P) which items are positives of each query
+    own:          what must not oppose each query, or None for nothing
+    labels:       (C,) of the rows, by which that is told
     bias:         (C,) taken from each row's scores, or None
     """
 
@@ -63,8 +64,8 @@ class CacheScores(NamedTuple):
     tile: int
     scorer: Scorer
     backend: Backend
-    ids: Array | None = None
-    positive_ids: Any = None
+    own: Exclusions | None = None
+    labels: Labels = Labels()
     bias: Array | None = None
 
     @property
@@ -92,24 +93,15 @@ class CacheScores(NamedTuple):
             readout: tuple[Array, ...], start: Any, size: int
         ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
             scores, written, rows = self.by_slot(start, size)
-            mean = None
-            if readout and self.ids is None and self.bias is None:
-                mean = self.backend.attention(self.queries, rows, written)
-            if readout and mean is None:
-                # Rows of empty slots may hold anything, and 0 times it need not be 0.
-                rows = xp.where(written[:, None], cast(rows, self.scorer.dtype, xp), 0.0)
-                readout = join_readouts(
-                    readout, read_out(self.mask(scores, written), rows, xp=xp), xp=xp
-                )
             short = -size % BLOCK
             if short:
                 pad = xp.broadcast_to(fill((1, 1), 0, scores, xp), (short, length(scores, xp, 1)))
                 scores = xp.concat([scores, pad], axis=0)
                 written = xp.concat([written, fill((short,), value=False, like=written, xp=xp)])
-            weights = self.backend.block_log_sum_exp(scores, written, BLOCK)
-            if mean is not None:
-                readout = join_readouts(readout, (log_sum_exp(weights, 0, xp=xp), mean), xp=xp)
-            return readout, (weights,)
+            if not readout:
+                return readout, (self.backend.block_log_sum_exp(scores, written, BLOCK),)
+            weights, added, mean = self.backend.read_blocks(scores, rows, written, BLOCK)
+            return join_readouts(readout, (added, mean), xp=xp), (weights,)
 
         readout, (weights,) = self._scan_tiles(weigh, readout, self.slots, self.tile)
         return xp.matrix_transpose(weights), readout
@@ -122,21 +114,23 @@ class CacheScores(NamedTuple):
         flat = xp.reshape(xp.where(there, every, 0), (-1,))
         rows = xp.reshape(xp.take_rows(self.table, flat), (-1, draws * BLOCK, self.table.shape[1]))
         scores = xp.reshape(self.scorer.by_row(self.queries, rows), (-1, draws, BLOCK))
+
+        def in_blocks(field: Array) -> Any:
+            return xp.reshape(xp.take_rows(field, flat), (-1, draws, BLOCK))
+
+        if self.own is not None:
+            there = there & self.own.admit(self.labels.each(in_blocks), scores)
         if self.bias is not None:
-            scores = scores - xp.reshape(xp.take_rows(self.bias, flat), (-1, draws, BLOCK))
-        if self.ids is not None:
-            ids = xp.reshape(xp.take_rows(self.ids, flat), (-1, draws, BLOCK))
-            for place in range(self.positive_ids.shape[1]):
-                there = there & (ids != self.positive_ids[:, None, None, place])
-        written = is_written(xp.reshape(xp.take_rows(self.age, flat), (-1, draws, BLOCK)))
+            scores = scores - in_blocks(self.bias)
+        written = is_written(in_blocks(self.age))
         return xp.where(there & written, scores, -float("inf"))
 
     def of_queries(self, rows: Array) -> "CacheScores":
         """Return the scores of some of the queries, or of all several times: rows (n,) of them."""
-        xp, own = self.scorer.xp, self.positive_ids
+        xp = self.scorer.xp
         return self._replace(
             queries=xp.take_rows(self.queries, rows),
-            positive_ids=None if own is None else xp.take_rows(own, rows),
+            own=None if self.own is None else self.own.of_queries(rows, xp),
         )
 
     def by_slot(self, start: Any, size: int) -> tuple[Array, Array, Array]:
@@ -145,15 +139,15 @@ class CacheScores(NamedTuple):
         One row of scores for each slot: products with a tall result and reductions down its columns
         are measured to be faster than with a wide one. `start` may be a traced integer.
         """
-        rows, age = (
-            self.backend.slice_rows(array, start, size) for array in (self.table, self.age)
-        )
+        backend = self.backend
+        rows, age = (backend.slice_rows(array, start, size) for array in (self.table, self.age))
+        rows = cast(rows, self.scorer.dtype, self.scorer.xp)
         scores = self.scorer.by_item(self.queries, rows)
+        if self.own is not None:
+            labels = self.labels.each(lambda field: backend.slice_rows(field, start, size))
+            scores = backend.exclude(scores, labels, self.own)
         if self.bias is not None:
-            scores = scores - self.backend.slice_rows(self.bias, start, size)[:, None]
-        if self.ids is not None:
-            ids = self.backend.slice_rows(self.ids, start, size)
-            scores = self.backend.exclude(scores, ids, self.positive_ids)
+            scores = scores - backend.slice_rows(self.bias, start, size)[:, None]
         return scores, is_written(age), rows
 
     def mask(self, scores: Array, written: Array) -> Array:
@@ -196,20 +190,6 @@ def empty_readout(queries: Array, *, xp: Any) -> tuple[Array, Array]:
     return xp.sum(zero, axis=1) - float("inf"), zero
 
 
-def read_out(scores: Array, rows: Array, *, xp: Any) -> tuple[Array, Array]:
-    """Return the log-sum-exp (B,) of scores (n, B), and the mean (B, D) of rows by their softmax.
-
-    This is attention with keys and values alike.
-    """
-    top = xp.max(scores, axis=0)
-    top = xp.where(top > -float("inf"), top, 0.0)
-    weights = xp.exp(scores - top[None, :])
-    total = xp.sum(weights, axis=0)
-    some = xp.where(total > 0, total, 1.0)
-    added = xp.where(total > 0, xp.log(some) + top, -float("inf"))
-    return added, xp.matmul(xp.matrix_transpose(weights), rows) / some[:, None]
-
-
 def join_readouts(
     readout: tuple[Array, ...], added: tuple[Array, Array], *, xp: Any
 ) -> tuple[Array, Array]:
@@ -228,13 +208,15 @@ def scores_of(
     backend: Backend,
     tile_bytes: int | None,
     *,
-    id_key: str | None = None,
-    positive_ids: Array | None = None,
+    own: Exclusions | None = None,
+    id_keys: tuple[str, ...] = (),
+    group_key: str | None = None,
     bias_key: str | None = None,
     first: int = 0,
 ) -> list[CacheScores]:
     """Return the scores of queries (B, D) against each cache, none of them computed yet.
 
+    own:   what must not oppose each query; id_keys and group_key name the fields that tell
     first: the number of the first slot of all
     """
     xp = backend.xp
@@ -249,9 +231,11 @@ def scores_of(
         copied = backend.slices_copy or table.dtype != scorer.dtype
         width = table.shape[1] if copied else 0
         tile = tile_slots(backend.tile_rows(queries), width, itemsize, budget)
-        ids = None if id_key is None else cache.data[id_key]
-        own = None if ids is None or positive_ids is None else cast(positive_ids, ids.dtype, xp)
+        group = None if group_key is None else cache.data[group_key]
+        labels = Labels(tuple([cache.data[key] for key in id_keys]), group)
         bias = None if bias_key is None else cast(cache.data[bias_key], scorer.dtype, xp)
-        scores.append(CacheScores(scaled, table, age, first, tile, plain, backend, ids, own, bias))
+        scores.append(
+            CacheScores(scaled, table, age, first, tile, plain, backend, own, labels, bias)
+        )
         first += scores[-1].slots
     return scores

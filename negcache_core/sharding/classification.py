@@ -10,8 +10,8 @@ from negcache_core.sharding.placement import Shards
 from negcache_core.sharding.replicas import Replicas
 
 ALIKE = (
-    *("embedding_key", "data_keys", "top_k", "estimator", "num_samples", "id_key"),
-    *("in_batch_negatives", "log_frequency_key", "staleness_correction"),
+    *("embedding_key", "data_keys", "top_k", "estimator", "num_samples", "id_keys"),
+    *("group_key", "margin", "in_batch_negatives", "log_frequency_key", "staleness_correction"),
 )
 """The options that all replicas must give alike."""
 

@@ -81,17 +81,22 @@ class Shards(Placement):
     def meet(self, request: Request) -> Sizes:
         """Return everyone's sizes. Raises OptionError or ShapeError where they are not alike."""
         self._agree(request)
-        ids = 0 if request.batch.ids is None else request.batch.ids.shape[1]
+        own, keys = request.batch.own, request.wanted.id_keys
+        columns = [0] if own is None or not keys else [ids.shape[1] for ids in own.ids]
         capacities = [cache.age.shape[0] for cache in request.caches.values()]
-        own = [request.queries.shape[0], ids, *capacities]
-        every = self.replicas.numbers(own, request.queries)
-        if len({numbers[1] for numbers in every}) > 1:
-            raise ShapeError(
-                f"positive_ids have {[numbers[1] for numbers in every]} columns by rank: expected "
-                "one number of them. Fill up short rows with an id that is there already."
-            )
+        numbers = [request.queries.shape[0], *columns, *capacities]
+        every = self.replicas.numbers(numbers, request.queries)
+        for place, key in enumerate(keys, 1):
+            if len({numbers[place] for numbers in every}) > 1:
+                what = "positive_ids" if len(keys) == 1 else f"positive_ids[{key!r}]"
+                raise ShapeError(
+                    f"{what} have {[numbers[place] for numbers in every]} columns by rank: "
+                    "expected one number of them. Fill up short rows with an id that is there "
+                    "already."
+                )
+        first = 1 + len(columns)
         return Sizes(
-            tuple(numbers[0] for numbers in every), tuple(numbers[2:] for numbers in every)
+            tuple(numbers[0] for numbers in every), tuple(numbers[first:] for numbers in every)
         )
 
     def first(self, sizes: Sequence[int]) -> Any:

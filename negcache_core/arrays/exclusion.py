@@ -1,0 +1,181 @@
+"""Which rows must not oppose a query: one law, for rows of a cache, of a batch, and hard negatives.
+
+A row that agrees with the query in any id, is of another group, or scores above the query's ceiling
+is no negative: it is not drawn, and it does not count.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from negcache_core.arrays._array import Array, ArrayT, cast, fill, positions
+
+
+class Labels(NamedTuple):
+    """What rows (…) are told apart by: ids, integers (…) by key, and their group (…), or None."""
+
+    ids: tuple[Any, ...] = ()
+    group: Any = None
+
+    def each(self, function: Callable[[Array], Array]) -> "Labels":
+        """Return what a function makes of each of them."""
+        group = None if self.group is None else function(self.group)
+        return Labels(tuple([function(ids) for ids in self.ids]), group)
+
+    def arrays(self) -> tuple[Any, ...]:
+        """Return all of them, None for no group."""
+        return (*self.ids, self.group)
+
+
+class Exclusions(NamedTuple):
+    """What must not oppose each of B queries.
+
+    ids:     (B, P) by key: the ids of the query's positives; a row with one of them is no negative
+    group:   (B,) only rows of this group are negatives; None for all
+    ceiling: (B,) rows with a higher score are no negatives; None for all
+    """
+
+    ids: tuple[Any, ...] = ()
+    group: Any = None
+    ceiling: Any = None
+
+    def arrays(self) -> tuple[Any, ...]:
+        """Return all of them, None for what there is not."""
+        return (*self.ids, self.group, self.ceiling)
+
+    @staticmethod
+    def of(arrays: Sequence[Any]) -> "Exclusions | None":
+        """Return the record of what `arrays` returned; None where it excludes nothing."""
+        *ids, group, ceiling = arrays
+        if not ids and group is None and ceiling is None:
+            return None
+        return Exclusions(tuple(ids), group, ceiling)
+
+    def told(self) -> "Exclusions | None":
+        """Return what can be told of rows by their labels alone: all but a ceiling."""
+        return Exclusions.of((*self.ids, self.group, None))
+
+    def of_queries(self, rows: Array, xp: Any) -> "Exclusions":
+        """Return those of some of the queries: rows (n,) of them."""
+        found = [None if each is None else xp.take_rows(each, rows) for each in self.arrays()]
+        return Exclusions(tuple(found[:-2]), *found[-2:])
+
+    def admit(self, rows: Labels, scores: Array | None, *, last: bool = False) -> Any:
+        """Return whether each row may oppose each query: the law.
+
+        rows:   labels (B, …) or (1, …); scores: (B, …), or None where no ceiling is to be kept
+        last:   labels are (n,), scores and result (n, B)
+
+        Returns bool, or None where nothing is excluded.
+        """
+        found: Any = None
+        for own, ids in zip(self.ids, rows.ids, strict=True):
+            for place in range(own.shape[1]):  # one comparison of all rows at a time
+                found = _both(found, _beside(ids, own[:, place], last, "differ"))
+        if self.group is not None:
+            found = _both(found, _beside(rows.group, self.group, last, "agree"))
+        if self.ceiling is not None and scores is not None:
+            ceiling = self.ceiling[None, :] if last else _spread(self.ceiling, scores)
+            found = _both(found, ~(scores > ceiling))
+        return found
+
+
+def _both(left: Any, right: Any) -> Any:
+    return right if left is None else left & right
+
+
+def _beside(rows: Array, own: Array, last: bool, how: str) -> Any:
+    """Compare labels (n,) with facts (B,), as (n, B) if last; else (B, …) with (B,)."""
+    rows, own = (rows[:, None], own[None, :]) if last else (rows, _spread(own, rows))
+    return rows == own if how == "agree" else rows != own
+
+
+def _spread(own: Array, like: Array) -> Any:
+    """Return (B,) so that it broadcasts over (B, …)."""
+    return own[(slice(None),) + (None,) * (len(like.shape) - 1)]
+
+
+def excluded(scores: ArrayT, rows: Labels, own: Exclusions, *, xp: Any) -> ArrayT:
+    """Return scores (n, B), -inf where rows (n,) must not oppose the query."""
+    admitted = own.admit(rows, scores, last=True)
+    return scores if admitted is None else xp.where(admitted, scores, -float("inf"))
+
+
+def exclude_in_place(scores: Any, rows: Labels, own: Exclusions, *, xp: Any) -> Any:
+    """Do what `excluded` does, for libraries that write into their arrays.
+
+    Few rows have the id of anyone's positive, and few score above a ceiling: those are found by
+    passes over n numbers, or one over the scores, and only they are compared with every query.
+    Not for tracing: values are read.
+    """
+    if scores.shape[0] == 0 or scores.shape[1] == 0:
+        return scores
+    for pair in zip(rows.ids, own.ids, strict=True):
+        ids, theirs = (cast(each, xp.index_dtype, xp) for each in pair)
+        hit = _rows_among(ids, xp.reshape(theirs, (-1,)), xp)
+        if hit.shape[0]:
+            admitted = Exclusions((theirs,)).admit(Labels((ids[hit],)), None, last=True)
+            scores[hit] = xp.where(admitted, scores[hit], -float("inf"))
+    if own.group is not None:
+        scores = xp.minimum(scores, _limits(rows.group, own.group, scores, xp), out=scores)
+    if own.ceiling is not None:
+        _cut_in_place(scores, own.ceiling, xp)
+    return scores
+
+
+def _rows_among(ids: Array, wanted: Array, xp: Any) -> Any:
+    """Return the positions (m,) of those of ids (n,) that may be one of `wanted` (k,), k > 0."""
+    table, low = _table(wanted, xp.bool, xp)
+    table[wanted & low] = True
+    (hit,) = xp.nonzero(xp.take(table, ids & low, axis=0))
+    if 16 * hit.shape[0] > ids.shape[0]:  # ids that are alike in their last digits
+        ordered, found = xp.sort(wanted), ids[hit]
+        place = xp.clip(xp.searchsorted(ordered, found), 0, ordered.shape[0] - 1)
+        hit = hit[ordered[place] == found]
+    return hit
+
+
+def _table(wanted: Array, dtype: Any, xp: Any) -> tuple[Any, int]:
+    """Return zeros for the last binary digits of `wanted` (k,), and which digits these are."""
+    size = 1 << min(20, max(12, (256 * wanted.shape[0]).bit_length()))
+    return xp.zeros((size,), dtype=dtype), size - 1
+
+
+def _limits(rows: Array, own: Array, scores: Array, xp: Any) -> Any:
+    """Return what scores (n, B) can be at most: inf for rows (n,) of the query's group, or -inf.
+
+    A row gets the number of a query of its group, and by it a copy of that one's limits.
+    """
+    rows, own = cast(rows, xp.index_dtype, xp), cast(own, xp.index_dtype, xp)
+    count = own.shape[0]
+    table, low = _table(own, xp.index_dtype, xp)
+    table[own & low] = positions(own, xp)
+    group = own
+    if not bool(xp.all(xp.take(own, table[own & low], axis=0) == own)):  # two share a place
+        group = xp.sort(own)
+        number = xp.clip(xp.searchsorted(group, rows), 0, count - 1)
+    else:
+        number = xp.take(table, rows & low, axis=0)
+    number = xp.where(xp.take(group, number, axis=0) == rows, number, count)
+    limits = xp.where(group[:, None] == own[None, :], float("inf"), -float("inf"))
+    none = fill((1, count), -float("inf"), scores, xp)
+    return xp.take(xp.concat([cast(limits, scores.dtype, xp), none]), number, axis=0)
+
+
+def _cut_in_place(scores: Any, ceiling: Array, xp: Any) -> None:
+    """Set scores (n, B) above ceiling (B,) to -inf; only where a stretch has such are they read."""
+    count, queries = scores.shape
+    whole = count // STRETCH
+    if whole:
+        shape: Any = (whole, STRETCH // FOLD, FOLD * queries)
+        top = xp.max(xp.reshape(scores[: whole * STRETCH], shape), axis=1)
+        above = xp.reshape(top, (whole, FOLD, queries)) > ceiling[None, None, :]
+        (hit,) = xp.nonzero(xp.any(xp.reshape(above, (whole, FOLD * queries)), axis=1))
+        if hit.shape[0]:
+            parts = xp.reshape(scores[: whole * STRETCH], (whole, STRETCH, queries))
+            found = parts[hit]
+            parts[hit] = xp.where(found > ceiling, -float("inf"), found)
+    rest = scores[whole * STRETCH :]
+    rest[...] = xp.where(rest > ceiling, -float("inf"), rest)
+
+
+STRETCH, FOLD = 128, 8
