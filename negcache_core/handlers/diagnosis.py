@@ -28,18 +28,21 @@ RUNAWAY_SCALE = 50.0
 
 def describe(name: str, setup: Setup, caches: Caches | None, metrics: Mapping[str, Any]) -> str:
     """Return what `print(handler)` shows."""
-    lines = []
+    lines, fills = [], []
     for cache_name, manager in setup.managers.items():
         title = name if len(setup.managers) == 1 else f"{name} {cache_name!r}"
         filled = None if caches is None else written_slots([caches[cache_name].age])
+        fills.append(filled)
         known = "" if filled is None else f", {filled:,} written"
         slots = manager.cache_size if caches is None else caches[cache_name].age.shape[0]
         whole = "" if slots == manager.cache_size else f" of {manager.cache_size:,}"
         fields = fields_in_words(manager.specs, slots)
         lines.append(f"{title}({slots:,}{whole} slots{known}, {fields};")
     stale = number_of(metrics.get("staleness"))
-    known = "no step yet" if stale is None else f"staleness {stale:.3f}"
-    lines.append(f"  {loss_in_words(setup.loss)}; {known})")
+    known = "" if stale is None else f"; staleness {stale:.3f}"
+    if stale is None and fills and not any(filled is None or filled for filled in fills):
+        known = "; no step yet"  # where a slot is written, a compiled step kept no metrics
+    lines.append(f"  {loss_in_words(setup.loss)}{known})")
     return "\n".join(lines)
 
 
