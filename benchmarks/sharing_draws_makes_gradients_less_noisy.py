@@ -66,7 +66,7 @@ def trained(data: Data) -> Moment:
     kept: dict[int, dict[str, Tensor]] = {}
 
     def make_loss(model: SearchModel, settings: Settings, data: Data) -> tuple[Loss, float]:
-        loss, size = cache_loss(model, settings, data)
+        loss, size = cache_loss(model, settings, data, estimator="paper", in_batch_negatives=False)
         step = 0
 
         def keeping(*batch: Tensor) -> Any:

@@ -123,47 +123,35 @@ def cache_loss(
     settings: Settings,
     data: Data,
     *,
-    estimator: str = "paper",
-    in_batch_negatives: bool = False,
+    estimator: str = "auto",
+    in_batch_negatives: bool = True,
 ) -> tuple[Loss, float]:
-    """Cross-entropy against everything in a negative cache."""
-    specs = {
-        "tokens": negcache.FieldSpec(data.items.shape[1:], torch.int32),
-        "id": negcache.FieldSpec((), torch.int64),
-        "embedding": negcache.FieldSpec((WIDTH,), torch.float32),
-    }
-    handler = negcache.CacheLossHandler(
-        negcache.CacheManager(specs, settings.cache_size),
-        negcache.CacheClassificationLoss(
-            "embedding",
-            ("tokens",),
-            scale=model.scale,
-            estimator=estimator,
-            in_batch_negatives=in_batch_negatives,
-            id_key="id",  # a query's own item, cached earlier, is no negative of it
-            generator=settings.seed,
-        ),
-        embedding_key="embedding",
-        data_keys=("tokens",),
+    """Cross-entropy against everything in a negative cache, and the batch's other items."""
+    loss_fn = negcache.NegativeCacheLoss(
+        settings.cache_size,
+        {"tokens": torch.from_numpy(data.items)},
+        embedding=WIDTH,
+        scale=model.scale,
+        labels={"id": torch.from_numpy(data.item_of)},
+        id_keys=("id",),  # a query's own item, cached earlier, is no negative of it
+        estimator=estimator,
+        in_batch_negatives=in_batch_negatives,
+        generator=settings.seed,
     )
 
     def loss(
         query_tokens: Tensor, item_tokens: Tensor, ids: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
-        features = {"tokens": item_tokens, "id": ids}
-        value = handler.update_cache_and_compute_loss(
-            model.embed_items,
-            model.embed_queries(query_tokens),
-            model.embed_items(features),
-            features,
-        )
-        metrics = handler.metrics
+        features, queries = {"tokens": item_tokens}, model.embed_queries(query_tokens)
+        items = model.embed_items(features)
+        value = loss_fn(model.embed_items, queries, items, features, labels={"id": ids})
+        metrics = loss_fn.metrics
         return value, {
             "loss": metrics["interpretable_loss"].item(),
             "staleness": metrics["staleness"].item(),
         }
 
-    tables = (handler.cache.age, *handler.cache.data.values())
+    tables = (loss_fn.cache.age, *loss_fn.cache.data.values())
     return loss, sum(table.nbytes for table in tables) / 1e6
 
 

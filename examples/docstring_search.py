@@ -36,8 +36,8 @@ OUT = Path(__file__).resolve().parents[1] / "runs" / "docstring_search"
 IN_BATCH, PAPER, BEST = "in-batch negatives", "cache, as in the paper", "cache, at its best"
 METHODS: dict[str, MakeLoss] = {
     IN_BATCH: in_batch_loss,
-    PAPER: cache_loss,
-    BEST: partial(cache_loss, estimator="exact_query"),
+    PAPER: partial(cache_loss, estimator="paper", in_batch_negatives=False),
+    BEST: cache_loss,
 }
 SAMPLES = (
     "parse an ISO date",

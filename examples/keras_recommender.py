@@ -122,7 +122,7 @@ class TwoTower(keras.Model):
             [layers.Embedding(BUCKETS, WIDTH, mask_zero=True), layers.GlobalAveragePooling1D()]
         )
         self.normalize = layers.UnitNormalization()
-        self.cache = CacheLayer(make_handler(cache_size)) if cache_size else None
+        self.cache = CacheLayer(make_loss(cache_size)) if cache_size else None
 
     def item_network(self, features: Features) -> tf.Tensor:
         """Return (n, WIDTH), of modules that the features item_id and words are of."""
@@ -153,27 +153,19 @@ class TwoTower(keras.Model):
         )
 
 
-def make_handler(cache_size: int) -> negcache.CacheLossHandler:
+def make_loss(cache_size: int) -> negcache.NegativeCacheLoss:
     """Return a cache of modules with both features, their embedding, and how popular they are."""
-    specs = {
-        "item_id": negcache.FieldSpec((), "int32"),
-        "words": negcache.FieldSpec((WORDS,), "int32"),
-        "log_q": negcache.FieldSpec((), "float32"),
-        "embedding": negcache.FieldSpec((WIDTH,), "bfloat16"),
-    }
-    data_keys = ("item_id", "words")
-    loss = negcache.CacheClassificationLoss(
-        "embedding",
-        data_keys,
+    number = negcache.FieldSpec((), "int32")
+    return negcache.NegativeCacheLoss(
+        cache_size,
+        features={"item_id": number, "words": negcache.FieldSpec((WORDS,), "int32")},
+        embedding=negcache.FieldSpec((WIDTH,), "bfloat16"),
         scale=SCALE,
-        estimator="exact_query",
-        id_key="item_id",
+        labels={"log_q": negcache.FieldSpec((), "float32")},
+        id_keys=("item_id",),
         log_frequency_key="log_q",  # the cache has popular modules many times over
-        in_batch_negatives=True,
         generator=0,
     )
-    manager = negcache.CacheManager(specs, cache_size)
-    return negcache.CacheLossHandler(manager, loss, "embedding", data_keys)
 
 
 def in_batch_loss(query: tf.Tensor, item: tf.Tensor, ids: tf.Tensor, features: Features) -> Any:

@@ -30,21 +30,18 @@ OUT = Path(__file__).resolve().parents[1] / "runs" / "lightning_search"
 IN_BAR = ("cache/fill", "cache/staleness")  # of the metrics; the loggers have all of them
 
 
-def make_handler(model: SearchModel, cache_size: int, *, shards: bool) -> negcache.CacheLossHandler:
-    """Return a handler of `cache_size` slots: of this process, or of all together."""
-    specs = {
-        "tokens": negcache.FieldSpec((ITEM_WORDS,), torch.int32),
-        "id": negcache.FieldSpec((), torch.int64),
-        "embedding": negcache.FieldSpec((model.vectors.shape[1],), torch.float32),
-    }
-    kind = (
-        negcache.DistributedCacheClassificationLoss if shards else negcache.CacheClassificationLoss
-    )
-    return negcache.CacheLossHandler(
-        negcache.CacheManager(specs, cache_size),
-        kind("embedding", ("tokens",), scale=model.scale, estimator="exact_query", id_key="id"),
-        embedding_key="embedding",
-        data_keys=("tokens",),
+def make_handler(
+    model: SearchModel, cache_size: int, *, shards: bool
+) -> negcache.NegativeCacheLoss:
+    """Return a loss with a cache of `cache_size` slots: of this process, or of all together."""
+    return negcache.NegativeCacheLoss(
+        cache_size,
+        features={"tokens": negcache.FieldSpec((ITEM_WORDS,), torch.int32)},
+        embedding=model.vectors.shape[1],
+        scale=model.scale,
+        labels={"id": negcache.FieldSpec((), torch.int64)},
+        id_keys=("id",),
+        group=dist.group.WORLD if shards else None,
     )
 
 

@@ -50,24 +50,19 @@ class Towers(nnx.Module):
         return total / jnp.linalg.norm(total, axis=1, keepdims=True)
 
 
-def make_handler(cache_size: int, width: int) -> negcache.CacheLossHandler:
-    """Return the handler; its state is apart from it."""
-    specs = {
-        "tokens": negcache.FieldSpec((ITEM_WORDS,), jnp.int32),
-        "id": negcache.FieldSpec((), jnp.int32),
-        "embedding": negcache.FieldSpec((width,), jnp.float32),
-    }
-    return negcache.CacheLossHandler(
-        negcache.CacheManager(specs, cache_size),
-        negcache.CacheClassificationLoss(
-            "embedding", ("tokens",), scale=20.0, estimator="exact_query", id_key="id"
-        ),
-        embedding_key="embedding",
-        data_keys=("tokens",),
+def make_loss(cache_size: int, width: int) -> negcache.NegativeCacheLoss:
+    """Return the loss; its state is apart from it."""
+    return negcache.NegativeCacheLoss(
+        cache_size,
+        features={"tokens": negcache.FieldSpec((ITEM_WORDS,), jnp.int32)},
+        embedding=width,
+        scale=20.0,
+        labels={"id": negcache.FieldSpec((), jnp.int32)},
+        id_keys=("id",),
     )
 
 
-def make_train_step(handler: negcache.CacheLossHandler) -> Callable[..., Any]:
+def make_train_step(loss_fn: negcache.NegativeCacheLoss) -> Callable[..., Any]:
     """Return the compiled step: it trains the towers, and returns the next state and metrics."""
 
     # The state is donated, so that the cache is written where it is.
@@ -80,7 +75,7 @@ def make_train_step(handler: negcache.CacheLossHandler) -> Callable[..., Any]:
         features: dict[str, Array],
     ) -> tuple[negcache.HandlerState, dict[str, Array]]:
         def loss_of(towers: Towers) -> tuple[Array, Any]:
-            bound = handler.bind(state)
+            bound = loss_fn.bind(state)
             query = towers.embed_queries(query_tokens)
             retrieval = bound.retrieve(query, features)
             tokens = jnp.concatenate([features["tokens"], retrieval.features["tokens"]])
@@ -116,12 +111,12 @@ class Run:
     """All that a run goes on from: towers, optimizer, the cache's state, and the steps done."""
 
     def __init__(self, cache_size: int, width: int) -> None:
-        handler = make_handler(cache_size, width)
+        loss_fn = make_loss(cache_size, width)
         self.towers = Towers(width, nnx.Rngs(0))
         self.optimizer = nnx.Optimizer(self.towers, optax.adam(3e-3), wrt=nnx.Param)
         # An array of integers: not all releases of Orbax save the newer kind of key.
-        self.state, self.step = handler.init(jax.random.PRNGKey(1)), 0
-        self.train_step = make_train_step(handler)
+        self.state, self.step = loss_fn.init(jax.random.PRNGKey(1)), 0
+        self.train_step = make_train_step(loss_fn)
 
     def arrays(self) -> dict[str, Any]:
         """Return the state as a pytree of arrays."""

@@ -31,56 +31,52 @@ class Towers(SearchModel):
         return self.embed_queries(query_tokens), self.embed_items({"tokens": item_tokens})
 
 
-def make_handler(towers: Towers, slots: int) -> negcache.CacheLossHandler:
-    """Return a handler that holds this process's shard of `slots` slots."""
-    specs = {
-        "tokens": negcache.FieldSpec((ITEM_WORDS,), torch.int32),
-        "id": negcache.FieldSpec((), torch.int64),
-        "embedding": negcache.FieldSpec((towers.vectors.shape[1],), torch.bfloat16),
-    }
-    return negcache.CacheLossHandler(
-        negcache.CacheManager(specs, cache_size=slots),
-        negcache.DistributedCacheClassificationLoss(
-            "embedding", ("tokens",), scale=towers.scale, estimator="exact_query", id_key="id"
-        ),
-        embedding_key="embedding",
-        data_keys=("tokens",),
+def make_loss(towers: Towers, slots: int) -> negcache.NegativeCacheLoss:
+    """Return a loss that holds this process's shard of `slots` slots, where the towers are."""
+    return negcache.NegativeCacheLoss(
+        slots,
+        features={"tokens": negcache.FieldSpec((ITEM_WORDS,), torch.int32)},
+        embedding=towers.vectors[:1].bfloat16(),  # an example: its width, dtype and device count
+        scale=towers.scale,
+        labels={"id": negcache.FieldSpec((), torch.int64)},
+        id_keys=("id",),
+        group=dist.group.WORLD,
     )
 
 
 def train_step(
     towers: DistributedDataParallel,
-    handler: negcache.CacheLossHandler,
+    loss_fn: negcache.NegativeCacheLoss,
     optimizer: torch.optim.Optimizer,
     query_tokens: Tensor,
     features: dict[str, Tensor],
 ) -> Tensor:
     """Run one step on this process's part of the batch."""
     with torch.no_grad():  # the draw needs no gradient: the module without its wrapper
-        retrieval = handler.retrieve(towers.module.embed_queries(query_tokens), features)
+        retrieval = loss_fn.retrieve(towers.module.embed_queries(query_tokens), features)
     item_tokens = torch.cat([features["tokens"], retrieval.features["tokens"]])
     query, items = towers(query_tokens, item_tokens)
     positive, negative = items[: len(query)], items[len(query) :]
-    result = handler.compute_loss(query, positive, negative, retrieval)
+    result = loss_fn.compute_loss(query, positive, negative, retrieval)
     optimizer.zero_grad()
     result.loss.backward()
-    handler.commit(result, positive, features)
+    loss_fn.commit(result, positive, features)
     optimizer.step()
     return result.loss.detach()
 
 
 def state_of(
     towers: nn.Module,
-    handler: negcache.CacheLossHandler,
+    loss_fn: negcache.NegativeCacheLoss,
     optimizer: torch.optim.Optimizer,
     done: Tensor,
 ) -> dict[str, Any]:
-    """Return all that a run goes on from, by name; the handler's tables are the live ones."""
+    """Return all that a run goes on from, by name; the cache's tables are the live ones."""
     towers_state, optimizer_state = get_state_dict(towers, optimizer)
     return {
         "towers": towers_state,
         "optimizer": optimizer_state,
-        "handler": handler.distributed_state_dict(),
+        "loss": loss_fn.distributed_state_dict(),
         "done": done,
     }
 
@@ -88,13 +84,13 @@ def state_of(
 def load(
     folder: Path,
     towers: nn.Module,
-    handler: negcache.CacheLossHandler,
+    loss_fn: negcache.NegativeCacheLoss,
     optimizer: torch.optim.Optimizer,
     done: Tensor,
 ) -> None:
     """Go on from a checkpoint, whatever the number of processes that saved it."""
-    state = state_of(towers, handler, optimizer, done)
-    dcp.load(state, checkpoint_id=folder)  # the handler's tables and `done` in place
+    state = state_of(towers, loss_fn, optimizer, done)
+    dcp.load(state, checkpoint_id=folder)  # the cache's tables and `done` in place
     set_state_dict(
         towers,
         optimizer,
@@ -107,11 +103,11 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
     """Train, and say what the search finds before and after."""
     torch.manual_seed(0)
     towers = DistributedDataParallel(Towers(options.width, sparse=False).to(device))
-    handler = make_handler(towers.module, options.slots).to(device)
+    loss_fn = make_loss(towers.module, options.slots)
     optimizer = torch.optim.Adam(towers.parameters(), lr=LEARNING_RATE)
     done = torch.tensor(0)  # steps, by now
     if options.checkpoint and options.checkpoint.exists():
-        load(options.checkpoint, towers, handler, optimizer, done)
+        load(options.checkpoint, towers, loss_fn, optimizer, done)
     data = as_data(mine_pairs(options.max_pairs))
     rank, count = dist.get_rank(), dist.get_world_size()
     before, begun = evaluate(towers.module, data), int(done)
@@ -120,13 +116,13 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
         ids = data.item_of[own]
         arrays = data.queries[own], data.items[ids], ids
         query_tokens, tokens, ids = (torch.from_numpy(array).to(device) for array in arrays)
-        train_step(towers, handler, optimizer, query_tokens, {"tokens": tokens, "id": ids})
+        train_step(towers, loss_fn, optimizer, query_tokens, {"tokens": tokens, "id": ids})
     done += options.steps
     if options.checkpoint:
-        dcp.save(state_of(towers, handler, optimizer, done), checkpoint_id=options.checkpoint)
+        dcp.save(state_of(towers, loss_fn, optimizer, done), checkpoint_id=options.checkpoint)
 
     if rank == 0:
-        fill, here = handler.metrics["fill"], len(handler.cache.age)
+        fill, here = loss_fn.metrics["fill"], len(loss_fn.cache.age)
         print("MRR {:.3f}, recall@10 {:.3f} at first;".format(*before), end=" ")
         print("MRR {:.3f}, recall@10 {:.3f} at last".format(*evaluate(towers.module, data)))
         print(f"{count} processes, {here} slots on this one", end="; ")

@@ -1,17 +1,12 @@
 """negcache for JAX: train dual encoders against a cache of negatives.
 
 >>> import jax, jax.numpy as jnp, negcache_jax as negcache
->>> specs = {"x": negcache.FieldSpec((2,), jnp.float32),
-...          "embedding": negcache.FieldSpec((2,), jnp.float32)}
->>> handler = negcache.CacheLossHandler(
-...     negcache.CacheManager(specs, cache_size=4),
-...     negcache.CacheClassificationLoss("embedding", ("x",), scale=20.0),
-...     embedding_key="embedding", data_keys=("x",))
+>>> x = jnp.eye(2)
+>>> loss_fn = negcache.NegativeCacheLoss(cache_size=4, features={"x": x}, embedding=2)
 >>> def step(weights, state, x):
 ...     item_network = lambda features: features["x"] @ weights
-...     return handler.update_cache_and_compute_loss(
-...         state, item_network, x, item_network({"x": x}), {"x": x})
->>> state, x = handler.init(jax.random.key(0)), jnp.eye(2)
+...     return loss_fn(state, item_network, x, item_network({"x": x}), {"x": x})
+>>> state = loss_fn.init(jax.random.key(0))
 >>> gradient_of_step = jax.jit(jax.value_and_grad(step, has_aux=True), donate_argnums=1)
 >>> (loss, state), gradient = gradient_of_step(jnp.eye(2), state, x)
 """

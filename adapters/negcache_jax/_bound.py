@@ -29,6 +29,36 @@ class _ManyCaches(StateHandler):
 
 
 class _FrontDoor:
+    """Cross-entropy of each query's item against everything in a cache of items.
+
+    group: the name of a mesh's axis, several in a tuple, or a jax.sharding.Mesh for all of its
+           axes, whose devices share one cache in shards; None for a cache of one's own
+
+    The state goes in and comes out. For the other arguments see `negcache_core.NegativeCacheLoss`,
+    for what holds inside of `jax.shard_map` `DistributedCacheClassificationLoss`.
+
+    >>> import functools, jax, jax.numpy as jnp, negcache_jax as negcache
+    >>> from jax.sharding import PartitionSpec as P
+    >>> auto = (jax.sharding.AxisType.Auto,)
+    >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=auto)
+    >>> loss_fn = negcache.NegativeCacheLoss(8, {"x": jnp.zeros((1, 2))}, embedding=2, group=mesh)
+    >>> @functools.partial(jax.jit, donate_argnums=1)
+    ... @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), loss_fn.specs(), P("data")),
+    ...                    out_specs=(P(), P(), loss_fn.specs()))
+    ... def step(weights, state, x):
+    ...     def loss_of(weights):
+    ...         item_network = lambda features: features["x"] @ weights
+    ...         loss, after = loss_fn(state, item_network, x, item_network({"x": x}), {"x": x})
+    ...         return jax.lax.pmean(loss, "data"), after
+    ...     (loss, after), gradient = jax.value_and_grad(loss_of, has_aux=True)(weights)
+    ...     return weights - 0.1 * gradient, loss, after
+    >>> weights = jnp.eye(2)
+    >>> state = jax.jit(loss_fn.init, out_shardings=loss_fn.shardings(mesh))(jax.random.key(0))
+    >>> for seed in range(2):
+    ...     x = jax.random.normal(jax.random.key(seed), (4 * jax.device_count(), 2))
+    ...     weights, loss, state = step(weights, state, x)
+    """
+
     def __init__(self, *arguments: Any, group: Any = None, **options: Any) -> None:
         if isinstance(group, (Mesh, AbstractMesh)):
             axes = tuple(group.axis_names)

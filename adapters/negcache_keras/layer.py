@@ -28,7 +28,8 @@ SHOWN = ("effective_negatives", "staleness", "fill")
 class CacheLayer(keras.layers.Layer):
     """A cache that is part of a Keras model: `fit` shows its figures, every file has its state.
 
-    handler: a `negcache_tensorflow.CacheLossHandler` whose loss is a CacheClassificationLoss
+    handler: a `negcache_tensorflow.NegativeCacheLoss`, or another CacheLossHandler whose loss is a
+             CacheClassificationLoss
     shown:   which of its metrics `fit` shows and History has, as `cache_fill`, …: averages over
              an epoch's steps, see `negcache_core.losses.metrics.step_metrics`
     name:    of the layer, and what these names begin with

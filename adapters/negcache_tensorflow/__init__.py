@@ -1,16 +1,11 @@
 """negcache for TensorFlow: train dual encoders against a cache of negatives.
 
 >>> import tensorflow as tf, negcache_tensorflow as negcache
->>> specs = {"x": tf.io.FixedLenFeature([2], tf.float32),
-...          "embedding": tf.io.FixedLenFeature([2], tf.float32)}
->>> handler = negcache.CacheLossHandler(
-...     negcache.CacheManager(specs, cache_size=4),
-...     negcache.CacheClassificationLoss("embedding", ("x",), scale=20.0),
-...     embedding_key="embedding", data_keys=("x",))
 >>> weights, x = tf.Variable(tf.ones((2, 2))), tf.eye(2)
 >>> item_network = lambda features: features["x"] @ weights
+>>> loss_fn = negcache.NegativeCacheLoss(cache_size=4, features={"x": x}, embedding=x @ weights)
 >>> with tf.GradientTape() as tape:
-...     loss = handler.update_cache_and_compute_loss(item_network, x, x @ weights, {"x": x})
+...     loss = loss_fn(item_network, x, x @ weights, {"x": x})
 >>> gradient = tape.gradient(loss, weights)
 """
 

@@ -54,6 +54,23 @@ class _Handler:
 
 
 class _FrontDoor:
+    """Cross-entropy of each query's item against everything in a cache of items.
+
+    group: a tf.distribute.Strategy, whose replicas share one cache in shards: call the loss in
+           `strategy.run`, with batches of one size, known when traced; None for a cache of one's
+           own
+
+    For the other arguments see `negcache_core.NegativeCacheLoss`.
+
+    >>> import tensorflow as tf, negcache_tensorflow as negcache
+    >>> weights, x = tf.Variable(tf.ones((2, 4))), tf.eye(2)
+    >>> item_network = lambda features: features["x"] @ weights
+    >>> loss_fn = negcache.NegativeCacheLoss(8, {"x": x}, item_network({"x": x}))
+    >>> with tf.GradientTape() as tape:
+    ...     loss = loss_fn(item_network, x @ weights, x @ weights, {"x": x})
+    >>> gradient = tape.gradient(loss, weights)
+    """
+
     def __init__(self, *arguments: Any, group: Any = None, **options: Any) -> None:
         if group is not None and not isinstance(group, tf.distribute.Strategy):
             raise KindError(

@@ -1,15 +1,10 @@
 """negcache for PyTorch: train dual encoders against a cache of negatives.
 
 >>> import torch, negcache_torch as negcache
->>> specs = {"x": negcache.FieldSpec((2,), torch.float32),
-...          "embedding": negcache.FieldSpec((2,), torch.float32)}
->>> handler = negcache.CacheLossHandler(
-...     negcache.CacheManager(specs, cache_size=4),
-...     negcache.CacheClassificationLoss("embedding", ("x",), scale=20.0),
-...     embedding_key="embedding", data_keys=("x",))
 >>> tower, x = torch.nn.Linear(2, 2), torch.eye(2)
 >>> item_network = lambda features: tower(features["x"])
->>> loss = handler.update_cache_and_compute_loss(item_network, x, tower(x), {"x": x})
+>>> loss_fn = negcache.NegativeCacheLoss(cache_size=4, features={"x": x}, embedding=tower(x))
+>>> loss = loss_fn(item_network, x, tower(x), {"x": x})
 >>> loss.backward()
 """
 

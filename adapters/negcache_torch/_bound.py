@@ -66,6 +66,23 @@ class _ManyCaches(_Handler):
 
 
 class _FrontDoor:
+    """Cross-entropy of each query's item against everything in a cache of items.
+
+    embedding: an example (B, D), on whose device the cache is made; or D
+    group:     a process group of torch.distributed, or a DeviceMesh, whose ranks share one cache in
+               shards; None for a cache of one's own
+
+    For the other arguments see `negcache_core.NegativeCacheLoss`.
+
+    >>> import torch, negcache_torch as negcache
+    >>> tower, x, ids = torch.nn.Linear(2, 4), torch.eye(2), torch.arange(2)
+    >>> loss_fn = negcache.NegativeCacheLoss(
+    ...     8, {"x": x}, tower(x), labels={"id": ids}, id_keys=("id",))
+    >>> item_network = lambda features: tower(features["x"])
+    >>> loss = loss_fn(item_network, tower(x), tower(x), {"x": x}, labels={"id": ids})
+    >>> loss.backward()
+    """
+
     def __init__(
         self, cache_size: int, features: Any, embedding: Any, *arguments: Any, **options: Any
     ) -> None:

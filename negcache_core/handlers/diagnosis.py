@@ -9,11 +9,13 @@ from negcache_core.cache.named import Caches
 from negcache_core.cache.state import written_slots
 from negcache_core.errors import TrainingWarning
 from negcache_core.handlers.setup import Setup
-from negcache_core.losses.words import loss_in_words
+from negcache_core.losses.words import loss_in_words, scale_of
 
 HIGH_STALENESS = 0.1
 HARMFUL_STALENESS = 0.5
-"""Two random directions have a staleness of 2: at a quarter of that rows mislead more than help."""
+STRANGE_STALENESS = 1.0
+"""Two random directions have a staleness of 2: at a quarter of that rows mislead more than help, at
+half of it they hardly tell of these towers."""
 
 FIRST_LOOK = 64
 """The first step at which figures are read for a warning; later ones are at twice as many each."""
@@ -26,18 +28,21 @@ RUNAWAY_SCALE = 50.0
 
 def describe(name: str, setup: Setup, caches: Caches | None, metrics: Mapping[str, Any]) -> str:
     """Return what `print(handler)` shows."""
-    lines = []
+    lines, fills = [], []
     for cache_name, manager in setup.managers.items():
         title = name if len(setup.managers) == 1 else f"{name} {cache_name!r}"
         filled = None if caches is None else written_slots([caches[cache_name].age])
+        fills.append(filled)
         known = "" if filled is None else f", {filled:,} written"
         slots = manager.cache_size if caches is None else caches[cache_name].age.shape[0]
         whole = "" if slots == manager.cache_size else f" of {manager.cache_size:,}"
         fields = fields_in_words(manager.specs, slots)
         lines.append(f"{title}({slots:,}{whole} slots{known}, {fields};")
     stale = number_of(metrics.get("staleness"))
-    known = "no step yet" if stale is None else f"staleness {stale:.3f}"
-    lines.append(f"  {loss_in_words(setup.loss)}; {known})")
+    known = "" if stale is None else f"; staleness {stale:.3f}"
+    if stale is None and all(filled == 0 for filled in fills):
+        known = "; no step yet"  # where a slot is written, a compiled step kept no metrics
+    lines.append(f"  {loss_in_words(setup.loss)}{known})")
     return "\n".join(lines)
 
 
@@ -93,6 +98,9 @@ def _of_staleness(figures: Mapping[str, Any]) -> list[str]:
         f"staleness {stale:.2f} (|stale - fresh|^2 / |fresh|^2 of drawn rows, {age:.0f} steps old "
         "on average)"
     )
+    if stale >= STRANGE_STALENESS:
+        why = "Was a checkpoint loaded into one of them only, or is the learning rate far too high?"
+        return [f"{measured}: the item tower is hardly the one that embedded these rows. {why}"]
     if stale >= HIGH_STALENESS:
         advice = "Lower it, refresh() rows between steps, or make the cache smaller."
         return [f"{measured}: rows are too old for this learning rate. {advice}"]
@@ -126,7 +134,7 @@ def _of_scale(loss: Any) -> list[str]:
     scale = getattr(loss, "scale", None)
     if scale is None or isinstance(scale, (int, float)):
         return []
-    value = number_of(scale() if callable(scale) else scale)
+    value = scale_of(loss)
     if value is None or value < RUNAWAY_SCALE:
         return []
     advice = "Fix it: 20 suits embeddings of length 1."

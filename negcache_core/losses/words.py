@@ -8,6 +8,8 @@ OPTIONS = (
     *("num_samples", "top_k", "id_keys", "group_key", "margin", "log_frequency_key"),
     *("staleness_correction", "retrieval_fn", "score_transform", "group"),
 )
+UNSAID = {"num_samples": 1, "id_keys": ()}
+"""What these options are where nothing is asked for; of the others it is None or False."""
 
 
 def loss_in_words(loss: Any) -> str:
@@ -15,16 +17,22 @@ def loss_in_words(loss: Any) -> str:
     if not hasattr(loss, "estimator"):
         return type(loss).__name__
     batch = " with in-batch negatives" if loss.in_batch_negatives else ""
-    scale = loss.scale() if callable(loss.scale) else loss.scale
-    value = None if scale is None else number_of(scale)
+    value = scale_of(loss)
     trained = "" if isinstance(loss.scale, (int, float)) else ", given by a function or a tensor"
-    said = "no scale" if scale is None else f"scale {'?' if value is None else f'{value:.4g}'}"
-    words = [f"estimator {loss.estimator}{batch}", said + (trained if scale is not None else "")]
+    said = f"scale {'?' if value is None else f'{value:.4g}'}{trained}"
+    words = [f"estimator {loss.estimator}{batch}", "no scale" if loss.scale is None else said]
     for name in OPTIONS:
         option = getattr(loss, name, None)
-        if option not in (None, False, (), 1):
+        if option is not None and option is not False and option != UNSAID.get(name):
             words.append(f"{name} {_named(option)}")
     return ", ".join(words)
+
+
+def scale_of(loss: Any) -> float | None:
+    """Return the scale as it is now; None where there is none, or where it cannot be read."""
+    scale = loss.scale() if callable(loss.scale) else loss.scale
+    owned = loss.backend.owns(scale)  # PyTorch warns if a number is read off a trained tensor
+    return number_of(loss.backend.stop_gradient(scale) if owned else scale)
 
 
 def _named(option: Any) -> str:
