@@ -131,9 +131,11 @@ def loss_of(
         hard_negative_embeddings,
         backend,
     )
-    hard_labels = check_hard_labels(
-        hard_negative_features, embedded.hard, retrieval, loss.id_keys, loss.group_key, backend
-    )
+    hard_labels = None
+    if hard_negative_features is not None:
+        hard_labels = check_hard_labels(
+            hard_negative_features, embedded.hard, retrieval, loss.id_keys, loss.group_key, backend
+        )
     scorer = _scorer(loss, *embedded[:3], retrieval.stale_embeddings)
     weight = check_weight(sample_weight, retrieval, scorer.dtype, backend)
     estimated = estimate(
