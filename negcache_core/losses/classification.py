@@ -147,8 +147,7 @@ class CacheClassificationLoss(CacheLoss):
     @property
     def item_keys(self) -> tuple[str, ...]:
         """The fields that retrieval reads of items besides `data_keys`."""
-        more = [key for key in (self.group_key, self.log_frequency_key) if key is not None]
-        return (*self.id_keys, *more)
+        return tuple(filter(None, (*self.id_keys, self.group_key, self.log_frequency_key)))
 
     def retrieve(
         self,

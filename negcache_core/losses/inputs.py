@@ -133,8 +133,6 @@ def check_hard_labels(
 
     Other fields of `features` are not read.
     """
-    if features is None:
-        return None
     if hard is None:
         raise OptionError(
             "hard_negative_features were given without hard_negative_embeddings: pass both, or "

@@ -137,9 +137,11 @@ def loss_of(
         loss.embedding_key,
         backend,
     )
-    hard_labels = check_hard_labels(
-        hard_negative_features, embedded.hard, retrieval, loss.id_keys, loss.group_key, backend
-    )
+    hard_labels = None
+    if hard_negative_features is not None:
+        hard_labels = check_hard_labels(
+            hard_negative_features, embedded.hard, retrieval, loss.id_keys, loss.group_key, backend
+        )
     if constant is not None:
         embedded = learning_alike(embedded, constant, backend)
     scorer = _scorer(loss, *embedded[:3], retrieval.stale_embeddings)
