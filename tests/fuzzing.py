@@ -17,7 +17,13 @@ FIELDS = {"x": (D,), "id": (), "log_q": (), "embedding": (D,)}
 LOSSES = {
     "paper": {"num_samples": 2},
     "shared": {"estimator": "shared", "in_batch_negatives": True, "id_key": "id"},
-    "exact_query": {"estimator": "exact_query", "log_frequency_key": "log_q", "scale": 2.0},
+    "exact_query": {
+        "estimator": "exact_query",
+        "log_frequency_key": "log_q",
+        "group_key": "id",
+        "margin": 0.5,
+        "scale": 2.0,
+    },
 }
 LOSS_OPTIONS = {
     "embedding_key": "embedding",
@@ -29,6 +35,7 @@ LOSS_OPTIONS = {
     "in_batch_negatives": False,
     "staleness_correction": False,
     **dict.fromkeys(("score_transform", "reducer", "retrieval_fn", "id_key")),
+    **dict.fromkeys(("id_keys", "group_key", "margin")),
     **dict.fromkeys(("log_frequency_key", "generator", "tile_bytes")),
 }
 HANDLER_OPTIONS = {
@@ -51,7 +58,10 @@ SIZES = {
     "in_batch_negatives": True,
     "top_k": None,
     "id_bytes": 8,
+    "id_fields": 1,
     "positives": 1,
+    "group_bytes": 0,
+    "margin": False,
     "log_frequency_bytes": 0,
     "stored_bytes": None,
     "tile_bytes": 2**20,
@@ -202,6 +212,7 @@ class Entries:
         own = {"hard_negative_embeddings": self.array(B, 2, D), "sample_weight": self.array(B)}
         if kind == "shared":
             own["positive_ids"] = self.native(np.asarray([[0, 1], [1, 2]]))
+            own["hard_negative_features"] = {"id": self.native(np.asarray([[0, 1], [3, 2]]))}
         return own
 
     def handler(self, kind="paper"):
@@ -272,12 +283,20 @@ class Entries:
             "noise": self.noise(kind),
         }
         if kind == "shared":
-            arguments["positive_ids"] = self.native(np.asarray([0, 1]))
+            arguments["positive_ids"] = {"id": self.native(np.asarray([0, 1]))}
+        if kind == "exact_query":
+            arguments["pos_doc_embeddings"] = self.array(B, D)
         return Entry(own.retrieve, arguments, (own, kept))
 
     def phase_two_entry(self, kind):
         own, query = self.loss(kind), self.array(B, D)
-        found = own.retrieve(query, self.cache(), pos_features=self.rows(B), noise=self.noise(kind))
+        found = own.retrieve(
+            query,
+            self.cache(),
+            pos_features=self.rows(B),
+            pos_doc_embeddings=self.array(B, D),
+            noise=self.noise(kind),
+        )
         options = self.options(kind)
         options.pop("positive_ids", None)
         arguments = {

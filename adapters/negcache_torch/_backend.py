@@ -10,7 +10,7 @@ from torch import Tensor
 
 from negcache_core.adapter import ACCELERATOR_TILE, CPU_TILE, Backend
 from negcache_core.arrays.exclusion import Exclusions, Labels, exclude_in_place
-from negcache_core.arrays.numerics import block_log_sum_exp_in_place, read_blocks_in_place
+from negcache_core.arrays.numerics import block_log_sum_exp_in_place
 
 from . import _namespace
 from ._generator import BufferGenerator, refuse_recomputation
@@ -122,7 +122,7 @@ class TorchBackend(Backend[Tensor]):
         if not written.all():
             scores.index_fill_(0, torch.nonzero(~written)[:, 0], -torch.inf)
             rows = torch.where(written[: len(rows), None], rows, 0.0)
-        return read_blocks_in_place(scores, rows, block, xp=self.xp)
+        return block_log_sum_exp_in_place(scores, block, rows, xp=self.xp)
 
     def exclude(self, scores: Tensor, rows: Labels, own: Exclusions) -> Tensor:
         if _values_are_at_hand(scores):

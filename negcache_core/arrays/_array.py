@@ -81,6 +81,7 @@ EXTRAS = {
     "take_rows": "(array, indices): a copy of the rows at indices (n,), never a view",
     "put_rows": "(table, slots, rows): a copy of table with rows (n, …) at slots (n,); where a "
     "slot is named twice its rows are equal, as scatters have no defined order",
+    "exp_difference": "(left, right): exp(left - right), written into left; for libraries that can",
     "largest": "(values, count): the positions of the count largest integers, in order; ties go "
     "to the lowest position",
 }
@@ -113,6 +114,7 @@ def completed(library: Any) -> Any:
         "matmul_transposed": lambda left, right: left @ xp.matrix_transpose(right),
         "take_rows": lambda array, indices: xp.take(array, indices, axis=0),
         "put_rows": put_rows,
+        "exp_difference": lambda left, right: xp.exp(xp.subtract(left, right, out=left), out=left),
         "largest": lambda values, count: xp.argsort(values, descending=True, stable=True)[:count],
     }
     xp: Any = Namespace(library, extras)

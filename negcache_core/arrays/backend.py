@@ -11,7 +11,6 @@ from negcache_core.arrays.exclusion import Exclusions, Labels, exclude_in_place,
 from negcache_core.arrays.numerics import (
     block_log_sum_exp_in_place,
     log_sum_exp,
-    read_blocks_in_place,
     read_out,
 )
 from negcache_core.errors import KindError, OptionError
@@ -244,7 +243,7 @@ class NumpyBackend(Backend):
             scores[~written] = -np.inf
             rows = np.where(written[: len(rows), None], rows, 0)
         with np.errstate(divide="ignore"):
-            return read_blocks_in_place(scores, rows, block, xp=self.xp)
+            return block_log_sum_exp_in_place(scores, block, rows, xp=self.xp)
 
     def exclude(self, scores: Array, rows: Labels, own: Exclusions) -> Array:
         """Do it in place."""

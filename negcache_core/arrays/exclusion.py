@@ -116,7 +116,7 @@ def exclude_in_place(scores: Any, rows: Labels, own: Exclusions, *, xp: Any) -> 
             admitted = Exclusions((theirs,)).admit(Labels((ids[hit],)), None, last=True)
             scores[hit] = xp.where(admitted, scores[hit], -float("inf"))
     if own.group is not None:
-        scores = xp.minimum(scores, _limits(rows.group, own.group, scores, xp), out=scores)
+        _keep_groups_in_place(scores, rows.group, own.group, xp)
     if own.ceiling is not None:
         _cut_in_place(scores, own.ceiling, xp)
     return scores
@@ -124,7 +124,8 @@ def exclude_in_place(scores: Any, rows: Labels, own: Exclusions, *, xp: Any) -> 
 
 def _rows_among(ids: Array, wanted: Array, xp: Any) -> Any:
     """Return the positions (m,) of those of ids (n,) that may be one of `wanted` (k,), k > 0."""
-    table, low = _table(wanted, xp.bool, xp)
+    low = _last_digits(wanted)
+    table = xp.zeros((low + 1,), dtype=xp.bool)
     table[wanted & low] = True
     (hit,) = xp.nonzero(xp.take(table, ids & low, axis=0))
     if 16 * hit.shape[0] > ids.shape[0]:  # ids that are alike in their last digits
@@ -134,31 +135,40 @@ def _rows_among(ids: Array, wanted: Array, xp: Any) -> Any:
     return hit
 
 
-def _table(wanted: Array, dtype: Any, xp: Any) -> tuple[Any, int]:
-    """Return zeros for the last binary digits of `wanted` (k,), and which digits these are."""
-    size = 1 << min(20, max(12, (256 * wanted.shape[0]).bit_length()))
-    return xp.zeros((size,), dtype=dtype), size - 1
+def _last_digits(wanted: Array) -> int:
+    """Return a mask of the last binary digits, in which few of other numbers equal `wanted`."""
+    return (1 << min(20, max(12, (256 * wanted.shape[0]).bit_length()))) - 1
 
 
-def _limits(rows: Array, own: Array, scores: Array, xp: Any) -> Any:
-    """Return what scores (n, B) can be at most: inf for rows (n,) of the query's group, or -inf.
+def _keep_groups_in_place(scores: Any, rows: Array, own: Array, xp: Any) -> None:
+    """Set scores (n, B) of rows (n,) of another group than the query's (B,) to -inf.
 
-    A row gets the number of a query of its group, and by it a copy of that one's limits.
+    A row gets the number of a query of its group, and by it a copy of that one's limits: what its
+    score with each query can be at most, inf or -inf. A processor's own cache holds these.
     """
     rows, own = cast(rows, xp.index_dtype, xp), cast(own, xp.index_dtype, xp)
-    count = own.shape[0]
-    table, low = _table(own, xp.index_dtype, xp)
+    count, low = own.shape[0], _last_digits(own)
+    table, group = xp.full((low + 1,), count, dtype=xp.index_dtype), own
     table[own & low] = positions(own, xp)
-    group = own
-    if not bool(xp.all(xp.take(own, table[own & low], axis=0) == own)):  # two share a place
+    if bool(
+        (xp.min(rows) >= 0) & (xp.max(rows) <= low) & (xp.min(own) >= 0) & (xp.max(own) <= low)
+    ):
+        number = xp.take(table, rows, axis=0)
+    else:
         group = xp.sort(own)
         number = xp.clip(xp.searchsorted(group, rows), 0, count - 1)
-    else:
-        number = xp.take(table, rows & low, axis=0)
-    number = xp.where(xp.take(group, number, axis=0) == rows, number, count)
+        number = xp.where(xp.take(group, number, axis=0) == rows, number, count)
     limits = xp.where(group[:, None] == own[None, :], float("inf"), -float("inf"))
     none = fill((1, count), -float("inf"), scores, xp)
-    return xp.take(xp.concat([cast(limits, scores.dtype, xp), none]), number, axis=0)
+    limits = xp.concat([cast(limits, scores.dtype, xp), none])
+    size = max(1, AT_HAND // count)
+    for start in range(0, scores.shape[0], size):
+        some = scores[start : start + size]
+        xp.minimum(some, xp.take(limits, number[start : start + size], axis=0), out=some)
+
+
+AT_HAND = 2**17
+"""Numbers that a processor's own cache holds, beside as many more."""
 
 
 def _cut_in_place(scores: Any, ceiling: Array, xp: Any) -> None:

@@ -39,54 +39,34 @@ def read_out(scores: Array, rows: Array, *, xp: Any) -> tuple[Array, Array]:
     return added, xp.matmul(xp.matrix_transpose(weights), rows) / some[:, None]
 
 
-def block_log_sum_exp_in_place(scores: ArrayT, block: int, *, xp: Any) -> ArrayT:
+def block_log_sum_exp_in_place(scores: Any, block: int, rows: Any = None, *, xp: Any) -> Any:
     """Return the log-sum-exp of every `block` rows of scores (n, B): (n / block, B).
 
     For libraries that write into their arrays (`out=`): overwrites `scores`, and allocates little.
+    Each FOLD rows are treated as one, so that few queries still make rows as wide as registers.
+
+    rows: (m, D), m <= n: then returns that, the log-sum-exp of all rows (B,), and their mean (B, D)
+          under each query's softmax, 0 of no rows. One set of exponentials serves all of it, so it
+          costs little more than a second product.
     """
-    top, total = _exponentials_in_place(scores, block, xp)
-    return xp.log(total) + top
-
-
-def read_blocks_in_place(
-    scores: ArrayT, rows: Any, block: int, *, xp: Any
-) -> tuple[ArrayT, ArrayT, ArrayT]:
-    """Return `block_log_sum_exp_in_place`, that of all rows (B,), and their mean (B, D).
-
-    rows: (m, D), m <= n; the mean is under each query's softmax of scores (n, B), and 0 of no rows.
-    One set of exponentials serves both, so a readout costs little more than a second product.
-    """
-    top, total = _exponentials_in_place(scores, block, xp)
+    blocks, queries = scores.shape[0] // block, scores.shape[1]
+    narrow, finite = (blocks, FOLD, queries), xp.finfo(scores.dtype)
+    one = (blocks, 1, FOLD * queries)
+    wide = xp.reshape(scores, (blocks, block // FOLD, FOLD * queries))
+    top = xp.max(xp.reshape(xp.max(wide, axis=1), narrow), axis=1)
+    top = xp.clip(top, finite.min, finite.max)
+    xp.exp_difference(wide, xp.reshape(xp.broadcast_to(top[:, None, :], narrow), one))
+    total = xp.sum(xp.reshape(xp.sum(wide, axis=1), narrow), axis=1)
+    weights = xp.log(total) + top
+    if rows is None:
+        return weights
     highest = xp.max(top, axis=0)
     share = xp.exp(top - highest[None, :])  # of a block's exponentials in those of all
     whole = xp.sum(share * total, axis=0)
-    some = xp.where(whole > 0, whole, 1.0)
-    shape, wide = _folded(scores, block, xp)
-    share = xp.reshape(xp.broadcast_to((share / some)[:, None, :], shape), (shape[0], 1, -1))
-    xp.multiply(wide, share, out=wide)
+    share = (share / xp.where(whole > 0, whole, 1.0))[:, None, :]
+    xp.multiply(wide, xp.reshape(xp.broadcast_to(share, narrow), one), out=wide)
     mean = xp.matmul(xp.matrix_transpose(scores[: rows.shape[0]]), rows)
-    return xp.log(total) + top, xp.log(whole) + highest, mean
-
-
-def _exponentials_in_place(scores: Any, block: int, xp: Any) -> tuple[Any, Any]:
-    """Make scores (n, B) exponentials, over each block's largest; return that, and their sums."""
-    shape, wide = _folded(scores, block, xp)
-    finite = xp.finfo(scores.dtype)
-    top = xp.max(xp.reshape(xp.max(wide, axis=1), shape), axis=1)
-    top = xp.clip(top, finite.min, finite.max)
-    shift = xp.reshape(xp.broadcast_to(top[:, None, :], shape), (shape[0], 1, -1))
-    xp.exp(xp.subtract(wide, shift, out=wide), out=wide)
-    return top, xp.sum(xp.reshape(xp.sum(wide, axis=1), shape), axis=1)
-
-
-def _folded(scores: Any, block: int, xp: Any) -> tuple[tuple[int, int, int], Any]:
-    """Return a view of scores (n, B) in which FOLD rows of a block are one, and its parts' shape.
-
-    So few queries still make rows as wide as registers.
-    """
-    blocks, queries = scores.shape[0] // block, scores.shape[1]
-    wide = xp.reshape(scores, (blocks, block // FOLD, FOLD * queries))
-    return (blocks, FOLD, queries), wide
+    return weights, xp.log(whole) + highest, mean
 
 
 FOLD = 8

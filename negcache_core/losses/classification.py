@@ -16,22 +16,15 @@ from negcache_core.arrays.rollback import UndoneOnError
 from negcache_core.arrays.validation import check_field_names, check_flag, check_function
 from negcache_core.cache.named import Caches
 from negcache_core.cache.state import NegativeCache
+from negcache_core.losses import options
 from negcache_core.losses.callbacks import check_scale
-from negcache_core.losses.estimators import ESTIMATORS, check_estimator
+from negcache_core.losses.estimators import check_estimator
 from negcache_core.losses.inputs import check_pairs
-from negcache_core.losses.options import (
-    MOST_DRAWS,
-    check_functions,
-    check_item_fields,
-    check_margin,
-    id_fields,
-    positive,
-)
-from negcache_core.losses.phases import draw_negatives, loss_of
+from negcache_core.losses.phases import check_own, draw_negatives, loss_of
 from negcache_core.losses.results import CacheLoss, CacheLossReturn
 from negcache_core.losses.words import loss_in_words
 from negcache_core.retrieval.placement import HERE, Placement
-from negcache_core.retrieval.result import Retrieval, check_retrieval
+from negcache_core.retrieval.result import Retrieval
 from negcache_core.retrieval.top_k import check_top_k
 
 
@@ -112,9 +105,11 @@ class CacheClassificationLoss(CacheLoss):
     ) -> None:
         super().__init__()
         self.embedding_key, self.data_keys = check_field_names(embedding_key, data_keys)
-        check_functions(score_transform=score_transform, reducer=reducer, retrieval_fn=retrieval_fn)
-        self.num_samples = positive(num_samples, "num_samples", MOST_DRAWS)
-        self.tile_bytes = None if tile_bytes is None else positive(tile_bytes, "tile_bytes")
+        options.check_functions(
+            score_transform=score_transform, reducer=reducer, retrieval_fn=retrieval_fn
+        )
+        self.num_samples = options.positive(num_samples, "num_samples", options.MOST_DRAWS)
+        self.tile_bytes = None if tile_bytes is None else options.positive(tile_bytes, "tile_bytes")
         self.score_transform = score_transform
         self.top_k = check_top_k(top_k)
         self.reducer = reducer
@@ -129,8 +124,8 @@ class CacheClassificationLoss(CacheLoss):
             retrieval_fn=retrieval_fn is not None,
             correction=self.staleness_correction,
         )
-        check_item_fields(group_key=group_key, log_frequency_key=log_frequency_key)
-        self.id_keys, self.margin = id_fields(id_key, id_keys), check_margin(margin)
+        options.check_item_fields(group_key=group_key, log_frequency_key=log_frequency_key)
+        self.id_keys, self.margin = options.id_fields(id_key, id_keys), options.check_margin(margin)
         self.group_key, self.log_frequency_key = group_key, log_frequency_key
         self.generator = self.backend.make_generator(generator)
 
@@ -151,8 +146,7 @@ class CacheClassificationLoss(CacheLoss):
     @property
     def item_keys(self) -> tuple[str, ...]:
         """The fields that retrieval reads of items besides `data_keys`."""
-        more = [key for key in (self.group_key, self.log_frequency_key) if key is not None]
-        return (*self.id_keys, *more)
+        return tuple(filter(None, (*self.id_keys, self.group_key, self.log_frequency_key)))
 
     def retrieve(
         self,
@@ -177,16 +171,9 @@ class CacheClassificationLoss(CacheLoss):
         pos_doc_embeddings: (B, D), with a margin alone
         noise:            (B, S, 2) floating uniforms in [0, 1); drawn from the generator where None
         """
-        return draw_negatives(
-            self,
-            query_embeddings,
-            cache,
-            pos_features,
-            positive_ids,
-            pos_doc_embeddings,
-            noise,
-            by_chance=noise is not None or self.in_training,
-        )
+        given = (pos_features, positive_ids, pos_doc_embeddings, noise)
+        by_chance = noise is not None or self.in_training
+        return draw_negatives(self, query_embeddings, cache, *given, by_chance=by_chance)
 
     def loss_from_negatives(
         self,
@@ -209,15 +196,7 @@ class CacheClassificationLoss(CacheLoss):
                                   to the same rules; without, margin alone leaves some out
         sample_weight:            (B,) factors on the queries' losses, before they are reduced
         """
-        estimator = ESTIMATORS[self.estimator]
-        check_retrieval(
-            retrieval,
-            self.backend,
-            pool=estimator.shares_draws,
-            readout=estimator.reads_out,
-            others=self.in_batch_negatives,
-            own=bool(self.id_keys) or self.group_key is not None,
-        )
+        check_own(self, retrieval)
         return loss_of(
             self,
             query_embeddings,
@@ -293,16 +272,8 @@ class CacheClassificationLoss(CacheLoss):
         check_pairs(query_embeddings, pos_doc_embeddings)
         if doc_network is not None:
             check_function(doc_network, "doc_network", "a function of features, or None")
-        retrieval = draw_negatives(
-            self,
-            query_embeddings,
-            cache,
-            pos_features,
-            positive_ids,
-            pos_doc_embeddings,
-            None,
-            by_chance=False,
-        )
+        given = (pos_features, positive_ids, pos_doc_embeddings, None)
+        retrieval = draw_negatives(self, query_embeddings, cache, *given, by_chance=False)
         drawn = retrieval.stale_embeddings
         return loss_of(
             self,

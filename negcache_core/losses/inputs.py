@@ -116,8 +116,6 @@ def check_hard_labels(
 
     Other fields of `features` are not read.
     """
-    if features is None:
-        return None
     if hard is None:
         raise OptionError(
             "hard_negative_features were given without hard_negative_embeddings: pass both, or "
@@ -134,8 +132,14 @@ def check_hard_labels(
     own = retrieval.own
     if own is None:
         return None
+    told = [each for each in own.arrays() if each is not None]
+    if len(told) != len(keys):
+        raise OptionError(
+            f"retrieval.own has {len(told)} fields of id_keys and group_key, and this loss "
+            f"{len(keys)}: pass what this very loss's retrieve() returned."
+        )
     shape, found = tuple(hard.shape[:2]), []
-    for key, like in zip(keys, (*own.ids, own.group), strict=False):
+    for key, like in zip(keys, told, strict=True):
         what = f"hard_negative_features[{key!r}]"
         array = array_of(features[key], shape, what, backend, "One for each hard negative.")
         check_device(array, like, what, backend)

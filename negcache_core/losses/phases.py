@@ -23,7 +23,7 @@ from negcache_core.losses.objective import estimate
 from negcache_core.losses.results import CacheLossReturn, refresh_of
 from negcache_core.retrieval.placement import Placement
 from negcache_core.retrieval.request import Request, Wanted
-from negcache_core.retrieval.result import Retrieval
+from negcache_core.retrieval.result import Retrieval, check_retrieval
 from negcache_core.retrieval.retrieve import retrieve
 from negcache_core.retrieval.scorer import Scorer
 
@@ -98,6 +98,19 @@ def draw_negatives(
     return retrieval
 
 
+def check_own(loss: Phased, retrieval: Any) -> None:
+    """Raise unless `retrieval` is what this loss's own `retrieve` may have returned."""
+    estimator = ESTIMATORS[loss.estimator]
+    check_retrieval(
+        retrieval,
+        loss.backend,
+        pool=estimator.shares_draws,
+        readout=estimator.reads_out,
+        others=loss.in_batch_negatives,
+        own=bool(loss.id_keys) or loss.group_key is not None,
+    )
+
+
 def loss_of(
     loss: Phased,
     query_embeddings: Array,
@@ -118,9 +131,11 @@ def loss_of(
         hard_negative_embeddings,
         backend,
     )
-    hard_labels = check_hard_labels(
-        hard_negative_features, embedded.hard, retrieval, loss.id_keys, loss.group_key, backend
-    )
+    hard_labels = None
+    if hard_negative_features is not None:
+        hard_labels = check_hard_labels(
+            hard_negative_features, embedded.hard, retrieval, loss.id_keys, loss.group_key, backend
+        )
     scorer = _scorer(loss, *embedded[:3], retrieval.stale_embeddings)
     weight = check_weight(sample_weight, retrieval, scorer.dtype, backend)
     estimated = estimate(

@@ -52,7 +52,9 @@ def positives_of(
     """Check and gather what is known of the positives; see `CacheClassificationLoss.retrieve`."""
     xp, rows = backend.xp, queries.shape[0]
     table = next(iter(caches.values())).data
-    given = _given_ids(positive_ids, id_keys)
+    given: Mapping[str, Any] = {}
+    if positive_ids is not None:
+        given = _given_ids(positive_ids, id_keys)
 
     def column(key: str) -> Array:
         if features is None or key not in features:
@@ -86,7 +88,8 @@ def positives_of(
         _check_field(table, bias_key, "floating", "log_frequency_key")
         bias = column(bias_key) if in_batch else None
     labels = Labels(tuple(items), group) if in_batch else Labels()
-    return Positives(Exclusions.of((*own, group, None)), labels, bias)
+    known = Exclusions(tuple(own), group) if own or group_key is not None else None
+    return Positives(known, labels, bias)
 
 
 def others_of(
@@ -106,8 +109,6 @@ def others_of(
 
 def _given_ids(positive_ids: Any, id_keys: tuple[str, ...]) -> Mapping[str, Any]:
     """Return `positive_ids` by key; an array is that of the first one."""
-    if positive_ids is None:
-        return {}
     if not id_keys:
         raise OptionError(
             "positive_ids were given to a loss without id_keys: name the cache's fields of ids."

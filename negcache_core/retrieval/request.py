@@ -35,8 +35,8 @@ class Wanted(NamedTuple):
     @property
     def fields(self) -> tuple[str, ...]:
         """The fields of the cache that retrieval reads."""
-        more = [key for key in (self.group_key, self.bias_key) if key is not None]
-        return (self.embedding_key, *self.data_keys, *self.id_keys, *more)
+        told = filter(None, (*self.id_keys, self.group_key, self.bias_key))
+        return (self.embedding_key, *self.data_keys, *told)
 
 
 class Request(NamedTuple):

@@ -100,6 +100,7 @@ class CacheScores(NamedTuple):
                 written = xp.concat([written, fill((short,), value=False, like=written, xp=xp)])
             if not readout:
                 return readout, (self.backend.block_log_sum_exp(scores, written, BLOCK),)
+            rows = cast(rows, self.scorer.dtype, xp)
             weights, added, mean = self.backend.read_blocks(scores, rows, written, BLOCK)
             return join_readouts(readout, (added, mean), xp=xp), (weights,)
 
@@ -122,7 +123,7 @@ class CacheScores(NamedTuple):
             there = there & self.own.admit(self.labels.each(in_blocks), scores)
         if self.bias is not None:
             scores = scores - in_blocks(self.bias)
-        written = is_written(in_blocks(self.age))
+        written = is_written(xp.reshape(xp.take_rows(self.age, flat), (-1, draws, BLOCK)))
         return xp.where(there & written, scores, -float("inf"))
 
     def of_queries(self, rows: Array) -> "CacheScores":
@@ -141,7 +142,6 @@ class CacheScores(NamedTuple):
         """
         backend = self.backend
         rows, age = (backend.slice_rows(array, start, size) for array in (self.table, self.age))
-        rows = cast(rows, self.scorer.dtype, self.scorer.xp)
         scores = self.scorer.by_item(self.queries, rows)
         if self.own is not None:
             labels = self.labels.each(lambda field: backend.slice_rows(field, start, size))

@@ -22,7 +22,13 @@ HALF = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16
 def check_loss(adapter: Adapter) -> None:
     """The same noise draws the same rows and gives the same losses, refresh and metrics."""
     rng = np.random.default_rng(3)
-    everything = {"in_batch_negatives": True, "id_key": "id", "log_frequency_key": "log_frequency"}
+    everything = {
+        "in_batch_negatives": True,
+        "id_keys": ("id", "owner"),
+        "group_key": "group",
+        "margin": 0.3,
+        "log_frequency_key": "log_frequency",
+    }
     for capacities, top_k, draws, options in (
         ((300,), None, 1, {}),
         ((5, 7), None, 2, everything),
@@ -34,6 +40,8 @@ def check_loss(adapter: Adapter) -> None:
         caches = {f"c{i}": cache_of(rng, capacity) for i, capacity in enumerate(capacities)}
         for cache in caches.values():
             cache.data["log_frequency"] = rng.standard_normal(len(cache.age))
+            cache.data["owner"] = rng.integers(0, 9, len(cache.age))
+            cache.data["group"] = rng.integers(0, 2, len(cache.age)).astype(np.int32)
         rows = 4
         batch = {
             "query": rng.standard_normal((rows, WIDTH)),
@@ -42,7 +50,14 @@ def check_loss(adapter: Adapter) -> None:
             "features": {
                 "tokens": rng.integers(0, 11, (rows, TOKENS)),
                 "id": rng.integers(0, 5, rows).astype(np.int32),
+                "owner": rng.integers(0, 9, rows),
+                "group": rng.integers(0, 2, rows).astype(np.int32),
                 "log_frequency": rng.standard_normal(rows),
+            },
+            "hard_features": {
+                "id": rng.integers(0, 5, (rows, 2)).astype(np.int32),
+                "owner": rng.integers(0, 9, (rows, 2)),
+                "group": rng.integers(0, 2, (rows, 2)).astype(np.int32),
             },
             "hard": rng.standard_normal((rows, 2, WIDTH)),
             "weight": rng.random(rows),
@@ -64,7 +79,11 @@ def check_loss(adapter: Adapter) -> None:
         def script(side: Adapter, caches: Any, batch: Any, *, losses: Any = losses) -> Any:
             loss, query = losses[side.name], batch["query"]
             retrieval = loss.retrieve(
-                query, caches, pos_features=batch["features"], noise=batch["noise"]
+                query,
+                caches,
+                pos_features=batch["features"],
+                pos_doc_embeddings=batch["positive"],
+                noise=batch["noise"],
             )
             negatives = embed(side, retrieval.features)
             result = loss.loss_from_negatives(
@@ -73,6 +92,7 @@ def check_loss(adapter: Adapter) -> None:
                 negatives,
                 retrieval,
                 hard_negative_embeddings=batch["hard"],
+                hard_negative_features=batch["hard_features"],
                 sample_weight=batch["weight"],
             )
             return retrieval, result

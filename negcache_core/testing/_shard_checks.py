@@ -58,6 +58,7 @@ def _option_sets() -> list[dict[str, Any]]:
         found.append(
             {"estimator": name, "num_samples": 2, "in_batch_negatives": True, "id_key": "id"}
         )
+        found.append({"estimator": name, "group_key": "id", "margin": 0.1})
         if not estimator.reads_out:
             found.append({"estimator": name, "top_k": 4})
     return found

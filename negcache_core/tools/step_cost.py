@@ -40,7 +40,10 @@ def scaling(
     in_batch_negatives: bool = False,
     top_k: int | None = None,
     id_bytes: int = 0,
+    id_fields: int = 1,
     positives: int = 1,
+    group_bytes: int = 0,
+    margin: bool = False,
     log_frequency_bytes: int = 0,
     stored_bytes: int | None = None,
     tile_bytes: int = ACCELERATOR_TILE,
@@ -54,9 +57,11 @@ def scaling(
     world_size:    the number of ranks
     dtype:         that the cache stores embeddings in; tower_dtype: that the towers return
     num_samples, estimator, in_batch_negatives, top_k, tile_bytes: those of the loss
-    id_bytes:      bytes of an id, where there is an id_key; positives: ids for each query
+    id_bytes:      bytes of an item's ids, where there are id_keys, id_fields of them
+    positives:     ids of each query, by key
+    group_bytes:   bytes of a group, where there is a group_key; margin: whether there is one
     log_frequency_bytes: bytes of a log-frequency, where there is a log_frequency_key
-    stored_bytes:  of one row without embedding and age; by default features, id and log-frequency
+    stored_bytes:  of one row without embedding and age; by default the fields named above
     draws_elsewhere: how many of a rank's draws another rank's shard serves; by default all shards
                    are drawn alike often, and it is the share 1 - 1 / world_size of B S / world_size
 
@@ -83,6 +88,7 @@ def scaling(
         batch_size=batch_size,
         world_size=world_size,
         num_samples=num_samples,
+        id_fields=id_fields,
         positives=positives,
         tile_bytes=tile_bytes,
     )
@@ -90,6 +96,7 @@ def scaling(
         0,
         feature_bytes=feature_bytes,
         id_bytes=id_bytes,
+        group_bytes=group_bytes,
         log_frequency_bytes=log_frequency_bytes,
         stored_bytes=0 if stored_bytes is None else stored_bytes,
         draws_elsewhere=0 if draws_elsewhere is None else draws_elsewhere,
@@ -133,14 +140,17 @@ def scaling(
         score=max(4, stored, fresh),
         features=feature_bytes,
         ids=id_bytes,
+        id_fields=id_fields,
         positives=positives,
+        group=group_bytes,
+        margin=check_flag(margin, "margin"),
         bias=log_frequency_bytes,
         groups=groups,
         shares=estimator != "paper",
         readout=estimator == "exact_query",
         in_batch=check_flag(in_batch_negatives, "in_batch_negatives"),
     )
-    fields = feature_bytes + id_bytes + log_frequency_bytes
+    fields = feature_bytes + id_bytes + group_bytes + log_frequency_bytes
     return Scaling(
         step.slots,
         {
@@ -169,7 +179,10 @@ class _Step(NamedTuple):
     score: int
     features: int
     ids: int
+    id_fields: int
     positives: int
+    group: int
+    margin: bool
     bias: int
     groups: int
     shares: bool
@@ -225,19 +238,21 @@ def _sent(step: _Step) -> dict[str, int]:
     """Return the bytes of each exchange, in their order; without those that do not take place."""
     queries, draws, score = step.own_queries, step.own_draws, step.score
     fresh, grouped = step.width * step.fresh, bool(step.groups)
-    known = step.width * step.stored + step.ids + step.bias
+    told = step.ids + step.group + step.bias
+    known = step.width * step.stored + told
+    own = step.positives * step.ids + step.group + step.margin * score
     slot = INTEGER * grouped
     in_batch, shares = step.in_batch, step.shares
     to_all = [
-        ("sizes", True, 3 * INTEGER),
-        ("queries", True, queries * (fresh + step.positives * step.ids)),
+        ("sizes", True, (2 + step.id_fields) * INTEGER),
+        ("queries", True, queries * (fresh + own)),
         ("weights", not grouped, step.queries * score),
         ("best scores", grouped, queries * step.groups * score),
         ("best slots", grouped, queries * step.groups * INTEGER),
         ("choices", grouped, draws * (score + INTEGER)),
         ("readout", step.readout, queries * step.width * score),
         ("drawn rows", True, 0),
-        ("positives' ids", in_batch and step.ids + step.bias > 0, queries * (step.ids + step.bias)),
+        ("positives' ids", in_batch and told > 0, queries * told),
         ("all drawn rows", shares, draws * (known + slot + 1)),
         ("log proposals", shares, step.draws * score),
         ("fill", True, score),

@@ -39,6 +39,20 @@ def call(query=(1, 2), positive=(1, 2), cache=None, dtype=np.float32, output=Non
     )
 
 
+def retrieve(arguments=(), **options):
+    cache = manager().init_cache()
+    return loss(**options).retrieve(np.zeros((1, 2), np.float32), cache, **dict(arguments))
+
+
+def with_hard(features, hard=np.zeros((1, 1, 2), np.float32)):  # noqa: B008 - never written to
+    own, pair = loss(id_key="id"), np.zeros((1, 2), np.float32)
+    positives = {"id": np.zeros(1, np.int32)}
+    drawn = own.retrieve(pair, manager().init_cache(), pos_features=positives)
+    return own.loss_from_negatives(
+        pair, pair, pair, drawn, hard_negative_embeddings=hard, hard_negative_features=features
+    )
+
+
 def handler(specs=SPECS, cache_loss=None, embedding_key="x", data_keys=("id",), **options):
     return core.CacheLossHandler(
         core.CacheManager(specs, 2), cache_loss or loss(), embedding_key, data_keys, **options
@@ -222,6 +236,93 @@ CASES = [
         "reducer is 'mean': expected a function, or None.",
     ),
     (
+        lambda: loss(id_key="id", id_keys=("id",)),
+        core.OptionError,
+        "id_key is 'id' and id_keys ('id',): give one of them; id_key='x' is short for "
+        "id_keys=('x',).",
+    ),
+    (
+        lambda: loss(id_keys="id"),
+        core.KindError,
+        "id_keys is 'id': expected several field names, such as ('item_id',).",
+    ),
+    (
+        lambda: loss(id_keys=("id", "id")),
+        core.OptionError,
+        "id_keys is ('id', 'id'): name each field once.",
+    ),
+    (
+        lambda: loss(group_key=3),
+        core.KindError,
+        "group_key is 3: expected a field name, or None.",
+    ),
+    (lambda: loss(margin="0.1"), core.KindError, "margin is '0.1': expected a number."),
+    (
+        lambda: loss(margin=float("inf")),
+        core.OptionError,
+        "margin is inf: expected a finite number.",
+    ),
+    (
+        lambda: retrieve(margin=0.1),
+        core.OptionError,
+        "margin compares a row's score with the positive's, and there are no positives: pass "
+        "pos_doc_embeddings to the loss's retrieve(), or pos_item_embeddings to the handler's.",
+    ),
+    (
+        lambda: retrieve({"pos_doc_embeddings": np.zeros((2, 2), np.float32)}, margin=0.1),
+        core.ShapeError,
+        "pos_doc_embeddings has shape (2, 2): expected (1, 2).",
+    ),
+    (
+        lambda: retrieve({"positive_ids": [3]}),
+        core.OptionError,
+        "positive_ids were given to a loss without id_keys: name the cache's fields of ids.",
+    ),
+    (
+        lambda: retrieve({"positive_ids": {"item": [3]}}, id_key="id"),
+        core.KeysError,
+        "positive_ids has keys ['item']: expected some of ['id']; unknown: ['item'].",
+    ),
+    (
+        lambda: retrieve({"positive_ids": {"id": [[0.5]]}}, id_key="id"),
+        core.DTypeError,
+        "positive_ids['id'] has dtype float64: expected integers.",
+    ),
+    (
+        lambda: retrieve(group_key="x"),
+        core.ShapeError,
+        "field 'x' has shape (2, 2): expected (C,). group_key needs one number for each row.",
+    ),
+    (
+        lambda: retrieve(group_key="id"),
+        core.KeysError,
+        "pos_features lack 'id': pass the field 'id' of the batch's positives, (B,).",
+    ),
+    (
+        lambda: with_hard({"id": [[1]]}, hard=None),
+        core.OptionError,
+        "hard_negative_features were given without hard_negative_embeddings: pass both, or "
+        "neither.",
+    ),
+    (
+        lambda: with_hard({"x": [[1]]}),
+        core.KeysError,
+        "hard_negative_features lack ['id']: expected an array (B, H) for each of id_keys and "
+        "group_key, ['id']. Without hard_negative_features they all count.",
+    ),
+    (
+        lambda: with_hard({"id": np.zeros(1, np.int32)}),
+        core.ShapeError,
+        "hard_negative_features['id'] has shape (1,): expected (1, 1). One for each hard negative.",
+    ),
+    (
+        lambda: with_hard({"id": np.zeros((1, 1), np.int64)}),
+        core.DTypeError,
+        "hard_negative_features['id'] has dtype int64 and its field stores int32: expected the "
+        "field's dtype, any floating one for a floating field, or a narrower integer for an "
+        "integer field. Cast the rows, or declare the field with their dtype.",
+    ),
+    (
         lambda: call(top_k=3),
         core.CapacityError,
         "top_k is 3 and there are 2 slots: at most one group for each slot. Lower top_k, or raise "
@@ -352,8 +453,8 @@ CASES = [
     (
         lambda: handler(cache_loss=loss(log_frequency_key="log_q")),
         core.KeysError,
-        "the loss reads ['log_q'] (id_key, log_frequency_key), which the cache lacks: add the "
-        "field to its specs, ['id', 'x'].",
+        "the loss reads ['log_q'] (id_keys, group_key, log_frequency_key), which the cache lacks: "
+        "add the field to its specs, ['id', 'x'].",
     ),
     (
         lambda: handler(use_cross_replica=True).commit(

@@ -75,7 +75,7 @@ class EmptyCount(toy.ToyBackend):
 
 
 class FalseNegatives(toy.ToyBackend):
-    def exclude(self, scores, ids, positive_ids):
+    def exclude(self, scores, rows, own):
         return scores
 
 
@@ -147,7 +147,7 @@ def broken(part):
         (Rounded, "files", "a file of NumPy"),
         (AgesStay, "steps", "step 0/1/1"),
         (EmptyCount, "estimators", "the expected gradient of paper, fresh"),
-        (FalseNegatives, "loss", "at /0/2"),
+        (FalseNegatives, "loss", "at /0/0/tokens"),
         (LastTile, "loss", "at /0/0/tokens"),
         (Unwritten, "steps", "step 0/1/0/tokens"),
         (Ageing, "rollback", "the cache after a step with a failing network"),

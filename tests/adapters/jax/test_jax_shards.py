@@ -34,6 +34,7 @@ SHARED = [
     {"estimator": "shared", "id_key": "id", "in_batch_negatives": True},
     {"estimator": "shared", "top_k": 8, "log_frequency_key": "log_q", "num_samples": 2},
     {"estimator": "shared", "staleness_correction": True, "id_key": "id"},
+    {"estimator": "shared", "id_keys": ("id", "owner"), "margin": 0.2, "in_batch_negatives": True},
 ]
 EXACT_QUERY = [
     {
@@ -43,10 +44,13 @@ EXACT_QUERY = [
         "staleness_correction": True,
     },
     {"estimator": "exact_query", "id_key": "id", "num_samples": 2},
+    {"estimator": "exact_query", "group_key": "owner", "margin": 0.5, "in_batch_negatives": True},
 ]
+FIELDS = ("x", "id", "owner", "log_q")
 SPECS = {
     "x": negcache.FieldSpec((2,), "float64"),
     "id": negcache.FieldSpec((), "uint8"),
+    "owner": negcache.FieldSpec((), "int32"),
     "log_q": negcache.FieldSpec((), "float32"),
     "embedding": negcache.FieldSpec((WIDTH,), "float64"),
 }
@@ -66,6 +70,9 @@ def batch_of(step, devices):
         "y": rng.normal(size=(rows, 2)),
         "x": rng.normal(size=(rows, 2)),
         "id": rng.integers(0, 9, rows).astype(np.uint8),
+        "owner": rng.integers(0, 3, rows).astype(np.int32),
+        "hard_id": rng.integers(0, 9, (rows, 2)).astype(np.uint8),
+        "hard_owner": rng.integers(0, 3, (rows, 2)).astype(np.int32),
         "log_q": rng.normal(size=rows).astype(np.float32),
         "hard": rng.normal(size=(rows, 2, 2)),
         "weight": rng.random(rows) * 2,
@@ -99,12 +106,13 @@ def handler_of(weights, options, capacity, managers=None, **more):
 
 
 def arguments_of(weights, batch, options):
-    features = {key: batch[key] for key in ("x", "id", "log_q")}
+    features = {key: batch[key] for key in FIELDS}
     # Where drawn rows are shared, one that is not finite is left out, on every device.
     network = item_network(weights, np.inf if options.get("estimator", "paper") == "paper" else 1.0)
     given = network, batch["y"] @ weights["query"], item_network(weights)(features)
     more = {
         "hard_negative_embeddings": batch["hard"] @ weights["item"],
+        "hard_negative_features": {"id": batch["hard_id"], "owner": batch["hard_owner"]},
         "sample_weight": batch["weight"],
     }
     return given, features, more
@@ -318,7 +326,7 @@ def upkeep():
     mesh = mesh_of(4)
     handler = handler_of({"scale": 1.0}, {}, SLOTS * 4)
     batches = batch_of(0, 4), batch_of(1, 4)
-    corpus = {key: np.concatenate([b[key] for b in batches]) for key in ("x", "id", "log_q")}
+    corpus = {key: np.concatenate([b[key] for b in batches]) for key in FIELDS}
 
     @jax.jit
     @functools.partial(

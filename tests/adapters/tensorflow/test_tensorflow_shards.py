@@ -32,6 +32,13 @@ OPTIONS = {
         "staleness_correction": True,
     },
     "top_k": {"estimator": "shared", "top_k": 4, "id_key": "id"},
+    "rules": {
+        "estimator": "exact_query",
+        "id_keys": ("id", "big"),
+        "margin": 0.5,
+        "in_batch_negatives": True,
+    },
+    "group": {"estimator": "shared", "group_key": "id", "margin": -0.1},
 }
 SPECS = {
     "x": negcache.FieldSpec((2,), "float64"),
@@ -118,7 +125,7 @@ def whole_step(handler, weights, given, count=REPLICAS):
             given["y"] @ query,
             positives,
             handler.cache,
-            pos_features={key: given[key] for key in ("x", "id", "log_q")},
+            pos_features={key: given[key] for key in ("x", "id", "big", "log_q")},
             sample_weight=given["weight"],
             noise=given["noise"],
         )

@@ -75,9 +75,15 @@ HALF = {
             step,
             {"top_k": 7, "score_transform": LearnedTemperature(), "num_samples": 3},
         ),
+        (
+            "aot_eager",
+            step,
+            {"estimator": "exact_query", "scale": 1.5, "id_key": "id", "margin": 0.5},
+        ),
+        ("aot_eager", step, {"estimator": "shared", "group_key": "id", "in_batch_negatives": True}),
         ("aot_eager", step, {"top_k": 2}),  # groups wider than a tile: a fold in a fold
     ],
-    ids=["inductor", "half", "top_k", "wide groups"],
+    ids=["inductor", "half", "top_k", "ids and margin", "group", "wide groups"],
 )
 def test_one_graph_serves_every_batch_size_and_agrees_with_eager(backend, step, options):
     torch._dynamo.reset()

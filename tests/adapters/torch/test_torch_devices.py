@@ -41,7 +41,13 @@ def test_a_handler_stays_on_its_device(options):
         "log_q": negcache.FieldSpec((), torch.float32),
         "embedding": negcache.FieldSpec((4,), torch.bfloat16),
     }
-    more = {"id_key": "id", "log_frequency_key": "log_q", "staleness_correction": True}
+    more = {
+        "id_key": "id",
+        "group_key": "id",
+        "margin": 1.0,
+        "log_frequency_key": "log_q",
+        "staleness_correction": True,
+    }
     handler = negcache.CacheLossHandler(
         negcache.CacheManager(specs, 200, unique_key="id"),
         negcache.CacheClassificationLoss("embedding", ("x",), num_samples=2, **more, **options),
@@ -61,6 +67,7 @@ def test_a_handler_stays_on_its_device(options):
         tower(features["x"]),
         features,
         hard_negative_embeddings=rows(3, 2, 4),
+        hard_negative_features={"id": rows(3, 2).long()},
         sample_weight=rows(3),
     )
     loss.backward()

@@ -25,10 +25,15 @@ OPTIONS = [
     {"estimator": "shared", "staleness_correction": True, "id_key": "id"},
     {"estimator": "exact_query", "in_batch_negatives": True, "log_frequency_key": "log_q"},
     {"estimator": "exact_query", "id_key": "id", "staleness_correction": True, "num_samples": 2},
+    {"estimator": "paper", "id_keys": ("id", "owner"), "margin": 0.2, "top_k": 4},
+    {"estimator": "shared", "id_keys": ("id", "owner"), "margin": 0.5, "in_batch_negatives": True},
+    {"estimator": "exact_query", "group_key": "owner", "id_key": "id", "in_batch_negatives": True},
 ]
+FIELDS = ("x", "id", "owner", "log_q")
 SPECS = {
     "x": negcache.FieldSpec((2,), torch.float64),
     "id": negcache.FieldSpec((), torch.int32),
+    "owner": negcache.FieldSpec((), torch.int64),
     "log_q": negcache.FieldSpec((), torch.float64),
     "embedding": negcache.FieldSpec((WIDTH,), torch.float64),
 }
@@ -45,6 +50,9 @@ class Batch:
             "y": rng.normal(size=(rows, 2)),
             "x": rng.normal(size=(rows, 2)),
             "id": rng.integers(0, 4, rows).astype(np.int32),
+            "owner": rng.integers(0, 3, rows),
+            "hard_id": rng.integers(0, 4, (rows, 2)).astype(np.int32),
+            "hard_owner": rng.integers(0, 3, (rows, 2)),
             "log_q": rng.normal(size=rows),
             "hard": rng.normal(size=(rows, 2, 2)),
             "weight": rng.random(rows) * 2,
@@ -73,10 +81,11 @@ class Towers:
         return self.parameters[2]
 
     def arguments(self, batch):
-        features = {key: batch[key] for key in ("x", "id", "log_q")}
+        features = {key: batch[key] for key in FIELDS}
         given = (self.item, batch["y"] @ self.parameters[0], self.item(features))
         more = {
             "hard_negative_embeddings": batch["hard"] @ self.parameters[1],
+            "hard_negative_features": {"id": batch["hard_id"], "owner": batch["hard_owner"]},
             "sample_weight": batch["weight"],
         }
         return given, features, more
@@ -113,7 +122,7 @@ def whole_handler(towers, options):
 
 def commit_whole(handler, result, positive, batch):
     """Put each rank's new rows into the cache that stands for its shard."""
-    cut = {key: batch.all[key].split(batch.sizes) for key in ("x", "id", "log_q")}
+    cut = {key: batch.all[key].split(batch.sizes) for key in FIELDS}
     handler.commit(
         result,
         dict(zip("012", positive.split(batch.sizes), strict=True)),
@@ -144,7 +153,7 @@ def compare_with_one_process(rank, options):
         expected = whole.cache_loss(
             *given,
             whole.cache,
-            pos_features={key: batch.all[key] for key in ("x", "id", "log_q")},
+            pos_features={key: batch.all[key] for key in FIELDS},
             **more,
         )
         commit_whole(whole, expected, given[2], batch)
@@ -193,7 +202,7 @@ def with_ddp(rank):
         for step in range(4):
             batch = Batch(step)
             part = batch.part(rank)
-            features = {key: part[key] for key in ("x", "id", "log_q")}
+            features = {key: part[key] for key in FIELDS}
             # Retrieval needs the queries first, and no gradient: the module without its wrapper.
             with torch.no_grad():
                 retrieval = sharded.retrieve(parallel.module.query(part["y"]), features)
@@ -255,9 +264,10 @@ def unlike(rank, options, capacity, message):
             "estimator is paper on 0, paper on 1, shared on 2",
         ),
         ([{}] * 3, [9, 12, 9], r"cache\.cache_size is 9 on 0, 12 on 1, 9 on 2"),
-        ([{"id_key": "id"}, {}, {}], [9] * 3, "id_key is id on 0, None on 1"),
+        ([{"id_key": "id"}, {}, {}], [9] * 3, r"id_keys is \('id',\) on 0, \(\) on 1"),
+        ([{}, {}, {"margin": 1}], [9] * 3, "margin is None on 0, None on 1, 1 on 2"),
     ],
-    ids=["estimator", "capacity", "key"],
+    ids=["estimator", "capacity", "key", "margin"],
 )
 def test_ranks_that_are_set_up_differently_are_told(tmp_path, options, capacity, message):
     run(tmp_path, unlike, options, capacity, message, ranks=RANKS)
@@ -357,7 +367,7 @@ def with_fsdp(rank):
     for step in range(4):
         batch = Batch(step)
         part = batch.part(rank)
-        features = {key: part[key] for key in ("x", "id", "log_q")}
+        features = {key: part[key] for key in FIELDS}
         for tower in (query, item):
             tower.zero_grad()
         loss = sharded.update_cache_and_compute_loss(

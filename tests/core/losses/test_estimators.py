@@ -21,7 +21,7 @@ SLOTS = {"torch": 5, "tensorflow": 3, "jax": 3}
 
 
 class Options:
-    """What a test draws besides the towers: item ids, frequencies, hard negatives, weights."""
+    """What a test draws besides the towers: labels of rows, frequencies, hard negatives, …."""
 
     def __init__(self, data, problem, *, in_batch):
         rows, slots, width = len(problem.y), len(problem.age), problem.W.shape[1]
@@ -32,16 +32,29 @@ class Options:
             self.top_k = data.draw(st.none() | st.integers(1, slots), label="top_k")
         self.in_batch, self.correction = in_batch, False
         self.split = data.draw(st.booleans(), label="two caches") and slots > 1
-        self.ids = self.frequencies = self.positive_ids = self.hard = self.weight = None
-        if data.draw(st.booleans(), label="ids"):
-            self.ids = rng.integers(0, IDS, slots), rng.integers(0, IDS, rows)
-            if data.draw(st.booleans(), label="several positives"):
-                more = rng.integers(-1, IDS, (rows, 1))
-                self.positive_ids = np.concatenate([self.ids[1][:, None], more], axis=1)
+        self.frequencies = self.positive_ids = self.hard = self.weight = self.margin = None
+        self.id_keys = ("id", "query_id")[: data.draw(st.integers(0, 2), label="id_keys")]
+        self.group_key = data.draw(st.none() | st.just("group"), label="group_key")
+        kinds = {**dict.fromkeys(self.id_keys, IDS), **({"group": 2} if self.group_key else {})}
+        # Of the cache, of the batch's positives, and of hard negatives.
+        self.labels = [
+            {key: rng.integers(0, kind, shape) for key, kind in kinds.items()}
+            for shape in (slots, rows, (rows, 2))
+        ]
+        self.own = {key: self.labels[1][key][:, None] for key in self.id_keys}
+        if self.id_keys and data.draw(st.booleans(), label="several positives"):
+            key = data.draw(st.sampled_from(self.id_keys), label="of")
+            more = rng.integers(-1, IDS, (rows, 1))
+            self.own[key] = np.concatenate([self.own[key], more], axis=1)
+            first = key == self.id_keys[0]
+            self.positive_ids = self.own[key] if first else {key: self.own[key]}
+        if data.draw(st.booleans(), label="margin"):
+            self.margin = float(rng.normal())
         if data.draw(st.booleans(), label="frequencies"):
             self.frequencies = rng.normal(size=slots), rng.normal(size=rows)
         if data.draw(st.booleans(), label="hard negatives"):
             self.hard = rng.normal(size=(rows, 2, width))
+        self.told = self.hard is not None and data.draw(st.booleans(), label="labels of these")
         if data.draw(st.booleans(), label="sample weight"):
             self.weight = rng.random(rows) * 2
 
@@ -53,16 +66,16 @@ class Options:
             scale=scale,
             estimator=self.estimator,
             in_batch_negatives=self.in_batch,
-            id_key=None if self.ids is None else "id",
+            id_keys=self.id_keys,
+            group_key=self.group_key,
+            margin=self.margin,
             log_frequency_key=None if self.frequencies is None else "log_frequency",
             staleness_correction=self.correction,
         )
 
     def fields(self, side):
         """Return the fields of the cache (0) or of the batch's positives (1)."""
-        found = {}
-        if self.ids is not None:
-            found["id"] = self.ids[side]
+        found = dict(self.labels[side])
         if self.frequencies is not None:
             found["log_frequency"] = self.frequencies[side]
         return found
@@ -71,22 +84,31 @@ class Options:
         given = {
             "positive_ids": self.positive_ids,
             "hard_negative_embeddings": self.hard,
+            "hard_negative_features": self.labels[2] if self.told else None,
             "sample_weight": self.weight,
         }
-        return {k: backend.to_native(v) for k, v in given.items() if v is not None}
+        return {k: backend.native(v) for k, v in given.items() if v is not None}
 
-    def own_ids(self):
-        return self.ids[1][:, None] if self.positive_ids is None else self.positive_ids
+    def opposed(self, labels, scores, positive, *, told=True):
+        """Return which scores (B, n) may count, one by one; labels are (n,) or (B, n)."""
+        counts = np.ones(scores.shape, bool)
+        for query, row in np.ndindex(scores.shape):
+            mine = {k: v[query, row] if v.ndim == 2 else v[row] for k, v in labels.items()}
+            if told:
+                alike = [mine[key] in self.own[key][query] for key in self.id_keys]
+                elsewhere = self.group_key and mine["group"] != self.labels[1]["group"][query]
+                counts[query, row] = not any(alike) and not elsewhere
+            if self.margin is not None:
+                counts[query, row] &= scores[query, row] <= positive[query] + self.margin
+        return counts
 
     def stale_logits(self, problem):
         """Return (B, C): what each query's softmax has for each slot, -inf for no negative."""
         queries = problem.scale * problem.y @ problem.V
-        logits = queries @ problem.cache_data["embedding"].T
-        if self.frequencies is not None:
-            logits = logits - self.frequencies[0]
-        if self.ids is not None:
-            same = (self.ids[0][None, :, None] == self.own_ids()[:, None, :]).any(axis=2)
-            logits = np.where(same, -np.inf, logits)
+        scores = queries @ problem.cache_data["embedding"].T
+        positive = (queries * (problem.x_positive @ problem.W)).sum(axis=1)
+        logits = scores if self.frequencies is None else scores - self.frequencies[0]
+        logits = np.where(self.opposed(self.labels[0], scores, positive), logits, -np.inf)
         logits = np.where(problem.written, logits, -np.inf)
         if self.top_k is not None:
             best = np.zeros(logits.shape, bool)
@@ -105,22 +127,24 @@ def expected_gradients(problem, options):
     query, positive, items = scale * (y @ V), x_positive @ W, x @ W
     logits, scores = [torch.as_tensor(options.stale_logits(problem))], [query @ items.T]
     own = (query * positive).sum(1, keepdim=True)
-    rows = len(y)
+    rows, known = len(y), own.detach().numpy()[:, 0]
+
+    def kept(logits, labels, **more):
+        counts = options.opposed(labels, logits.numpy(), known, **more)
+        return logits.masked_fill(~torch.as_tensor(counts), -torch.inf)
+
     if options.in_batch:
-        others = ~torch.eye(rows, dtype=torch.bool)
-        if options.ids is not None:
-            same = options.ids[1][None, :, None] == options.own_ids()[:, None, :]
-            others &= ~torch.as_tensor(same.any(axis=2))
         between = query @ positive.T
         shift = torch.zeros(rows)
         if options.frequencies is not None:
             shift = torch.as_tensor(options.frequencies[1])
         scores.append(between)
-        logits.append((between.detach() - shift).masked_fill(~others, -torch.inf))
+        logit = kept(between.detach(), options.labels[1]) - shift
+        logits.append(logit.masked_fill(torch.eye(rows, dtype=torch.bool), -torch.inf))
     if options.hard is not None:
         hard = torch.einsum("bd,bhd->bh", query, torch.as_tensor(options.hard))
         scores.append(hard)
-        logits.append(hard.detach())
+        logits.append(kept(hard.detach(), options.labels[2], told=options.told))
     logits, scores = torch.cat([own.detach(), *logits], 1), torch.cat([own, *scores], 1)
     probabilities = torch.softmax(logits, dim=1)
     probabilities[:, 0] -= 1
@@ -201,7 +225,7 @@ def test_the_correction_is_exact_where_all_rows_have_moved_alike(name, data):
     """Stale probabilities are right then, but for the share of the cache, which is corrected."""
     problem = data.draw(towers(stale=False, max_slots=SLOTS[name], min_queries=2))
     options = Options(data, problem, in_batch=data.draw(st.booleans(), label="in-batch"))
-    options.correction = True
+    options.correction, options.margin = True, None  # which compares stale scores with fresh ones
     moved = np.random.default_rng(0).normal(size=problem.W.shape[1])
     assert_unbiased(name, problem, options, moved)
 

@@ -14,6 +14,19 @@ OPTIONS = {  # of the loss -> what the calculator is told of it
     "paper": ({}, {}),
     "two draws": ({"num_samples": 2}, {"num_samples": 2}),
     "ids": ({"id_key": "id"}, ID),
+    "two ids": (
+        {"id_keys": ("id", "owner"), "in_batch_negatives": True, "estimator": "shared"},
+        {
+            "id_bytes": 12,
+            "id_fields": 2,
+            "in_batch_negatives": True,
+            "estimator": "shared",
+        },
+    ),
+    "group and margin": (
+        {"group_key": "owner", "margin": 0.1, "in_batch_negatives": True},
+        {"group_bytes": 8, "margin": True, "in_batch_negatives": True},
+    ),
     "in-batch": ({"in_batch_negatives": True}, {"in_batch_negatives": True}),
     "in-batch, ids and frequencies": (
         {"in_batch_negatives": True, "id_key": "id", "log_frequency_key": "log_q"},
@@ -65,6 +78,7 @@ def handler_of(capacity, stored, options):
     specs = {
         "x": negcache.FieldSpec((3,), torch.float32),
         "id": negcache.FieldSpec((), torch.int32),
+        "owner": negcache.FieldSpec((), torch.int64),
         "log_q": negcache.FieldSpec((), torch.float32),
         "embedding": negcache.FieldSpec((WIDTH,), getattr(torch, stored)),
     }
@@ -86,6 +100,7 @@ def count_steps(counter, capacity, dtypes, options, own=OWN):
         features = {
             "x": x,
             "id": torch.arange(own, dtype=torch.int32) + own * (3 * counter.rank + step),
+            "owner": torch.zeros(own, dtype=torch.int64),
             "log_q": torch.randn(own),
         }
         loss = handler.update_cache_and_compute_loss(
