@@ -173,7 +173,7 @@ class CacheClassificationLoss(CacheLoss):
         noise:            (B, S, 2) floating uniforms in [0, 1); drawn from the generator where None
         """
         given = (pos_features, positive_ids, pos_doc_embeddings, noise)
-        by_chance = self.in_training or noise is not None
+        by_chance = noise is not None or self.in_training
         return draw_negatives(self, query_embeddings, cache, *given, by_chance=by_chance)
 
     def loss_from_negatives(
