@@ -125,17 +125,21 @@ def commit(setup: Setup, store: Store, result: CacheLossReturn, new: Mapping[str
         # All plans before the first write: a refused update leaves every cache as it was.
         plans = {name: _plan(setup, caches, name, result, new[name]) for name in caches}
         setup.report(result)
-        carry_out(setup, store, plans, result.training_loss)
+        carry_out(setup, store, caches, plans, result.training_loss)
 
 
 def carry_out(
-    setup: Setup, store: Store, plans: Mapping[str, UpdatePlan | None], *known: Array
+    setup: Setup,
+    store: Store,
+    caches: Caches,
+    plans: Mapping[str, UpdatePlan | None],
+    *known: Array,
 ) -> None:
-    """Write what is planned for each cache, None for nothing, and take charge of the result.
+    """Write what is planned for each of the store's caches, None for nothing.
 
     known: what else must not fail before anything is written
     """
-    caches = Caches(store.read())
+    caches = Caches(caches)
     with setup.backend.after((plans, known)):
         for name, plan in plans.items():
             if plan is not None:

@@ -40,7 +40,7 @@ def refresh(
         for name in names:
             plans[name], more = _plan_refresh(setup, caches[name], item_network, count)
             left_out = left_out + more
-        carry_out(setup, store, plans)
+        carry_out(setup, store, caches, plans)
     return left_out  # an array, once a cache is named
 
 
@@ -135,13 +135,14 @@ def _insert(
     part: slice,
 ) -> Array:
     """Embed and insert one batch at age -1, below any other; return the rows left out."""
-    cache, count = store.read()[name], part.stop - part.start
+    caches, count = store.read(), part.stop - part.start
+    cache = caches[name]
     inputs = {key: rows[key] for key in setup.data_keys}
     embeddings = _embed(setup, cache, item_network, inputs, count)
     new = CheckedRows({setup.embedding_key: embeddings, **rows})
     new_rows = NewRows(new, count, entering(setup, cache, new))
     write = setup.managers[name].plan_new_items(cache, new_rows)
-    carry_out(setup, store, {name: UpdatePlan(None, write, write[0].age)})
+    carry_out(setup, store, caches, {name: UpdatePlan(None, write, write[0].age)})
     return _count(setup, ~finite_as_stored(setup, cache, embeddings))
 
 

@@ -141,7 +141,8 @@ class CacheScores(NamedTuple):
         are measured to be faster than with a wide one. `start` may be a traced integer.
         """
         backend = self.backend
-        rows, age = (backend.slice_rows(array, start, size) for array in (self.table, self.age))
+        rows = backend.slice_rows(self.table, start, size)
+        age = backend.slice_rows(self.age, start, size)
         scores = self.scorer.by_item(self.queries, rows)
         if self.own is not None:
             labels = self.labels.each(lambda field: backend.slice_rows(field, start, size))
