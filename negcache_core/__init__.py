@@ -7,7 +7,8 @@ names. This package runs on NumPy, which is the reference.
 from negcache_core import unbound
 from negcache_core.cache.filters import IsInCacheFilterFn
 from negcache_core.cache.manager import CacheManager
-from negcache_core.handlers.cache_loss_handler import CacheLossHandler, MultiCacheLossHandler
+from negcache_core.handlers.cache_loss_handler import CacheLossHandler
+from negcache_core.handlers.multi_cache_loss_handler import MultiCacheLossHandler
 from negcache_core.handlers.negative_cache_loss import NegativeCacheLoss
 from negcache_core.losses.classification import CacheClassificationLoss
 from negcache_core.retrieval.retrieval_fns import GumbelMaxRetrievalFn, MaxScoreRetrievalFn

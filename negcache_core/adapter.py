@@ -19,7 +19,8 @@ from negcache_core.cache.filters import IsInCacheFilterFn
 from negcache_core.cache.manager import CacheManager
 from negcache_core.cache.named import Caches
 from negcache_core.handlers.base import BaseHandler
-from negcache_core.handlers.cache_loss_handler import CacheLossHandler, MultiCacheLossHandler
+from negcache_core.handlers.cache_loss_handler import CacheLossHandler
+from negcache_core.handlers.multi_cache_loss_handler import MultiCacheLossHandler
 from negcache_core.handlers.negative_cache_loss import NegativeCacheLoss, Parts
 from negcache_core.handlers.setup import Setup
 from negcache_core.handlers.store import Store

@@ -1,4 +1,7 @@
-"""What the handlers of one cache and of several share: their parts, their state, and saving it."""
+"""What the handlers of one cache and of several share: their parts, their state, and saving it.
+
+Longer than most files, as the documentation of the verbs that users call stands here.
+"""
 
 import os
 from collections.abc import Callable, Iterable, Mapping

@@ -11,7 +11,8 @@ from negcache_core.arrays.validation import as_whole, check_function, embeddings
 from negcache_core.cache.named import SINGLE
 from negcache_core.cache.state import EMPTY, NegativeCache
 from negcache_core.errors import KeysError, KindError, OptionError
-from negcache_core.handlers.cache_loss_handler import CacheLossHandler, MultiCacheLossHandler
+from negcache_core.handlers.cache_loss_handler import CacheLossHandler
+from negcache_core.handlers.multi_cache_loss_handler import MultiCacheLossHandler
 from negcache_core.losses.metrics import staleness
 
 METRIC = "effective_negatives"
