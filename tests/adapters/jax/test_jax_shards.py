@@ -264,7 +264,7 @@ def two_axes():
 def front_door():
     """NegativeCacheLoss with a mesh, or the name of its axis, makes the handler of shards."""
     mesh, devices = mesh_of(4), 4
-    labels = {key: SPECS[key] for key in ("id", "log_q")}
+    labels = {key: spec for key, spec in SPECS.items() if key not in ("x", "embedding")}
     options = {"estimator": "exact_query", "in_batch_negatives": True}
     by_hand = handler_of({"scale": 1.5}, {**options, "group": "data"}, SLOTS * devices)
     found = []
