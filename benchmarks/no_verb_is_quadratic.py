@@ -1,11 +1,10 @@
 """Claim: no public verb takes time or memory that grows with the square of its rows or slots.
 
-Each verb runs in a process of its own at C slots and n rows, then with twice the rows, then with
-twice the slots. A verb that is linear takes at most about twice as long; one that compares rows
-with rows pair by pair takes four times as long, and one that compares rows with slots makes n
-passes over the cache. Verbs that score (`step`, `retrieve`, `evaluate`; they get a tenth of the
-rows, but in "step, all rows") take the time of a product of queries and cache, and must not hold
-its result.
+All verbs run at C slots and n rows, then, each time in a fresh process, with twice the rows and
+with twice the slots. A verb that is linear takes at most about twice as long; one that compares
+rows with rows pair by pair takes four times as long, and one that compares rows with slots makes n
+passes over the cache. Verbs that score (`step`, `retrieve`, `evaluate`; they get a hundredth of the
+rows) take the time of a product of queries and cache, and must not hold its result.
 
     python benchmarks/no_verb_is_quadratic.py torch --slots 1000000 --rows 10000
 
@@ -16,6 +15,7 @@ process's resident memory, after a first call; Linux only. A verb that copies th
 """
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -33,8 +33,9 @@ from memory_of_a_step_is_flat_in_capacity import ALLOCATOR, MB, resident_rise
 
 PACKAGES = {"numpy": "negcache_core", "torch": "negcache_torch"}
 WIDTH = 64
-SCORING = 10  # one tenth of the rows, for what scores every row against every slot
+SCORING = 100  # one of so many rows, for what scores every row against every slot
 LONG = 2.0  # seconds, after which a call is not repeated
+SHORT = 0.01  # seconds, of which a ratio tells nothing
 MOST_GROWTH = 3.0
 """Of the time, when rows or slots double: between a linear verb's 2 and a quadratic one's 4."""
 
@@ -134,7 +135,6 @@ class Verbs:
             "approximate_top_k": self.top_k,
             "plot_cache": self.with_handler(self.plot),
             "scaling": lambda: self.scaling,
-            "step, all rows": self.with_handler(self.step),
         }
         if problem.framework == "torch":
             self.found["state_dict and back"] = self.with_handler(
@@ -228,61 +228,74 @@ class Verbs:
         return str(self.negcache.scaling(self.sizes.slots, WIDTH, **sizes))
 
 
-def measure(framework: str, verb: str, sizes: Sizes) -> dict[str, Any]:
-    """Return seconds and bytes of one call; to be called once in a process."""
+def measure(framework: str, names: list[str], sizes: Sizes) -> dict[str, dict[str, Any]]:
+    """Return by verb the seconds and the bytes of one call."""
+    problem, found = Problem(framework, sizes), {}
     with tempfile.TemporaryDirectory() as folder:
-        call = Verbs(Problem(framework, sizes), Path(folder)).found[verb]()
-        start = time.process_time()
-        call()
-        seconds = time.process_time() - start
-        rise = resident_rise(call, times=1)
-        for _ in range(2 if seconds < LONG else 0):
+        for name in names:
+            call = Verbs(problem, Path(folder)).found[name]()
             start = time.process_time()
             call()
-            seconds = min(seconds, time.process_time() - start)
-    return {"seconds": seconds, "bytes": rise}
+            seconds = time.process_time() - start
+            rise = resident_rise(call, times=1)
+            for _ in range(2 if seconds < LONG else 0):
+                start = time.process_time()
+                call()
+                seconds = min(seconds, time.process_time() - start)
+            found[name] = {"seconds": seconds, "bytes": rise}
+            del call
+            gc.collect()
+    return found
 
 
-def measure_apart(framework: str, verb: str, sizes: Sizes) -> dict[str, Any]:
+def measure_apart(framework: str, names: list[str], sizes: Sizes) -> dict[str, dict[str, Any]]:
     """Run `measure` in a fresh process."""
     done = subprocess.run(  # noqa: S603 - this script itself
-        [sys.executable, __file__, framework, "--one", verb, *map(str, sizes)],
+        [sys.executable, __file__, framework, "--one", *map(str, sizes), "--verb", *names],
         env={**os.environ, **ALLOCATOR, "MPLBACKEND": "agg"},
         stdout=subprocess.PIPE,
         check=True,
         text=True,
     )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def row_of(framework: str, verb: str, sizes: Sizes) -> dict[str, Any]:
-    """Return what the table says of one verb."""
-    once = measure_apart(framework, verb, sizes)
-    more_rows = measure_apart(framework, verb, sizes._replace(rows=2 * sizes.rows))
-    more_slots = measure_apart(framework, verb, sizes._replace(slots=2 * sizes.slots))
-    growth = {
-        "time, twice the rows": more_rows["seconds"] / once["seconds"],
-        "time, twice the slots": more_slots["seconds"] / once["seconds"],
-    }
-    extra = {
-        f"extra MB{of}": None if found["bytes"] is None else found["bytes"] / MB
-        for of, found in (
-            ("", once),
-            (", twice the rows", more_rows),
-            (", twice the slots", more_slots),
+def rows_of(framework: str, names: list[str], sizes: Sizes) -> list[dict[str, Any]]:
+    """Return what the table says of each verb."""
+    once, more_rows, more_slots = (
+        measure_apart(framework, names, each)
+        for each in (
+            sizes,
+            sizes._replace(rows=2 * sizes.rows),
+            sizes._replace(slots=2 * sizes.slots),
         )
-    }
-    return {
-        "framework": framework,
-        "verb": verb,
-        "slots": sizes.slots,
-        "rows": sizes.rows,
-        "seconds": once["seconds"],
-        **growth,
-        **extra,
-        "linear": "yes" if max(growth.values()) <= MOST_GROWTH else "no",
-    }
+    )
+    found = []
+    for name in names:
+        known = once[name]["bytes"] is not None
+        growth = {
+            f"{what} of time": after[name]["seconds"] / once[name]["seconds"]
+            for what, after in (("rows x 2", more_rows), ("slots x 2", more_slots))
+        }
+        extra = {
+            f"{what}MB": after[name]["bytes"] / MB if known else None
+            for what, after in (("", once), ("rows x 2: ", more_rows), ("slots x 2: ", more_slots))
+        }
+        linear = max(growth.values()) <= MOST_GROWTH or once[name]["seconds"] < SHORT
+        found.append(
+            {
+                "framework": framework,
+                "verb": name,
+                "slots": sizes.slots,
+                "rows": sizes.rows,
+                "seconds": once[name]["seconds"],
+                **growth,
+                **extra,
+                "linear": "yes" if linear else "no",
+            }
+        )
+    return found
 
 
 def main() -> None:
@@ -293,19 +306,15 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=1_000_000)
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--quick", action="store_true", help="100,000 slots and 2,000 rows")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--one", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    names = options.verb or list(Verbs(Problem(options.framework, Sizes(2, 1)), Path()).found)
     if options.one:
-        verb, *sizes = options.one
-        print(json.dumps(measure(options.framework, verb, Sizes(*map(int, sizes)))))
+        print(json.dumps(measure(options.framework, names, Sizes(*options.one))))
         return
     sizes = Sizes(100_000, 2_000) if options.quick else Sizes(options.slots, options.rows)
-    names = options.verb or list(Verbs(Problem(options.framework, Sizes(2, 1)), Path()).found)
-    found = []
-    for verb in names:
-        found.append(row_of(options.framework, verb, sizes))
-        print(json.dumps(found[-1]), flush=True)
-        path = save("no_verb_is_quadratic", found[-1:], ("framework", "verb", "slots", "rows"))
+    found = rows_of(options.framework, names, sizes)
+    path = save("no_verb_is_quadratic", found, ("framework", "verb", "slots", "rows"))
     print(table(found))
     print("written to", path)
 
