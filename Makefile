@@ -35,6 +35,8 @@ run-benchmarks: $(VENV)/.test
 	done; done
 	for framework in numpy torch; do \
 		$(BIN)/python benchmarks/small_operations_are_few.py $$framework || exit 1; \
+		OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
+			$(BIN)/python benchmarks/rows_left_out_cost_little.py $$framework || exit 1; \
 	done
 	$(BIN)/python benchmarks/memory_of_a_step_is_flat_in_capacity.py $(SIZES)
 	$(BIN)/python benchmarks/half_storage_costs_little_accuracy.py

@@ -135,6 +135,7 @@ class NegativeCacheLoss(nn.Module):
         count = len(queries)
         ids = rows[ID].reshape(-1, count).T
         positives = {key: value[:count] for key, value in rows.items()}
+        told = _alike(ids) if len(columns) > 1 else None
         if not learning:
             items = self._embed(self.rows.unpack(rows, facts))
             result = self.handler.evaluate(
@@ -144,6 +145,7 @@ class NegativeCacheLoss(nn.Module):
                 positives,
                 positive_ids=ids,
                 hard_negative_embeddings=_hard(items, count, len(columns)),
+                hard_negative_features=told,
             )
             return result.loss
         found = self.handler.retrieve(queries, positives, positive_ids=ids)
@@ -154,7 +156,12 @@ class NegativeCacheLoss(nn.Module):
         items, drawn = embedded.tensor_split([ids.numel()])
         hard = _hard(items, count, len(columns))
         result = self.handler.compute_loss(
-            queries, items[:count], drawn, found, hard_negative_embeddings=hard
+            queries,
+            items[:count],
+            drawn,
+            found,
+            hard_negative_embeddings=hard,
+            hard_negative_features=told,
         )
         self.handler.commit(result, items, rows)
         if self.report is not None:
@@ -206,6 +213,19 @@ class NegativeCacheLoss(nn.Module):
 def _hard(items: Tensor, count: int, columns: int) -> Tensor | None:
     """Return the explicit negatives (B, H, D) among a batch's items, column after column."""
     return items.unflatten(0, (-1, count))[1:].transpose(0, 1) if columns > 1 else None
+
+
+def _alike(ids: Tensor) -> dict[str, Tensor]:
+    """Return the ids (B, H) of explicit negatives where they equal the positive's, else of no text.
+
+    ids: (B, 1 + H). From the cache no text of a row is drawn for its anchor; in the row, the
+    negatives are to count that the positive is not among.
+    """
+    positive, negatives = ids[:, :1], ids[:, 1:]
+    return {ID: torch.where(negatives == positive, negatives, _NO_TEXT)}
+
+
+_NO_TEXT = torch.iinfo(torch.int64).min
 
 
 def _processes() -> int:

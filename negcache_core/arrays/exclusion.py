@@ -107,14 +107,10 @@ def exclude_in_place(scores: Any, rows: Labels, own: Exclusions, *, xp: Any) -> 
     passes over n numbers, or one over the scores, and only they are compared with every query.
     Not for tracing: values are read.
     """
-    if scores.shape[0] == 0 or scores.shape[1] == 0:
-        return scores
-    for pair in zip(rows.ids, own.ids, strict=True):
-        ids, theirs = (cast(each, xp.index_dtype, xp) for each in pair)
-        hit = _rows_among(ids, xp.reshape(theirs, (-1,)), xp)
-        if hit.shape[0]:
-            admitted = Exclusions((theirs,)).admit(Labels((ids[hit],)), None, last=True)
-            scores[hit] = xp.where(admitted, scores[hit], -float("inf"))
+    if scores.shape[0] * scores.shape[1] < SMALL:
+        return excluded(scores, rows, own, xp=xp)
+    if own.ids:
+        _leave_ids_out_in_place(scores, rows.ids, own.ids, xp)
     if own.group is not None:
         _keep_groups_in_place(scores, rows.group, own.group, xp)
     if own.ceiling is not None:
@@ -122,17 +118,39 @@ def exclude_in_place(scores: Any, rows: Labels, own: Exclusions, *, xp: Any) -> 
     return scores
 
 
-def _rows_among(ids: Array, wanted: Array, xp: Any) -> Any:
-    """Return the positions (m,) of those of ids (n,) that may be one of `wanted` (k,), k > 0."""
-    low = _last_digits(wanted)
-    table = xp.zeros((low + 1,), dtype=xp.bool)
-    table[wanted & low] = True
-    (hit,) = xp.nonzero(xp.take(table, ids & low, axis=0))
-    if 16 * hit.shape[0] > ids.shape[0]:  # ids that are alike in their last digits
-        ordered, found = xp.sort(wanted), ids[hit]
-        place = xp.clip(xp.searchsorted(ordered, found), 0, ordered.shape[0] - 1)
-        hit = hit[ordered[place] == found]
-    return hit
+SMALL = 2**13
+"""Scores that cost less to compare than to look for the few."""
+
+
+def _leave_ids_out_in_place(scores: Any, rows: Any, own: Any, xp: Any) -> None:
+    """Set scores (n, B) to -inf where a row's id (n,) is one of the query's (B, P), for any key."""
+    every, found = [], None
+    for pair in zip(rows, own, strict=True):
+        ids, theirs = (cast(each, xp.index_dtype, xp) for each in pair)
+        wanted = xp.reshape(theirs, (-1,))
+        low = _last_digits(wanted)
+        table = xp.zeros((low + 1,), dtype=xp.bool)
+        table[wanted & low] = True
+        found = _either(found, xp.take(table, ids & low, axis=0))
+        every.append((ids, theirs, wanted))
+    (hit,) = xp.nonzero(found)
+    if 16 * hit.shape[0] > scores.shape[0]:  # ids that are alike in their last digits
+        found = None
+        for ids, _, wanted in every:
+            some, ordered = ids[hit], xp.sort(wanted)
+            place = xp.clip(xp.searchsorted(ordered, some), 0, ordered.shape[0] - 1)
+            found = _either(found, ordered[place] == some)
+        hit = hit[found]
+    if hit.shape[0]:
+        labels = Labels(tuple([ids[hit] for ids, _, _ in every]))
+        admitted = Exclusions(tuple([theirs for _, theirs, _ in every])).admit(
+            labels, None, last=True
+        )
+        scores[hit] = xp.where(admitted, scores[hit], -float("inf"))
+
+
+def _either(left: Any, right: Any) -> Any:
+    return right if left is None else left | right
 
 
 def _last_digits(wanted: Array) -> int:

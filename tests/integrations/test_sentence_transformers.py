@@ -133,6 +133,25 @@ def test_equal_texts_are_one_item_and_no_negatives_of_each_other(model):
     assert loss(columns(model, texts[:3], [texts[3], texts[3], texts[0]])).item() > 0.1
 
 
+def test_an_explicit_negative_that_equals_the_positive_does_not_count(model):
+    texts = make_texts(6)
+    anchors, positives, negatives = texts[:2], texts[2:4], texts[4:6]
+    for training in (True, False):
+        model.train(training)
+        with_it = own(model)(columns(model, anchors, positives, [positives[0], negatives[1]]))
+        value = own(model)(columns(model, anchors[1:], positives[1:], negatives[1:]))
+        # The first anchor has the other positive alone; the second has that, and its own negative.
+        vectors = torch.from_numpy(model.encode(texts, normalize_embeddings=True)).double()
+        scores = 20.0 * vectors[:2] @ vectors[2:].T
+        expected = [
+            torch.logsumexp(scores[row, kept], 0) - scores[row, row]
+            for row, kept in ((0, [0, 1]), (1, [0, 1, 3]))
+        ]
+        torch.testing.assert_close(with_it.double(), sum(expected) / 2, rtol=1e-4, atol=1e-5)
+        alone = torch.logsumexp(scores[1, [1, 3]], 0) - scores[1, 1]
+        torch.testing.assert_close(value.double(), alone, rtol=1e-4, atol=1e-5)
+
+
 def test_evaluation_is_against_the_cache_and_changes_nothing(model):
     loss, texts = own(model, scale=4.0, in_batch_negatives=False), make_texts(7)
     with torch.no_grad():  # nor does this, in training mode

@@ -34,7 +34,7 @@ def plain(scores, rows, own):
 
 def case(data, count):
     rng = np.random.default_rng(data.draw(seeds))
-    queries = data.draw(st.integers(0, 5), label="queries")
+    queries = data.draw(st.sampled_from([0, 1, 5, 40]), label="queries")
 
     def integers(*shapes):
         kind = KINDS[data.draw(st.sampled_from(sorted(KINDS)))]
@@ -51,7 +51,7 @@ def case(data, count):
 
 
 @pytest.mark.parametrize("name", EAGER)
-@given(data=st.data(), count=st.sampled_from([0, 1, 5, 127, 128, 300]))
+@given(data=st.data(), count=st.sampled_from([0, 1, 127, 128, 300]))
 def test_every_backend_excludes_what_a_loop_does(name, data, count):
     scores, rows, own = case(data, count)
     expected, backend = plain(scores, rows, own), EAGER[name]
