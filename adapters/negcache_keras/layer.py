@@ -19,6 +19,7 @@ from negcache_tensorflow import (
     OptionError,
 )
 
+from negcache_core.handlers.new_items import with_labels
 from negcache_core.losses.network import embedded_by
 
 _STATE = "negative_cache"  # under which a layer's variables in a file have the handler's state
@@ -81,12 +82,14 @@ class CacheLayer(keras.layers.Layer):
         pos_item_embeddings: tf.Tensor,
         features: Mapping[str, tf.Tensor],
         *,
+        labels: Mapping[str, tf.Tensor] | None = None,
         training: bool = True,
         positive_ids: tf.Tensor | None = None,
         **options: Any,
     ) -> tf.Tensor:
         """Return the loss of a batch; in training update the cache.
 
+        labels:   fields that the item network does not take; they may as well be among the features
         training: False, as in `evaluate`: the loss against the cache as it is. Rows are drawn and
                   embedded for the figures alone; rows, ages and the draws to come stay the same.
         options:  hard_negative_embeddings, hard_negative_features, sample_weight, constant: see
@@ -96,7 +99,7 @@ class CacheLayer(keras.layers.Layer):
         for a name in `shown` that is no metric of the loss, and what the handler raises.
         """
         handler = self.handler
-        batch = (query_embeddings, pos_item_embeddings, features)
+        batch = (query_embeddings, pos_item_embeddings, with_labels(features, labels))
         if training:
             result = self._step(item_network, *batch, positive_ids, options)
         else:

@@ -6,8 +6,9 @@ from typing import Any, ClassVar, NamedTuple
 from negcache_core.arrays._array import Array
 from negcache_core.arrays.numerics import mean
 from negcache_core.cache.manager import CacheManager
+from negcache_core.errors import KeysError
 from negcache_core.handlers.cache_loss_handler import CacheLossHandler
-from negcache_core.handlers.fields import fields_of
+from negcache_core.handlers.fields import Fields, fields_of
 from negcache_core.handlers.setup import NewItemsFilter
 from negcache_core.losses.classification import CacheClassificationLoss
 from negcache_core.sharding.classification import DistributedCacheClassificationLoss
@@ -60,7 +61,7 @@ class NegativeCacheLoss(CacheLossHandler):
     0.015
     >>> print(loss_fn)
     NegativeCacheLoss(8 slots, 3 written, 288 bytes: tokens int64 (2,), embedding float32 (4,);
-      estimator exact_query with in-batch negatives, scale 20.0; staleness 0.000)
+      estimator exact_query with in-batch negatives, scale 20; staleness 0.000)
     """
 
     parts: ClassVar[Parts] = Parts(
@@ -117,6 +118,7 @@ class NegativeCacheLoss(CacheLossHandler):
             tile_bytes=tile_bytes,
             **({"group": group} if sharded else {}),
         )
+        _check_named(loss.item_keys, unique_key, fields)
         super().__init__(
             self.parts.manager(fields.specs, cache_size, use_lru, unique_key=unique_key),
             loss,
@@ -125,4 +127,16 @@ class NegativeCacheLoss(CacheLossHandler):
             use_cross_replica,
             new_items_filter=new_items_filter,
             group=None if sharded else group,
+        )
+
+
+def _check_named(item_keys: tuple[str, ...], unique_key: Any, fields: Fields) -> None:
+    """Raise KeysError unless every field that an option names is there."""
+    named = [*item_keys, *([unique_key] if isinstance(unique_key, str) else [])]
+    missing = [key for key in named if key not in fields.specs]
+    if missing:
+        known = [key for key in fields.specs if key != fields.embedding_key]
+        raise KeysError(
+            f"id_keys, group_key, log_frequency_key or unique_key names {missing}, and features and "
+            f"labels have {known}: add the field to labels, such as labels={{{missing[0]!r}: …}}."
         )

@@ -113,6 +113,8 @@ def test_auto_takes_the_least_noisy_estimator_that_goes_with_the_options(options
         ({"embedding": None}, negcache.KindError, "embedding"),
         ({"cache_size": 0}, negcache.CapacityError, "at least one slot"),
         ({"scale": "20"}, negcache.KindError, "scale"),
+        ({"id_keys": ["item"]}, negcache.KeysError, r"names \['item'\].*labels=\{'item': …\}"),
+        ({"group_key": "g", "unique_key": "u"}, negcache.KeysError, r"names \['g', 'u'\]"),
     ],
 )
 def test_what_cannot_work_is_refused_in_words(arguments, error, words):
