@@ -58,7 +58,7 @@ class NegativeCacheLoss(CacheLossHandler):
     >>> items = item_network({"tokens": tokens})
     >>> loss_fn = NegativeCacheLoss(8, {"tokens": tokens}, items, scale=20.0, generator=0)
     >>> round(float(loss_fn(item_network, items, items, {"tokens": tokens})), 3)
-    0.015
+    0.231
     >>> print(loss_fn)
     NegativeCacheLoss(8 slots, 3 written, 288 bytes: tokens int64 (2,), embedding float32 (4,);
       estimator exact_query with in-batch negatives, scale 20; staleness 0.000)
@@ -137,6 +137,6 @@ def _check_named(item_keys: tuple[str, ...], unique_key: Any, fields: Fields) ->
     if missing:
         known = [key for key in fields.specs if key != fields.embedding_key]
         raise KeysError(
-            f"id_keys, group_key, log_frequency_key or unique_key names {missing}, and features and "
-            f"labels have {known}: add the field to labels, such as labels={{{missing[0]!r}: …}}."
+            f"id_keys, group_key, log_frequency_key or unique_key names {missing}, and features "
+            f"and labels have {known}: add the field to labels, labels={{{missing[0]!r}: …}}."
         )
