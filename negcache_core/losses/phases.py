@@ -109,6 +109,7 @@ def check_own(loss: Phased, retrieval: Any) -> None:
         readout=estimator.reads_out,
         others=loss.in_batch_negatives,
         own=bool(loss.id_keys) or loss.group_key is not None,
+        route=loss.placement.sharded,
     )
 
 

@@ -282,6 +282,21 @@ def test_the_readout_is_attention_tile_by_tile(written):
     torch.testing.assert_close(found, torch.softmax(scores, 1) @ table)
 
 
+@pytest.mark.parametrize("spread", [1.0, 100.0, 1e6])
+def test_exponentials_do_not_depend_on_how_they_are_made(spread):
+    """Of powers of two, as exp is slow where it underflows; also where no number is left."""
+    left, right = spread * torch.randn(9, 40), spread * torch.randn(1, 40).clamp(min=0)
+    left[0], right[0, 0] = -torch.inf, torch.finfo().min
+    expected = torch.exp(left.double() - right.double()).clamp(max=torch.finfo().max)
+    left[:, 0] = -torch.inf
+    expected[:, 0] = 0.0
+    found = TORCH.xp.exp_difference(left, right)
+    assert found is left
+    tolerance = 1e-6 * max(1.0, spread)  # of the float32 arguments
+    kept = expected < 1e30
+    torch.testing.assert_close(found[kept].double(), expected[kept], rtol=tolerance, atol=1e-30)
+
+
 def test_rows_of_one_number_are_sent_whatever_their_strides():
     rows = torch.arange(4).reshape(1, 4).T
     assert rows.is_contiguous()
