@@ -60,7 +60,7 @@ class NegativeCacheLoss(CacheLossHandler):
     >>> round(float(loss_fn(item_network, items, items, {"tokens": tokens})), 3)
     0.231
     >>> print(loss_fn)
-    NegativeCacheLoss(8 slots, 3 written, 288 bytes: tokens int64 (2,), embedding float32 (4,);
+    NegativeCacheLoss(8 slots, 3 written, 256 bytes: tokens int64 (2,), embedding float32 (4,);
       estimator exact_query with in-batch negatives, scale 20; staleness 0.000)
     """
 

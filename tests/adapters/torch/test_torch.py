@@ -6,6 +6,7 @@ import negcache_torch as negcache
 import pytest
 import torch
 from negcache_torch import _replicas
+from negcache_torch._backend import TORCH
 from negcache_torch._generator import BufferGenerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
