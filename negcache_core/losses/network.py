@@ -1,7 +1,9 @@
 """Calling the user's item network, and saying what it was called with where it expects no dict."""
 
 import linecache
+import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
@@ -18,14 +20,16 @@ def embedded_by(item_network: Callable[[dict[str, Any]], Array], features: dict[
     """
     try:
         return item_network(features)
-    except (TypeError, AttributeError, ValueError, KeyError) as error:
-        refusal = _refusal(error, features)
+    except (TypeError, AttributeError, ValueError, LookupError) as error:
+        refusal = _refusal(error, item_network, features)
         if refusal is None:
             raise
         raise refusal from error
 
 
-def _refusal(error: Exception, features: Mapping[str, Any]) -> Exception | None:
+def _refusal(
+    error: Exception, item_network: Callable[[dict[str, Any]], Any], features: Mapping[str, Any]
+) -> Exception | None:
     """Return what to raise in our words, and None unless the error is plainly about the dict."""
     trace = error.__traceback__
     if trace is None or isinstance(error, NegcacheError):
@@ -52,12 +56,67 @@ def _refusal(error: Exception, features: Mapping[str, Any]) -> Exception | None:
         about = _names_features(text, trace, fields)
     else:
         about = isinstance(error, TypeError) and subscripted
-    if not about:
+    # Libraries say it in many ways, and far from where it happened.
+    inside = _is_installed(trace.tb_frame.f_code.co_filename)
+    if not about and not (inside and _reads_nothing(item_network, features)):
         return None
     return KindError(
         f"the item network raised {type(error).__name__}, as it was called with a dict of arrays, "
         f"fields {fields}: wrap yours, such as lambda features: encoder(features[{fields[0]!r}])."
     )
+
+
+def _is_installed(filename: str) -> bool:
+    return "site-packages" in filename or "dist-packages" in filename
+
+
+class _Watched(dict[str, Any]):
+    """A dict that knows whether anyone looked into it."""
+
+    read = False
+
+    def _look(self, name: str, *arguments: Any) -> Any:
+        caller = sys._getframe(2).f_code.co_filename  # noqa: SLF001 - public, if not by its name
+        # NumPy looks for the fields of a structured dtype in it.
+        self.read = self.read or f"{os.sep}numpy{os.sep}" not in caller
+        return getattr(super(), name)(*arguments)
+
+    def __getitem__(self, key: Any) -> Any:
+        # NumPy asks any dict for the "names" of a structured dtype.
+        return self._look("__getitem__", key) if key in self else super().__getitem__(key)
+
+    def __iter__(self) -> Any:  # also for **features
+        return self._look("__iter__")
+
+    def get(self, *arguments: Any) -> Any:
+        return self._look("get", *arguments)
+
+    def pop(self, *arguments: Any) -> Any:
+        return self._look("pop", *arguments)
+
+    def keys(self) -> Any:
+        return self._look("keys")
+
+    def values(self) -> Any:
+        return self._look("values")
+
+    def items(self) -> Any:
+        return self._look("items")
+
+    def copy(self) -> Any:
+        return self._look("copy")
+
+
+def _reads_nothing(
+    item_network: Callable[[dict[str, Any]], Any], features: Mapping[str, Any]
+) -> bool:
+    """Return whether the network, called once more, fails before it looks into its argument."""
+    watched = _Watched(features)
+    try:
+        item_network(watched)
+    except Exception:  # noqa: BLE001 - whichever it is, it was raised once before
+        return not watched.read
+    return False
 
 
 def _is_features(value: Any, fields: list[str]) -> bool:

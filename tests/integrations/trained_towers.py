@@ -1,5 +1,6 @@
 """Train by Accelerate and by transformers.Trainer; under torchrun on two processes: … FOLDER."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -144,6 +145,10 @@ def main(folder):
     assert not [row for row in parts[0] if row in parts[1]]
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    # What wraps the models still holds gloo's group, whose end waits for a thread that waits for
+    # Python's lock: seen once to hang for ever, as the process ended.
+    os._exit(0)
 
 
 if __name__ == "__main__":
