@@ -34,7 +34,7 @@ from memory_of_a_step_is_flat_in_capacity import ALLOCATOR, MB, resident_rise
 PACKAGES = {"numpy": "negcache_core", "torch": "negcache_torch"}
 WIDTH = 64
 SCORING = 100  # one of so many rows, for what scores every row against every slot
-LONG = 2.0  # seconds, after which a call is not repeated
+LONG = 10.0  # seconds, after which a call is not repeated
 SHORT = 0.01  # seconds, of which a ratio tells nothing
 MOST_GROWTH = 3.0
 """Of the time, when rows or slots double: between a linear verb's 2 and a quadratic one's 4."""

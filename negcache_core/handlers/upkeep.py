@@ -81,9 +81,10 @@ def reset(setup: Setup, store: Store) -> None:
     backend, xp, caches = setup.backend, setup.backend.xp, Caches(store.read())
     with backend.no_gradient():
         for name, (data, age) in caches.items():
-            rows = {
-                key: backend.overwrite(table, xp.zeros_like(table)) for key, table in data.items()
-            }
+            rows = {}
+            for key, table in data.items():  # zeros take no memory of a table's size where they can
+                zeros = xp.broadcast_to(xp.zeros_like(table[:1, ...]), table.shape)
+                rows[key] = backend.overwrite(table, zeros)
             empty = xp.full_like(age, EMPTY, dtype=age.dtype)
             caches[name] = NegativeCache(rows, backend.overwrite(age, empty))
         store.write(caches)

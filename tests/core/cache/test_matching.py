@@ -103,3 +103,10 @@ def test_many_rows_take_memory_as_rows_and_slots_do_and_not_as_pairs(keys):
     assert not passes(cache, batch).any()
     rows = batch["id"]
     assert peak_of(lambda: matching.last_equal(rows, rows >= 0)) < 15e6
+
+
+def test_few_rows_and_many_slots_take_no_more():
+    """100 rows and 1,000,000 slots are 100 MB of pairs."""
+    table = np.arange(1_000_000)
+    rows, written = table[-100:], table >= 0
+    assert peak_of(lambda: matching.first_match(rows, table, written)) < 75e6
