@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from negcache_core.arrays._array import Array, dtype_kind
+from negcache_core.arrays._array import Array, dtype_kind, dtype_name
 from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.numerics import mean
 from negcache_core.arrays.validation import check_mapping
@@ -174,6 +174,24 @@ def _check_loss(
             f"the loss reads {missing} (id_keys, group_key, log_frequency_key), which the cache "
             f"lacks: add the field to its specs, {sorted(manager.specs)}."
         )
+    if isinstance(cache_loss, CacheClassificationLoss):
+        _check_item_fields(cache_loss, manager)
+
+
+def _check_item_fields(loss: CacheClassificationLoss, manager: CacheManager) -> None:
+    """Raise unless each field by which rows are told apart is one number of the right kind."""
+    for what, keys, kind in (
+        ("id_keys", loss.id_keys, "integer"),
+        ("group_key", (loss.group_key,), "integer"),
+        ("log_frequency_key", (loss.log_frequency_key,), "floating"),
+    ):
+        for key in keys:
+            spec = None if key is None else manager.specs[key]
+            if spec is not None and (spec.shape != () or dtype_kind(spec.dtype) != kind):
+                raise DTypeError(
+                    f"{what} names field {key!r} of row shape {spec.shape} and dtype "
+                    f"{dtype_name(spec.dtype)}: expected one {kind} number for each row, shape ()."
+                )
 
 
 def _check_backend(part: Any, what: str, backend: Backend) -> None:

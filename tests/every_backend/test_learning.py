@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 import torch
 from backends import BACKENDS
+from flax import nnx
 
 from negcache_core import KeysError, KindError, OptionError
 from negcache_core.losses.network import embedded_by
@@ -259,6 +260,28 @@ def of_torch(network):
     return lambda features: network(BACKENDS["torch"].native(features))
 
 
+def built(model):
+    model(FEATURES["x"])
+    return model
+
+
+class ReadsADict(tf.keras.Model):
+    """A network that takes a dict, and fails with what it finds there."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = tf.keras.layers.Dense(2)
+        self.dense.build((None, WIDTH + 1))
+
+    def call(self, features):
+        return self.dense(features["x"])
+
+
+class ReadsADictInTorch(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.linear(torch.as_tensor(x), torch.ones(2, WIDTH + 1))
+
+
 NO_DICT = {
     "torch.nn.Linear": torch.nn.Linear(WIDTH, WIDTH),
     "torch.nn.Embedding": torch.nn.Embedding(4, WIDTH),
@@ -272,6 +295,12 @@ NO_DICT = {
     "tensorflow": tf.tanh,
     "keras": tf.keras.layers.Dense(WIDTH),
     "keras, a model": tf.keras.Sequential([tf.keras.layers.Dense(WIDTH)]),
+    "keras, a lookup": tf.keras.layers.Embedding(4, WIDTH),
+    "keras, a built model": built(tf.keras.Sequential([tf.keras.layers.Dense(WIDTH)])),
+    "flax": nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0)),
+    "jax, a lookup": lambda features: jax.numpy.eye(WIDTH)[features],
+    "jax, traced": jax.jit(jax.numpy.tanh),
+    "tensorflow, a lookup": lambda features: tf.gather(tf.eye(WIDTH), features),
 }
 
 
@@ -293,6 +322,11 @@ def test_a_network_that_takes_no_dict_is_told_so(name):
         lambda features: torch.tanh(OTHER),
         lambda features: {**features}["x"][7],
         lambda features: int("no number"),
+        ReadsADict(),
+        lambda features: ReadsADictInTorch()(**features),
+        lambda features: ReadsADictInTorch()(*features.values()),
+        lambda features: jax.numpy.dot(features["x"], np.ones((WIDTH + 1, 2))),
+        lambda features: jax.numpy.reshape(features.get("x"), (7, 7)),
         lambda features: NeedsAnArray()(OTHER),
     ],
 )

@@ -114,6 +114,21 @@ def test_auto_takes_the_least_noisy_estimator_that_goes_with_the_options(options
         ({"cache_size": 0}, negcache.CapacityError, "at least one slot"),
         ({"scale": "20"}, negcache.KindError, "scale"),
         ({"id_keys": ["item"]}, negcache.KeysError, r"names \['item'\].*labels=\{'item': …\}"),
+        (
+            {"labels": {"id": np.ones(3)}, "id_keys": ["id"]},
+            negcache.DTypeError,
+            "one integer number for each row",
+        ),
+        (
+            {"labels": {"g": TOKENS}, "group_key": "g"},
+            negcache.DTypeError,
+            r"'g' of row shape \(2,\)",
+        ),
+        (
+            {"labels": {"q": np.arange(3)}, "log_frequency_key": "q"},
+            negcache.DTypeError,
+            "one floating number",
+        ),
         ({"group_key": "g", "unique_key": "u"}, negcache.KeysError, r"names \['g', 'u'\]"),
     ],
 )
