@@ -57,10 +57,9 @@ class TensorFlowBackend(Backend[Any]):
         return arrays
 
     def has_graph(self, value: Any) -> bool:
-        if not isinstance(value, tf.Tensor):
+        # An eager tensor that a tape records is one of this step, if the loss is made in each.
+        if not isinstance(value, tf.Tensor) or not tf.is_symbolic_tensor(value):
             return False
-        if not tf.is_symbolic_tensor(value):
-            return _is_recorded(value)
         graph = tf.compat.v1.get_default_graph()  # a body of a loop is inside of another
         while graph is not None and graph is not value.graph:
             graph = getattr(graph, "outer_graph", None)

@@ -216,7 +216,7 @@ def test_a_scale_with_a_graph_is_refused_as_the_loss_is_made():
         make(scale=scale)
 
 
-def test_a_scale_of_tensorflow_must_not_hang_on_a_tape_or_on_another_trace():
+def test_a_scale_of_tensorflow_must_not_be_of_another_trace():
     log_scale, kept = tf.Variable(0.0), []
     make = functools.partial(
         negcache_tensorflow.CacheClassificationLoss,
@@ -224,7 +224,7 @@ def test_a_scale_of_tensorflow_must_not_hang_on_a_tape_or_on_another_trace():
         ("x",),
         generator=tf.random.Generator.from_seed(0),
     )
-    with tf.GradientTape(), pytest.raises(OptionError, match="scale is a tensor that was computed"):
+    with tf.GradientTape():  # a loss that is made in each step
         make(scale=tf.exp(log_scale))
 
     @tf.function
