@@ -19,7 +19,12 @@ from negcache_core.cache.row_checks import CheckedRows
 from negcache_core.cache.state import NegativeCache
 from negcache_core.errors import NegcacheError, OptionError
 from negcache_core.handlers import checkpoint, upkeep
-from negcache_core.handlers.diagnosis import describe, diagnose, warn_of_harm
+from negcache_core.handlers.diagnosis import (
+    describe,
+    diagnose,
+    warn_of_harm,
+    warn_of_nothing_learned,
+)
 from negcache_core.handlers.new_items import check_batch, stand_in
 from negcache_core.handlers.setup import (
     NewItemsFilter,
@@ -83,7 +88,7 @@ class BaseHandler:
         )
         self._hold(self.make_store(self._setup))
         self.metrics: dict[str, Any] = {}
-        self._steps, self._warned = 0, False
+        self._steps, self._warned, self._told = 0, False, False
 
     @staticmethod
     def make_store(setup: Setup) -> Store:
@@ -268,6 +273,9 @@ class BaseHandler:
     ) -> Array:
         if training is None:
             training = self.in_training and self.backend.differentiates()
+            if self.in_training and not training and not self._told and self.backend.eager():
+                self._told = True
+                warn_of_nothing_learned(self._store.read())
         elif check_flag(training, "training") and not self.in_training:
             raise OptionError(
                 "training=True was given to a handler in evaluation mode: call .train() on it, or "

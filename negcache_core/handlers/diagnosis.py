@@ -92,6 +92,18 @@ def warn_of_harm(step: int, metrics: Mapping[str, Any]) -> bool:
     return True
 
 
+def warn_of_nothing_learned(caches: Caches) -> None:
+    """Warn if a step without gradients meets an empty cache, which it leaves empty."""
+    if written_slots([cache.age for cache in caches.values()]) == 0:
+        warnings.warn(
+            "a step was called without gradients, as under torch.no_grad(): it counts as an "
+            "evaluation, and the cache stays empty. Pass training=True to fill it by such steps, "
+            "or use prefill(); in evaluation call .eval(), or pass training=False.",
+            TrainingWarning,
+            stacklevel=2,
+        )
+
+
 def _of_staleness(figures: Mapping[str, Any]) -> list[str]:
     stale, age = figures.get("staleness", 0.0), figures.get("mean_age_drawn", 0.0)
     measured = (

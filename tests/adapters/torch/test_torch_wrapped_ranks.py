@@ -77,8 +77,7 @@ def models(**options):
         )
         found.append(model)
     for rank, model in enumerate(found):
-        with torch.no_grad():
-            model(data(rank, 99))
+        model(data(rank, 99))
     return found
 
 
