@@ -198,7 +198,7 @@ class _Watched:
         graph: Any = None,
     ) -> None:
         del attrs, op_name
-        self._done.add(op_type)
+        self._done.add(tf.compat.as_str(op_type))  # bytes for a function
         if graph is not self._graph or op_type == "Placeholder":
             return  # inside of a loop, whose own operation has what it reads; or read from outside
         for each in inputs:
