@@ -4,6 +4,8 @@ The gradients are compared in float64 to rounding, for chunks of one row, of som
 """
 
 import functools
+import gc
+import weakref
 from typing import NamedTuple
 
 import negcache_torch
@@ -212,6 +214,31 @@ def test_a_step_in_chunks_is_the_plain_step(backend, estimator):
     np.testing.assert_allclose(whole[0], parts[0], rtol=1e-9)
     for key, rows in whole[1].data.items():
         np.testing.assert_allclose(rows, parts[1].data[key], rtol=1e-9, err_msg=key)
+
+
+@pytest.mark.parametrize("backend", [TORCH, TENSORFLOW], ids=backend_name)
+def test_no_activation_outlives_its_chunk(backend):
+    seen = []
+
+    def network(weights):
+        def embed(rows):
+            alive = [hidden() is not None for hidden in seen]
+            assert sum(alive[:-1]) == 0  # the last one's tensors may not be gone yet
+            hidden = rows["x"] @ weights
+            seen.append(weakref.ref(hidden))
+            return hidden * hidden
+
+        return embed
+
+    def function(x, weights):
+        embedded = backend.module.in_chunks(network(weights), 2)({"x": x})
+        gc.collect()
+        assert [hidden() for hidden in seen] == [None] * 4
+        return backend.module.CacheManager.backend.xp.sum(embedded)
+
+    features, constants = data(7)
+    backend.gradients(function, list(backend.native((features["x"], constants["weights"]))))
+    assert len(seen) == 8
 
 
 def test_nothing_is_computed_again_where_no_gradient_is_taken():
