@@ -19,16 +19,15 @@ from negcache_core import OptionError
 
 def map_chunks(function: Callable[..., Any], arrays: Sequence[Any], size: int) -> Any:
     """Do what `Backend.map_chunks` says."""
-    # What TensorFlow calls is not converted to a graph's control flow, unless it was before.
-    autograph = tf.__internal__.autograph
-    function = autograph.tf_convert(function, autograph.control_status_ctx())
     eager = tf.executing_eagerly()
     cut = _Cut([tf.convert_to_tensor(array) for array in arrays], size)
     heads = [cut.head(array) for array in cut.arrays]
     if eager and not record.could_possibly_record():
         return _forward(function, cut, function(*heads))
-    with record.stop_recording() if eager else contextlib.nullcontext(), _Watched(heads) as watched:
+    with _Watched(heads) as watched:  # recorded, as else a tf.function tells of no variables
         first = function(*heads)
+    with record.stop_recording():
+        first = tf.identity(first)  # and forgotten by the tape with the tensor that it was
     watched.refuse_what_cannot_be_repeated()
     closed_over = watched.closed_over()
 
@@ -63,10 +62,8 @@ class _Cut:
         self.known = rows is not None
         if not self.known:
             rows = tf.shape(arrays[0])[0]
-            # A longer one would be cut off in silence.
-            same = [tf.debugging.assert_equal(tf.shape(each)[0], rows) for each in arrays[1:]]
-            with tf.control_dependencies(same):
-                rows = tf.identity(rows)
+            for each in arrays[1:]:  # a longer one would be cut off in silence
+                tf.debugging.assert_equal(tf.shape(each)[0], rows)
         self.others = ((max(rows, 1) if self.known else tf.maximum(rows, 1)) - 1) // size
         self.first = rows - self.others * size
 
@@ -172,7 +169,8 @@ class _Watched:
 
     def __init__(self, heads: Sequence[Any]) -> None:
         self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-        self._inside = {id_of(each) for each in heads}
+        self._before = 0 if self._graph is None else len(self._graph.get_operations())
+        self._inside = {_id_of(each) for each in heads}
         self._outside: dict[int, Any] = {}
         self._done: set[str] = set()
         self._watcher = record.VariableWatcher()
@@ -180,31 +178,33 @@ class _Watched:
 
     def __enter__(self) -> Self:
         self._watcher.__enter__()
-        op_callbacks.add_op_callback(self._note)
+        if self._graph is None:
+            op_callbacks.add_op_callback(self._executed)
         return self
 
     def __exit__(self, *error: object) -> None:
-        op_callbacks.remove_op_callback(self._note)
         self._watcher.__exit__(*error)
         self.variables = self._watcher.watched_variables()
+        if self._graph is None:
+            op_callbacks.remove_op_callback(self._executed)
+            return
+        for operation in self._graph.get_operations()[self._before :]:
+            self._done.update((operation.type, *_called(operation.node_def)))
+            if operation.type != "Placeholder":  # which stands for what is read from outside
+                self._note(operation.inputs, operation.outputs)
 
-    def _note(
-        self,
-        op_type: str,
-        inputs: Sequence[Any],
-        attrs: Sequence[Any],
-        outputs: Sequence[Any],
-        op_name: Any = None,
-        graph: Any = None,
+    def _executed(
+        self, kind: Any, inputs: Any, attributes: Any, outputs: Any, *names: Any, **more: Any
     ) -> None:
-        del attrs, op_name
-        self._done.add(tf.compat.as_str(op_type))  # bytes for a function
-        if graph is not self._graph or op_type == "Placeholder":
-            return  # inside of a loop, whose own operation has what it reads; or read from outside
+        del attributes, names, more
+        self._done.add(tf.compat.as_str(kind))  # of a function its name, in bytes
+        self._note(inputs, outputs)
+
+    def _note(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         for each in inputs:
-            if each.dtype.is_floating and id_of(each) not in self._inside:
-                self._outside[id_of(each)] = each
-        self._inside.update(id_of(each) for each in outputs)
+            if each.dtype.is_floating and _id_of(each) not in self._inside:
+                self._outside[_id_of(each)] = each
+        self._inside.update(_id_of(each) for each in outputs)
 
     def closed_over(self) -> list[Any]:
         """Return the floating tensors that a gradient may have to reach."""
@@ -237,14 +237,14 @@ _DRAWS = (
 _WRITES = ("Assign", "ResourceScatter")
 
 
-def id_of(tensor: Any) -> int:
+def _id_of(tensor: Any) -> int:
     """Return a number that no other tensor has, also after this one is gone."""
     number: int = tensor._id  # noqa: SLF001 - tapes know tensors by it
     return number
 
 
 def _operations(done: set[str]) -> set[str]:
-    """Return kinds of operations, with those inside of functions that were traced before."""
+    """Return kinds of operations, with those inside of the functions among them."""
     found, left = set(), list(done)
     known = context.context()
     while left:
@@ -254,6 +254,14 @@ def _operations(done: set[str]) -> set[str]:
         found.add(name)
         if known.has_function(name):
             for node in known.get_function_def(name).node_def:
-                left.append(node.op)
-                left.extend(value.func.name for value in node.attr.values() if value.func.name)
+                left += (node.op, *_called(node))
     return found
+
+
+def _called(node: Any) -> list[str]:
+    """Return the names of the functions that an operation calls: a loop its body, and so on."""
+    values = node.attr.values()
+    functions = [value.func for value in values] + [
+        one for each in values for one in each.list.func
+    ]
+    return [function.name for function in functions if function.name]

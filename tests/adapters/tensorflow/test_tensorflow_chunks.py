@@ -98,16 +98,19 @@ def of_a_function():
 def test_gradients_reach_variables_however_the_network_is_written(make, way):
     network, variables = make()
     whole = gradients_of(tape_inside, network, None, variables, random_rows())
-    assert_close(gradients_of(way, network, SIZE, variables, random_rows()), whole)
+    for size in (SIZE, ROWS):
+        assert_close(gradients_of(way, network, size, variables, random_rows()), whole)
 
 
+@pytest.mark.parametrize("wrap", [lambda function: function, tf.function], ids=["plain", "traced"])
 @pytest.mark.parametrize("way", WAYS)
-def test_gradients_reach_what_was_computed_from_variables_before(way):
+def test_gradients_reach_what_was_computed_from_variables_before(way, wrap):
     weights = tf.Variable(np.random.default_rng(1).standard_normal((WIDTH, 2)))
 
     def loss_of(x, size=SIZE):
         product = weights * 2.0
-        return tf.reduce_sum(negcache.in_chunks(lambda x: tf.tanh(x @ product), size)(x) ** 2)
+        network = wrap(lambda x: tf.tanh(x @ product))
+        return tf.reduce_sum(negcache.in_chunks(network, size)(x) ** 2)
 
     whole = tape_inside(lambda x: loss_of(x, ROWS), random_rows(), [weights])
     assert_close(way(loss_of, random_rows(), [weights]), whole)
@@ -135,9 +138,13 @@ def draws(x):
     return tf.nn.dropout(x, 0.5)
 
 
+def draws_in_a_branch(x):
+    return tf.cond(tf.reduce_sum(x * x) >= 0.0, lambda: draws(x), lambda: x)
+
+
 def draws_in_a_function():
-    function = tf.function(draws)
-    function(random_rows())  # traced before
+    function = tf.function(draws, input_signature=[tf.TensorSpec([None, WIDTH], tf.float64)])
+    function(random_rows())  # traced before, and not again
     return function
 
 
@@ -149,6 +156,7 @@ def draws_from_a_generator():
 NOT_REPEATED = {
     "tf.nn.dropout": (lambda: draws, "draws random numbers"),
     "in a function": (draws_in_a_function, "draws random numbers"),
+    "in a branch": (lambda: draws_in_a_branch, "draws random numbers"),
     "generator": (draws_from_a_generator, "draws random numbers"),
     "keras dropout": (lambda: _in_training(keras.layers.Dropout(0.5)), "writes a variable"),
     "batch norm": (lambda: _in_training(keras.layers.BatchNormalization()), "writes a variable"),
