@@ -669,7 +669,7 @@ CASES = [
     (
         lambda: core.in_chunks(len, 2)([None, {}]),
         core.ShapeError,
-        "the argument has no array in it: expected at least one, with rows (n, …).",
+        "the argument has no array in it: expected at least one, with rows to cut.",
     ),
     (
         lambda: core.in_chunks(len, 2)({"x": np.zeros((2, 2)), "y": [None, np.zeros(3)]}),
