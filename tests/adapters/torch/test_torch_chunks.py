@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from ranks import run
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertModel
@@ -139,7 +141,8 @@ class Step(nn.Module):
 
 
 def gradients_of(model):
-    return [parameter.grad.clone() for parameter in model.parameters()]
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    return [each.full_tensor() if isinstance(each, DTensor) else each for each in found]
 
 
 def train(model, batches):
@@ -234,6 +237,10 @@ def train_ranks(rank):
         bare = model.item, model.query
         model.item, model.query = (DistributedDataParallel(each, **options) for each in bare)
         _same(_train_wrapped(model, model, batches), expected)
+    model = Step(SIZE, generator=rank)
+    for each in (model.item, model.query, model):
+        fully_shard(each)
+    _same(train(model, batches), expected)
 
 
 def _train_wrapped(wrapped, model, batches):
@@ -251,5 +258,5 @@ def _same(ours, theirs):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-def test_distributed_data_parallel_around_the_step_or_around_a_tower(tmp_path):
+def test_wrappers_of_ranks_around_the_step_or_around_a_tower(tmp_path):
     run(tmp_path, train_ranks, ranks=RANKS)
