@@ -40,6 +40,7 @@ run-benchmarks: $(VENV)/.test
 			$(BIN)/python benchmarks/rows_left_out_cost_little.py $$framework || exit 1; \
 	done
 	$(BIN)/python benchmarks/memory_of_a_step_is_flat_in_capacity.py $(SIZES)
+	$(BIN)/python benchmarks/memory_of_a_batch_is_that_of_a_chunk.py $(SIZES)
 	$(BIN)/python benchmarks/half_storage_costs_little_accuracy.py
 	$(BIN)/python benchmarks/cost_per_rank_is_flat_as_ranks_grow.py
 

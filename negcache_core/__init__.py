@@ -13,6 +13,7 @@ from negcache_core.handlers.negative_cache_loss import NegativeCacheLoss
 from negcache_core.losses.classification import CacheClassificationLoss
 from negcache_core.retrieval.retrieval_fns import GumbelMaxRetrievalFn, MaxScoreRetrievalFn
 from negcache_core.retrieval.top_k import approximate_top_k_with_indices
+from negcache_core.tools.chunks import in_chunks
 from negcache_core.unbound import *  # noqa: F403 - what its __all__ lists
 
 __version__ = "0.1.0"
@@ -27,5 +28,6 @@ __all__ = [
     "MultiCacheLossHandler",
     "NegativeCacheLoss",
     "approximate_top_k_with_indices",
+    "in_chunks",
 ]
 __all__ += unbound.__all__

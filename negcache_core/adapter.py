@@ -29,6 +29,7 @@ from negcache_core.retrieval.retrieval_fns import GumbelMaxRetrievalFn, MaxScore
 from negcache_core.retrieval.top_k import approximate_top_k_with_indices
 from negcache_core.sharding.classification import DistributedCacheClassificationLoss
 from negcache_core.sharding.replicas import Replicas, Route
+from negcache_core.tools.chunks import in_chunks
 
 __all__ = [
     "ACCELERATOR_TILE",
@@ -59,6 +60,7 @@ class Bound(NamedTuple):
     MaxScoreRetrievalFn: type[MaxScoreRetrievalFn]
     GumbelMaxRetrievalFn: type[GumbelMaxRetrievalFn]
     approximate_top_k_with_indices: Callable[[Array, int], tuple[Array, Array]]
+    in_chunks: Callable[[Callable[[Any], Array], int], Callable[[Any], Array]]
 
 
 _STATEFUL = (
@@ -112,8 +114,12 @@ def bind(
         scores = as_array(scores, "scores", backend)
         return approximate_top_k_with_indices(scores, k, xp=backend.xp)
 
-    top_k.__name__ = top_k.__qualname__ = approximate_top_k_with_indices.__name__
-    top_k.__doc__ = approximate_top_k_with_indices.__doc__
+    def chunks(network: Callable[[Any], Array], size: int) -> Callable[[Any], Array]:
+        return in_chunks(network, size, backend=backend)
+
+    for function, origin in ((top_k, approximate_top_k_with_indices), (chunks, in_chunks)):
+        function.__name__ = function.__qualname__ = origin.__name__
+        function.__doc__ = origin.__doc__
     classes = {cls.__name__: bound(cls, module) for cls in _STATEFUL}
     classes |= {cls.__name__: bound(cls) for cls in _STATELESS}
     parts = Parts(
@@ -123,7 +129,7 @@ def bind(
     )
     front_door = bound(NegativeCacheLoss, classes["CacheLossHandler"], parts=parts)
     classes["NegativeCacheLoss"] = front_door
-    return Bound(**classes, approximate_top_k_with_indices=top_k)
+    return Bound(**classes, approximate_top_k_with_indices=top_k, in_chunks=chunks)
 
 
 def _short(cls: type) -> str:

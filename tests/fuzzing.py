@@ -81,6 +81,13 @@ def tower(features):
     return features["x"] * 2.0
 
 
+def first_of(rows):
+    """Return the first array of a structure."""
+    while isinstance(rows, (dict, list, tuple)) and rows:
+        rows = next(iter(rows.values() if isinstance(rows, dict) else rows))
+    return rows
+
+
 def method(handler, name):
     """Return a method as the core has it: on a JAX handler that is bound to its state, too."""
     owner = next(
@@ -151,6 +158,9 @@ class Entries:
                 self.module.approximate_top_k_with_indices,
                 {"scores": self.array(B, C), "k": 2, **self.namespace()},
             ),
+            "in_chunks": lambda: Entry(
+                self.call_in_chunks, {"network": first_of, "size": 1, "rows": self.rows(B)}
+            ),
             "scaling": lambda: Entry(lambda **given: str(self.module.scaling(**given)), SIZES),
             "commit": self.commit_entry,
         }
@@ -172,6 +182,11 @@ class Entries:
 
     def _add(self, what, kind, make):
         self.makers[f"{what}, {kind}"] = lambda: make(kind)
+
+    def call_in_chunks(self, network, size, rows):
+        """Check the size, and use another: many rows, one by one, would take too long."""
+        self.module.in_chunks(network, size)
+        return self.module.in_chunks(network, 10**6)(rows)
 
     # Parts of arguments.
 

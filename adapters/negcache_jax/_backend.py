@@ -88,6 +88,21 @@ class JaxBackend(Backend[Array]):
         carry, stacks = jax.lax.scan(function, carry, jnp.arange(count))
         return carry, tuple(part.reshape(-1, part.shape[2]) for part in stacks)
 
+    def map_chunks(
+        self, function: Callable[..., Array], arrays: Sequence[Array], size: int
+    ) -> Array:
+        again: Callable[..., Array] = jax.checkpoint(function)
+        rows = arrays[0].shape[0]
+        whole = rows - rows % size
+        parts = []
+        if whole:  # in a loop: one chunk's program, and one chunk's memory
+            cut = [array[:whole].reshape(whole // size, size, *array.shape[1:]) for array in arrays]
+            stack = jax.lax.map(lambda chunk: again(*chunk), cut)
+            parts.append(stack.reshape(whole, *stack.shape[2:]))
+        if whole < rows or not rows:
+            parts.append(again(*[array[whole:] for array in arrays]))
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
     def write_rows(self, table: Array, slots: Array, rows: Array) -> Array:
         return _namespace.put_rows(table, slots, rows)
 

@@ -13,6 +13,7 @@ from negcache_core import __version__, unbound
 from negcache_core.unbound import *  # noqa: F403 - what its __all__ lists
 
 from . import filter_fns, handlers, losses, negative_cache, retrieval_fns
+from ._bound import in_chunks
 from .filter_fns import *  # noqa: F403
 from .handlers import *  # noqa: F403
 from .losses import *  # noqa: F403
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "filter_fns",
     "handlers",
+    "in_chunks",
     "losses",
     "negative_cache",
     "retrieval_fns",

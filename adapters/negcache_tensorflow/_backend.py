@@ -11,6 +11,7 @@ from negcache_core import KindError
 from negcache_core.adapter import Backend
 
 from . import _namespace
+from ._chunks import map_chunks
 
 # all_gather knows few dtypes: the others travel as one that holds all their values.
 _WIRE = {
@@ -109,6 +110,9 @@ class TensorFlowBackend(Backend[Any]):
             tf.reshape(array.stack(), (count * part.shape[0], part.shape[1] or -1))
             for array, part in zip(arrays, first, strict=True)
         )
+
+    def map_chunks(self, function: Callable[..., Any], arrays: Sequence[Any], size: int) -> Any:
+        return map_chunks(function, arrays, size)
 
     def write_rows(self, table: tf.Variable, slots: tf.Tensor, rows: tf.Tensor) -> tf.Variable:
         if isinstance(table, tf.distribute.DistributedValues):

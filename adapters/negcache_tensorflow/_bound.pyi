@@ -1,7 +1,7 @@
 # What mypy knows of negcache's classes in TensorFlow, which `_bound.py` makes at run time.
 # TensorFlow ships no types: its tensors are Any, and so is what a method returns of them.
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -75,3 +75,4 @@ class MultiCacheLossHandler(core.MultiCacheLossHandler, tf.Module):
 class NegativeCacheLoss(core.NegativeCacheLoss, CacheLossHandler): ...
 
 def approximate_top_k_with_indices(scores: Any, k: int) -> tuple[Any, Any]: ...
+def in_chunks(network: Callable[[Any], Any], size: int) -> Callable[[Any], Any]: ...

@@ -1,5 +1,6 @@
 """The verbs that PyTorch supplies to the core."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from negcache_core.adapter import ACCELERATOR_TILE, CPU_TILE, Backend
 from negcache_core.arrays.exclusion import Exclusions, Labels, exclude_in_place
@@ -116,6 +118,13 @@ class TorchBackend(Backend[Tensor]):
         start = torch.ones((), dtype=torch.int64)  # on the host, where it is read
         state = torch.while_loop(lambda tile, *_: tile < count, body, (start, *carry, *stacks))[1:]
         return state[:carried], tuple(stack.flatten(0, 1) for stack in state[carried:])
+
+    def map_chunks(
+        self, function: Callable[..., Tensor], arrays: Sequence[Tensor], size: int
+    ) -> Tensor:
+        if torch.is_grad_enabled():
+            function = functools.partial(checkpoint, function, use_reentrant=False)
+        return super().map_chunks(function, arrays, size)
 
     def block_log_sum_exp(self, scores: Tensor, written: Tensor, block: int) -> Tensor:
         if _values_are_at_hand(scores):

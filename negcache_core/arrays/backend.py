@@ -155,6 +155,22 @@ class Backend(Generic[ArrayT]):
             found.append(parts)
         return carry, concat_rows(found, self.xp)
 
+    def map_chunks(
+        self, function: Callable[..., ArrayT], arrays: Sequence[ArrayT], size: int
+    ) -> ArrayT:
+        """Return function(*chunks) of every `size` rows of `arrays` (n, …), joined: (n, …).
+
+        With differentiation the activations of a chunk are not kept but computed again, with the
+        same random numbers. The function is called at least once, also for no rows.
+        """
+        rows = arrays[0].shape[0]
+        parts = [
+            (function(*[array[start : min(start + size, rows), ...] for array in arrays]),)
+            for start in range(0, max(rows, 1), size)
+        ]
+        joined: ArrayT = concat_rows(parts, self.xp)[0]
+        return joined
+
     def block_log_sum_exp(self, scores: ArrayT, written: ArrayT, block: int) -> ArrayT:
         """Return the log-sum-exp of every `block` rows of scores (n, B): (n / block, B).
 

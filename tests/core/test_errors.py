@@ -645,6 +645,50 @@ CASES = [
         "cannot infer an array-API namespace from (list): pass arrays of one library, or the "
         "namespace as xp= (TensorFlow has none of its own: use negcache_tensorflow).",
     ),
+    # networks in chunks
+    (
+        lambda: core.in_chunks(None, 2),
+        core.KindError,
+        "network is None: expected a function of features that returns embeddings.",
+    ),
+    (
+        lambda: core.in_chunks(len, 2.0),
+        core.KindError,
+        "size is 2.0: expected the number of rows of a chunk, an int.",
+    ),
+    (
+        lambda: core.in_chunks(len, 0),
+        core.OptionError,
+        "size is 0: a chunk needs at least 1 row.",
+    ),
+    (
+        lambda: core.in_chunks(len, 2)({"x": "words"}),
+        core.ShapeError,
+        "the argument['x'] has shape (): expected (n, …), with a first axis to cut.",
+    ),
+    (
+        lambda: core.in_chunks(len, 2)([None, {}]),
+        core.ShapeError,
+        "the argument has no array in it: expected at least one, with rows to cut.",
+    ),
+    (
+        lambda: core.in_chunks(len, 2)({"x": np.zeros((2, 2)), "y": [None, np.zeros(3)]}),
+        core.ShapeError,
+        "the argument['x'] has 2 rows and the argument['y'][1] has 3: a chunk is cut from the "
+        "first axis of each, which must be of one size.",
+    ),
+    (
+        lambda: core.in_chunks(lambda x: (x, x), 2)(np.zeros((3, 2))),
+        core.KindError,
+        "the network returned a tuple: expected one array, a row for each row that it is given. "
+        "Take the embeddings out of it: lambda rows: network(rows)[0].",
+    ),
+    (
+        lambda: core.in_chunks(np.sum, 2)(np.zeros((3, 2))),
+        core.ShapeError,
+        "the network returned shape () for a chunk of 2 rows: expected (2, D), one embedding a "
+        "row.",
+    ),
 ]
 
 

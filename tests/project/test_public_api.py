@@ -25,6 +25,7 @@ NAMES = {
     "MaxScoreRetrievalFn",
     "IsInCacheFilterFn",
     "approximate_top_k_with_indices",
+    "in_chunks",
 }
 MODULES = {
     "negative_cache": {"NegativeCache", "CacheManager"},
@@ -50,6 +51,7 @@ SIGNATURES = {
         "use_cross_replica",
     ],
     "GumbelMaxRetrievalFn": ["inv_temp"],
+    "in_chunks": ["network", "size"],
     "IsInCacheFilterFn": ["keys"],
     "FieldSpec": ["shape", "dtype"],
     "NegativeCache": ["data", "age"],
