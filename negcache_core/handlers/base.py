@@ -22,8 +22,8 @@ from negcache_core.handlers import checkpoint, upkeep
 from negcache_core.handlers.diagnosis import (
     describe,
     diagnose,
+    tell_of_nothing_learned,
     warn_of_harm,
-    warn_of_nothing_learned,
 )
 from negcache_core.handlers.new_items import check_batch, stand_in
 from negcache_core.handlers.setup import (
@@ -275,7 +275,7 @@ class BaseHandler:
             training = self.in_training and self.backend.differentiates()
             if self.in_training and not training and not self._told and self.backend.eager():
                 self._told = True
-                warn_of_nothing_learned(self._store.read())
+                tell_of_nothing_learned(self._store.read())
         elif check_flag(training, "training") and not self.in_training:
             raise OptionError(
                 "training=True was given to a handler in evaluation mode: call .train() on it, or "

@@ -1,5 +1,6 @@
 """What a handler's figures say of its training, in plain sentences."""
 
+import logging
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,8 @@ from negcache_core.cache.state import written_slots
 from negcache_core.errors import TrainingWarning
 from negcache_core.handlers.setup import Setup
 from negcache_core.losses.words import loss_in_words, scale_of
+
+logger = logging.getLogger(__name__)
 
 HIGH_STALENESS = 0.1
 HARMFUL_STALENESS = 0.5
@@ -92,15 +95,16 @@ def warn_of_harm(step: int, metrics: Mapping[str, Any]) -> bool:
     return True
 
 
-def warn_of_nothing_learned(caches: Caches) -> None:
-    """Warn if a step without gradients meets an empty cache, which it leaves empty."""
+def tell_of_nothing_learned(caches: Caches) -> None:
+    """Log it if a step without gradients meets an empty cache, which it leaves empty.
+
+    No Python warning: where these are errors, an evaluation must not fail for it.
+    """
     if written_slots([cache.age for cache in caches.values()]) == 0:
-        warnings.warn(
-            "a step was called without gradients, as under torch.no_grad(): it counts as an "
+        logger.warning(
+            "A step was called without gradients, as under torch.no_grad(): it counts as an "
             "evaluation, and the cache stays empty. Pass training=True to fill it by such steps, "
-            "or use prefill(); in evaluation call .eval(), or pass training=False.",
-            TrainingWarning,
-            stacklevel=2,
+            "or use prefill(); in evaluation call .eval(), or pass training=False."
         )
 
 

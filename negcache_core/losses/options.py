@@ -29,7 +29,7 @@ def check_functions(**functions: Any) -> None:
 def id_fields(id_key: Any, id_keys: Any) -> tuple[str, ...]:
     """Return the fields of ids: `id_keys`, or the one `id_key`."""
     check_item_fields(id_key=id_key)
-    if id_keys is None or id_keys == ():
+    if id_keys is None or (isinstance(id_keys, (tuple, list)) and not id_keys):
         return () if id_key is None else (id_key,)
     if id_key is not None:
         raise OptionError(
