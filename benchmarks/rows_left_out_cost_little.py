@@ -64,7 +64,10 @@ def steps(framework: str, slots: int, rows: int, estimator: str) -> dict[str, St
         handler.restore(negcache.NegativeCache(full, native(np.arange(slots, dtype=np.int32))))
 
         def network(given: Any) -> Any:
-            return positive if given is features else native(vectors[np.asarray(given["item"])])
+            if given is features:
+                return positive
+            drawn = native(vectors[np.asarray(given["item"])])
+            return drawn.requires_grad_() if differentiates else drawn
 
         def step() -> None:
             loss = handler.update_cache_and_compute_loss(
