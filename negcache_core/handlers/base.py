@@ -55,6 +55,7 @@ class BaseHandler:
 
     backend: ClassVar[Backend] = NUMPY
     _store: Store
+    update_cache_and_compute_loss: Callable[..., Any]
 
     def __init__(
         self,
@@ -122,6 +123,10 @@ class BaseHandler:
             self._report,
             self.backend,
         )
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Run one step; see `update_cache_and_compute_loss`."""
+        return self.update_cache_and_compute_loss(*arguments, **options)
 
     @property
     def in_training(self) -> bool:

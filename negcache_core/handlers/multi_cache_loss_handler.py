@@ -51,10 +51,6 @@ class MultiCacheLossHandler(BaseHandler):
             options,
         )
 
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Run one step; see `update_cache_and_compute_loss`."""
-        return self.update_cache_and_compute_loss(*arguments, **options)
-
     def evaluate(
         self,
         item_network: ItemNetwork | None,
