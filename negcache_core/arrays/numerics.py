@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from negcache_core.arrays._array import Array, ArrayT, cast, namespace
+from negcache_core.arrays._array import Array, ArrayT, namespace
 
 
 def log_sum_exp(scores: ArrayT, axis: int = -1, *, xp: Any = None) -> ArrayT:
@@ -87,7 +87,7 @@ def sigmoid(values: Array, *, xp: Any = None) -> Array:
 
 def masked_mean(values: Array, mask: Array, *, xp: Any) -> Array:
     """Return the mean of `values` where `mask` is True; 0 where it is nowhere."""
-    weight = cast(mask, values.dtype, xp)
+    weight = xp.astype(mask, values.dtype)
     return xp.sum(xp.where(mask, values, 0.0)) / xp.maximum(xp.sum(weight), 1.0)
 
 
@@ -99,7 +99,8 @@ def mean(values: Array, *, xp: Any = None) -> Array:
     (1.5, 0.0)
     """
     xp = xp or namespace(values)
-    return masked_mean(values, xp.ones_like(values, dtype=xp.bool), xp=xp)
+    count = xp.sum(xp.ones_like(values, dtype=values.dtype))
+    return xp.sum(values) / xp.maximum(count, 1.0)
 
 
 def finite_rows(rows: Array, *, xp: Any) -> Array:
