@@ -25,7 +25,7 @@ class NegativeCacheLoss(nn.Module):
     estimator:          "exact_query", "shared" or "paper", see `negcache_core.losses.estimators`
     num_samples:        S, cached texts that each anchor draws and the model embeds anew, a step
     in_batch_negatives: whether the batch's other positives compete too, exactly, with gradients
-    staleness_correction: see `CacheClassificationLoss`
+    max_staleness, staleness_correction: see `CacheClassificationLoss`
     max_length:         tokens to store of a text; by default the model's max_seq_length
     dtype:              in which the cache stores embeddings
     generator:          None, an int seed, or a torch.Generator
@@ -66,6 +66,7 @@ class NegativeCacheLoss(nn.Module):
         estimator: str = "exact_query",
         num_samples: int = 1,
         in_batch_negatives: bool = True,
+        max_staleness: float | None = None,
         staleness_correction: bool = False,
         max_length: int | None = None,
         dtype: torch.dtype = torch.float32,
@@ -91,6 +92,7 @@ class NegativeCacheLoss(nn.Module):
                 num_samples=num_samples,
                 in_batch_negatives=in_batch_negatives,
                 id_key=ID,
+                max_staleness=max_staleness,
                 staleness_correction=staleness_correction,
                 generator=generator,
             ),
@@ -171,7 +173,8 @@ class NegativeCacheLoss(nn.Module):
     def get_config_dict(self) -> dict[str, Any]:
         """Return what the model card tells of the loss."""
         loss = self.handler.cache_loss
-        names = ("scale", "estimator", "num_samples", "in_batch_negatives", "staleness_correction")
+        names = ("scale", "estimator", "num_samples", "in_batch_negatives")
+        names += ("max_staleness", "staleness_correction")
         return {
             "cache_size": self.handler.cache_manager.cache_size,
             **{name: getattr(loss, name) for name in names},
