@@ -66,7 +66,7 @@ class NegativeCacheLoss(nn.Module):
         estimator: str = "exact_query",
         num_samples: int = 1,
         in_batch_negatives: bool = True,
-        max_staleness: float | None = None,
+        max_staleness: float | None = 0.2,
         staleness_correction: bool = False,
         max_length: int | None = None,
         dtype: torch.dtype = torch.float32,
@@ -173,8 +173,10 @@ class NegativeCacheLoss(nn.Module):
     def get_config_dict(self) -> dict[str, Any]:
         """Return what the model card tells of the loss."""
         loss = self.handler.cache_loss
-        names = ("scale", "estimator", "num_samples", "in_batch_negatives")
-        names += ("max_staleness", "staleness_correction")
+        names = (
+            *("scale", "estimator", "num_samples", "in_batch_negatives"),
+            *("max_staleness", "staleness_correction"),
+        )
         return {
             "cache_size": self.handler.cache_manager.cache_size,
             **{name: getattr(loss, name) for name in names},

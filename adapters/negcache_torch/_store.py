@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from negcache_core import EMPTY, KeysError, NegativeCache
 from negcache_core.adapter import Caches, Setup, Store
 from negcache_core.cache.restoring import check_layout, nonfinite_rows, warn_of_nonfinite
-from negcache_core.cache.window import new_window
+from negcache_core.cache.window import new_window, window_over
 
 from ._backend import TORCH
 from ._state import OwnState
@@ -151,8 +152,8 @@ def check_loaded(handler: Any, state_dict: dict[str, Any], prefix: str, *argumen
         return
     store: BufferStore = handler._store  # noqa: SLF001 - its own
     window = f"{prefix}tables.{WINDOW}.state"
-    if store.window is not None and own - given == {window}:  # saved without max_staleness
-        state_dict[window] = store.window.state  # of load_state_dict's copy
+    lacking = None if own - given != {window} else store.window
+    if lacking is not None:  # saved without max_staleness
         given.add(window)
     if own != given:
         raise KeysError(
@@ -160,13 +161,17 @@ def check_loaded(handler: Any, state_dict: dict[str, Any], prefix: str, *argumen
             f"unknown {sorted(given - own)}: expected the state of one with the same fields and "
             "options. Make such a one, load into it, and pass its cache to handler.restore."
         )
-    count = 0
+    count, ages = 0, []
     for name, table in store.tables.items():
         at = f"{prefix}tables.{table_name(name)}."
         cache = table.view({each: state_dict[at + each] for each, _ in table.named_buffers()})
         check_layout(cache, table.cache, f"cache {name!r}")
         bad = nonfinite_rows(cache, handler.embedding_key, TORCH)
         if not cache.age.is_meta and bad.any():
-            state_dict[at + "age"] = cache.age.masked_fill(bad, EMPTY)
+            state_dict[at + "age"] = cache.age.masked_fill(bad, EMPTY)  # of load_state_dict's copy
             count += int(bad.sum())
+        if not cache.age.is_meta:
+            ages.append(TORCH.to_host(state_dict[at + "age"]))
+    if lacking is not None:
+        state_dict[window] = torch.from_numpy(window_over(ages)) if ages else lacking.state
     warn_of_nonfinite(count)

@@ -5,7 +5,10 @@ which a line is fitted: staleness against age. What a row just embedded has of i
 noise, is the line's height at age 0; the slope is what a step of training adds.
 """
 
+from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 from negcache_core.arrays._array import Array, cast
 from negcache_core.cache.state import EMPTY
@@ -28,6 +31,15 @@ def new_window(xp: Any) -> Array:
     """Return the state of a new cache."""
     state: Array = xp.asarray([START, 0.0, 0.0, 0.0, 0.0, 0.0])
     return cast(state, xp.float32, xp)
+
+
+def window_over(ages: Iterable[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """Return the state, on the host, in which all rows of the given ages compete at first.
+
+    For rows that come from elsewhere without a window: it narrows if they turn out to be stale.
+    """
+    oldest = max(int(np.max(np.where(age == EMPTY, 0, age), initial=0)) for age in ages)
+    return np.asarray([min(max(oldest, START), MOST), 0, 0, 0, 0, 0], np.float32)
 
 
 def recent(age: Array, window: Array, xp: Any) -> Array:

@@ -215,7 +215,8 @@ class BaseHandler:
         resize: whether it may have another capacity: of more rows than fit the youngest stay, of
                 equal ages those that would have been overwritten last; slots to spare are empty
 
-        Rows whose embedding is not finite do not come along: a NonFiniteWarning counts them.
+        Rows whose embedding is not finite do not come along: a NonFiniteWarning counts them. With
+        max_staleness all rows compete at first.
 
         JAX: `state = handler.restore(state, cache)`.
 

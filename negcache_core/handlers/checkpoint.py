@@ -20,6 +20,7 @@ from negcache_core.cache.restoring import (
     without_nonfinite,
 )
 from negcache_core.cache.state import EMPTY, NegativeCache
+from negcache_core.cache.window import window_over
 from negcache_core.errors import OptionError
 from negcache_core.files import as_path, read_arrays, write_arrays
 from negcache_core.handlers.setup import Setup
@@ -148,7 +149,9 @@ def _take_over(
             key: backend.from_host(table, fitting[name].data[key]) for key, table in data.items()
         }
         caches[name] = NegativeCache(arrays, backend.from_host(age, fitting[name].age))
-    if window is not None and own.window is not None:
+    if own.window is not None:
+        if window is None:
+            window = window_over(cache.age for cache in fitting.values())
         caches.window = backend.from_host(own.window, window)
     store.write(caches)
     warn_of_nonfinite(count)

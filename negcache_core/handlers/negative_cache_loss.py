@@ -42,6 +42,8 @@ class NegativeCacheLoss(CacheLossHandler):
     margin:     rows whose score beats the positive's by more than this do not count
     estimator:  "auto" is "exact_query" where the other options allow it, else "shared"
     in_batch_negatives: whether the batch's other positives compete too, exactly, with gradients
+    max_staleness: rows compete up to the age at which they are expected to be this much staler than
+                one just embedded; None: at every age
     use_lru, unique_key: see CacheManager
     use_cross_replica, new_items_filter: see CacheLossHandler
     group:      the replicas that share one cache, in shards; None for a cache of one's own
@@ -61,7 +63,7 @@ class NegativeCacheLoss(CacheLossHandler):
     0.231
     >>> print(loss_fn)
     NegativeCacheLoss(8 slots, 3 written, 256 bytes: tokens int64 (2,), embedding float32 (4,);
-      estimator exact_query with in-batch negatives, scale 20; staleness 0.000)
+      estimator exact_query with in-batch negatives, scale 20, max_staleness 0.2; staleness 0.000, window 4 steps)
     """
 
     parts: ClassVar[Parts] = Parts(
@@ -84,7 +86,7 @@ class NegativeCacheLoss(CacheLossHandler):
         num_samples: int = 1,
         top_k: int | None = None,
         log_frequency_key: str | None = None,
-        max_staleness: float | None = None,
+        max_staleness: float | None = 0.2,
         staleness_correction: bool = False,
         score_transform: Callable[[Any], Array] | None = None,
         retrieval_fn: Callable[[Any], Array] | None = None,

@@ -44,7 +44,12 @@ def check_front_door(adapter: Adapter) -> None:
     by_hand = module.CacheLossHandler(
         module.CacheManager(specs, SLOTS),
         module.CacheClassificationLoss(
-            "embedding", ("tokens",), estimator="exact_query", **OPTIONS, **_seeded(adapter)
+            "embedding",
+            ("tokens",),
+            estimator="exact_query",
+            max_staleness=0.2,
+            **OPTIONS,
+            **_seeded(adapter),
         ),
     )
     tokens, ids = {"tokens": items["tokens"]}, {"id": items["id"]}

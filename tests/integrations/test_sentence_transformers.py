@@ -321,7 +321,7 @@ def test_the_model_card_and_a_dict_of_losses(model, tmp_path):
         "estimator": "exact_query",
         "num_samples": 1,
         "in_batch_negatives": True,
-        "max_staleness": None,
+        "max_staleness": 0.2,
         "staleness_correction": False,
         "similarity_fct": "cos_sim",
         "max_length": TOKENS,

@@ -142,8 +142,8 @@ def test_print_says_what_the_cache_holds_and_what_the_loss_does():
     loss_fn = loss_of(embedding=np.zeros((3, 4)), scale=20.0, num_samples=2, generator=0)
     assert repr(loss_fn) == (
         "NegativeCacheLoss(8 slots, 0 written, 384 bytes: tokens int64 (2,), embedding float64 "
-        "(4,);\n  estimator exact_query with in-batch negatives, scale 20, num_samples 2; no step "
-        "yet)"
+        "(4,);\n  estimator exact_query with in-batch negatives, scale 20, num_samples 2, "
+        "max_staleness 0.2; no step yet)"
     )
     items = np.ones((3, 4))
     loss_fn(lambda features: items[:2].repeat(3, 0), items, items, {"tokens": TOKENS})

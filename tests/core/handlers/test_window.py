@@ -7,7 +7,7 @@ import pytest
 import torch
 from handled import HANDLED, batch_of, double, handler_of
 
-from negcache_core import KeysError, OptionError
+from negcache_core import EMPTY, KeysError, NegativeCache, OptionError
 from negcache_core.cache.window import START
 
 LIMIT = 0.2
@@ -40,7 +40,7 @@ def test_a_step_shows_it_and_moves_it(backend):
         seen.append(float(handler.metrics["window"]))
     assert seen[:2] == [START, START]  # of an empty cache nothing was drawn
     assert len(set(seen[2:])) == 4
-    assert "rows of up to" in repr(handler)
+    assert ", window " in repr(handler)
     assert f"max_staleness {LIMIT}" in repr(handler)
     before = window_of(backend, handler)
     query, x = batch_of(backend, 9)
@@ -76,8 +76,13 @@ def test_files_with_and_without_it_fit_handlers_with_and_without(backend, tmp_pa
     without.load(tmp_path / "with")
     fresh = windowed(backend)
     fresh.load(tmp_path / "without")
-    assert window_of(backend, fresh)[0] == START
+    assert window_of(backend, fresh)[0] == START  # no row is older
     run(backend, fresh, 4)
+    data, age = backend.numpy(without.cache)
+    older = np.where(age < EMPTY, age + 90, EMPTY).astype(np.int32)
+    fresh.restore(NegativeCache(data, older))
+    oldest = older[older < EMPTY].max()
+    np.testing.assert_array_equal(window_of(backend, fresh), [oldest, 0, 0, 0, 0, 0])
 
 
 @HANDLED
@@ -115,14 +120,16 @@ def torch_loss(**options):
 
 
 def test_a_state_dict_from_before_max_staleness_is_taken():
-    old, new = torch_loss(), torch_loss(max_staleness=LIMIT)
+    old, new = torch_loss(max_staleness=None), torch_loss()
     x = torch.eye(2)
     for loss_fn in (old, new):
         for _ in range(5):
             loss_fn(double, x, double({"x": x}), {"x": x}, training=True)
-    now = new._store.read().window.clone()
-    new.load_state_dict(old.state_dict())
-    torch.testing.assert_close(new._store.read().window, now, rtol=0, atol=0)
+    state = old.state_dict()
+    age = state["tables.cache_cache.age"]
+    age[age < EMPTY] += 40
+    new.load_state_dict(state)
+    assert new._store.read().window.tolist() == [age[age < EMPTY].max(), 0, 0, 0, 0, 0]
     torch.testing.assert_close(new.cache.age, old.cache.age, rtol=0, atol=0)
     with pytest.raises(KeysError, match=r"tables\.window"):
         old.load_state_dict(new.state_dict())
@@ -148,7 +155,7 @@ def test_a_state_of_jax_has_it_where_the_loss_wants_it():
     import negcache_jax as negcache  # noqa: PLC0415 - beside the other adapter's alike
 
     example = {"x": jax.numpy.zeros((1, 2))}
-    without = negcache.NegativeCacheLoss(8, example, 2)
+    without = negcache.NegativeCacheLoss(8, example, 2, max_staleness=None)
     with_it = negcache.NegativeCacheLoss(8, example, 2, max_staleness=LIMIT)
     key = jax.random.key(0)
     assert without.init(key).window is None

@@ -17,11 +17,11 @@ def network(features):
 def test_print_says_no_step_yet_only_of_an_empty_cache():
     """A compiled step keeps no metrics: where rows are written, there was one, or a prefill."""
     loss_fn = NegativeCacheLoss(8, {"x": X}, 4, generator=0)
-    assert str(loss_fn).endswith("scale 20; no step yet)")
+    assert str(loss_fn).endswith("scale 20, max_staleness 0.2; no step yet)")
     loss_fn.prefill(network, {"x": X}, 4)
-    assert str(loss_fn).endswith("scale 20)")
+    assert str(loss_fn).endswith("max_staleness 0.2)")
     loss_fn(network, X, X, {"x": X})
-    assert str(loss_fn).endswith("scale 20; staleness 0.000)")
+    assert str(loss_fn).endswith("staleness 0.000, window 4 steps)")
 
 
 def test_print_names_every_option_that_is_set():
@@ -30,7 +30,10 @@ def test_print_names_every_option_that_is_set():
     assert not any(name in plain for name in ("id_keys", "group_key", "margin", "num_samples"))
     options = {"id_keys": ("id", "query"), "group_key": "group", "margin": 0.0, "num_samples": 2}
     said = str(NegativeCacheLoss(8, {"x": X}, 4, labels=labels, **options))
-    assert "num_samples 2, id_keys id and query, group_key group, margin 0.0;" in said
+    assert (
+        "num_samples 2, id_keys id and query, group_key group, margin 0.0, max_staleness 0.2;"
+        in said
+    )
     assert "margin 1.0" in str(NegativeCacheLoss(8, {"x": X}, 4, margin=1.0))
 
 
