@@ -42,7 +42,7 @@ def describe(name: str, setup: Setup, caches: Caches | None, metrics: Mapping[st
         fields = fields_in_words(manager.specs, slots)
         lines.append(f"{title}({slots:,}{whole} slots{known}, {fields};")
     stale = number_of(metrics.get("staleness"))
-    known = "" if stale is None else f"; staleness {stale:.3f}"
+    known = "" if stale is None else f";\n  staleness {stale:.3f}"
     window = number_of(metrics.get("window"))
     if window is not None:
         known += f", window {window:,.0f} steps"

@@ -63,7 +63,8 @@ class NegativeCacheLoss(CacheLossHandler):
     0.231
     >>> print(loss_fn)
     NegativeCacheLoss(8 slots, 3 written, 256 bytes: tokens int64 (2,), embedding float32 (4,);
-      estimator exact_query with in-batch negatives, scale 20, max_staleness 0.2; staleness 0.000, window 4 steps)
+      estimator exact_query with in-batch negatives, scale 20, max_staleness 0.2;
+      staleness 0.000, window 4 steps)
     """
 
     parts: ClassVar[Parts] = Parts(
