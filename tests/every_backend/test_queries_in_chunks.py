@@ -11,30 +11,30 @@ from negcache_core.cache.state import EMPTY, NegativeCache
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 B, C, D, H = 7, 300, 3, 2  # three blocks of slots
-ALL, SOME, ONE = 2**30, 8 * 3 * 2 * B, 1  # bytes for scores: of all queries, of three, of none
+ALL, SOME = 2**30, 8 * 3 * 2 * B  # bytes: for the scores of all queries, and of three with 2 B rows
+POISONED = 2
 LABELS = {"id_keys": ("id", "query_id"), "group_key": "group"}
 STEPS = {
-    "paper": {"estimator": "paper", "num_samples": 2, "in_batch_negatives": True},
-    "paper, hard": {"estimator": "paper", "in_batch_negatives": True, "hard": True, **LABELS},
-    "corrected paper": {
+    "paper": {
         "estimator": "paper",
+        "num_samples": 2,
         "in_batch_negatives": True,
-        "staleness_correction": True,
+        "hard": True,
+        **LABELS,
     },
     "shared": {"estimator": "shared", "num_samples": 2, "log_frequency_key": "frequency"},
     "shared, top-k": {
         "estimator": "shared",
         "top_k": 40,
         "in_batch_negatives": True,
+        "log_frequency_key": "frequency",
         "margin": 0.4,
         **LABELS,
     },
-    "exact_query": {"estimator": "exact_query", "in_batch_negatives": True},
     "corrected exact_query": {
         "estimator": "exact_query",
         "in_batch_negatives": True,
         "staleness_correction": True,
-        "log_frequency_key": "frequency",
         "margin": 0.4,
         "hard": True,
         **LABELS,
@@ -60,36 +60,49 @@ def problem(seed=0):
     stale = rows + 0.1 * rng.standard_normal((C, D))
     cache = NegativeCache({"x": rows, "embedding": stale, **labels(C)}, age)
     query, positive = rng.standard_normal((2, B, D))
-    query[2] = np.nan  # has no loss, and reaches no other query's
+    query[POISONED] = np.nan  # has no loss, and reaches no other query's
     hard = rng.standard_normal((B, H, D))
     given = {"x": positive, **labels(B)}
     hard_labels = {key: rng.integers(0, 2, (B, H)) for key in ("id", "query_id", "group")}
     return cache, (query, positive, np.eye(D), np.asarray(1.3)), given, hard, hard_labels
 
 
-def step(backend, cache, given, hard, hard_labels, noise, tile_bytes, options, arrays):
-    """Return a step's result; the item tower and the scale are differentiated through."""
-    options, use_hard = dict(options), options.get("hard", False)
-    options.pop("hard", None)
-    query, positive, tower, scale = arrays
-    xp = backend.module.CacheManager.backend.xp
-    loss = backend.module.CacheClassificationLoss(
-        "embedding", ("x",), scale=lambda: scale, tile_bytes=tile_bytes, reducer=None, **options
-    )
-    more = {}
-    if use_hard:
-        more = {"hard_negative_embeddings": xp.matmul(hard, tower)}
-        more["hard_negative_features"] = hard_labels
-    if loss.margin is not None:
-        more["pos_features"] = given
-    return loss(
-        lambda features: xp.matmul(features["x"], tower),
-        query,
-        xp.matmul(positive, tower),
-        cache,
-        noise=noise,
-        **{"pos_features": given, **more},
-    )
+class Step:
+    """A loss, and the batch that it is called with; now holds what is differentiated of it."""
+
+    def __init__(self, backend, options, tile_bytes):
+        options = dict(options)
+        cache, _, self.given, hard, hard_labels = map(backend.native, problem())
+        self.hard = hard if options.pop("hard", False) else None
+        self.backend, self.hard_labels, self.cache, self.now = backend, hard_labels, cache, {}
+        noise = np.random.default_rng(1).random((B, options.get("num_samples", 1), 2))
+        self.noise = backend.to_native(noise)
+        self.loss = backend.module.CacheClassificationLoss(
+            "embedding",
+            ("x",),
+            scale=lambda: self.now["scale"],
+            tile_bytes=tile_bytes,
+            reducer=None,
+            generator=None if backend.name.startswith("jax") else 0,
+            **options,
+        )
+
+    def __call__(self, query, positive, tower, scale):
+        """Return the result by query; the item tower and the scale are differentiated through."""
+        xp, more = self.backend.module.CacheManager.backend.xp, {}
+        self.now["scale"] = scale
+        if self.hard is not None:
+            more["hard_negative_embeddings"] = xp.matmul(self.hard, tower)
+            more["hard_negative_features"] = self.hard_labels
+        return self.loss(
+            lambda features: xp.matmul(features["x"], tower),
+            query,
+            xp.matmul(positive, tower),
+            self.cache,
+            pos_features=self.given,
+            noise=self.noise,
+            **more,
+        )
 
 
 @pytest.fixture
@@ -113,50 +126,30 @@ def chunks(monkeypatch):
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=backend_name)
 def test_chunks_of_queries_change_no_loss_no_gradient_and_no_metric(backend, name, chunks):
-    sizes = chunks(backend)
-    cache, arrays, given, hard, hard_labels = problem()
-    options = STEPS[name]
-    draws = options.get("num_samples", 1)
-    noise = np.random.default_rng(1).random((B, draws, 2))
-    cache, given, hard, hard_labels, noise = map(
-        backend.native, (cache, given, hard, hard_labels, noise)
-    )
-    upstream = backend.to_native(np.where(np.arange(B) == 2, 0.0, np.linspace(0.5, 2.0, B)))
-    counts = backend.to_native(np.arange(B) != 2)
+    sizes, found = chunks(backend), []
+    arrays = problem()[1]
+    upstream = backend.to_native(np.where(np.arange(B) == POISONED, 0.0, np.linspace(0.5, 2, B)))
+    counts = backend.to_native(np.arange(B) != POISONED)
     xp = backend.module.CacheManager.backend.xp
+    for tile_bytes in (ALL, SOME):
+        step = Step(backend, STEPS[name], tile_bytes)
 
-    def result(tile_bytes, arrays):
-        return step(
-            backend, cache, given, hard, hard_labels, noise, tile_bytes, options, arrays
-        )
+        def values(arrays, _, step=step):
+            got = step(*arrays)
+            losses = got.training_loss, got.interpretable_loss
+            return losses, got.staleness, got.metrics, got.updated_item_data
 
-    found = {}
-    for tile_bytes in (ALL, SOME, ONE):
+        def value(*arrays, step=step):
+            return xp.sum(xp.where(counts, step(*arrays).loss, 0.0) * upstream)
+
         del sizes[:]
-
-        def values(arrays, batch, tile_bytes=tile_bytes):
-            del batch
-            got = result(tile_bytes, arrays)
-            return (
-                got.interpretable_loss,
-                got.staleness,
-                got.metrics,
-                got.updated_item_data,
-                got.training_loss,
-            )
-
-        def value(*arrays, tile_bytes=tile_bytes):
-            got = result(tile_bytes, arrays).loss
-            return xp.sum(xp.where(counts, got, 0.0) * upstream)
-
-        found[tile_bytes] = [backend.replay(values, arrays, {})]
+        found.append([backend.replay(values, arrays, {})])
         if backend.gradients is not None:
             native = [backend.to_native(array) for array in arrays]
-            found[tile_bytes].append(tuple(map(np.asarray, backend.gradients(value, native))))
-        assert bool(sizes) == (tile_bytes != ALL)
+            found[-1].append(tuple(map(np.asarray, backend.gradients(value, native))))
+        assert bool(sizes) == (tile_bytes == SOME)
         assert all(rows == B and size < B for rows, size in sizes)
-    for tile_bytes in (SOME, ONE):
-        assert_alike(found[tile_bytes], found[ALL])
+    assert_alike(*found)
 
 
 def assert_alike(ours, whole):
