@@ -2,24 +2,24 @@
 
 from typing import Any
 
-from negcache_core.arrays._array import Array
 
+def rows_at_a_time(
+    rows: int | None, numbers: int | None, dtype: Any, budget: int, xp: Any
+) -> int | None:
+    """Return how many of some rows to work on at a time, or None for all of them.
 
-def rows_at_a_time(rows: Array, numbers: int, dtype: Any, budget: int, xp: Any) -> int | None:
-    """Return how many of `rows` (n, …) to work on at a time, or None for all of them.
-
-    numbers: of `dtype`, that each row takes while it is worked on
+    rows:    how many there are
+    numbers: of `dtype`, that each row takes while it is worked on; where a trace leaves one of
+             these two open, it is None, and all rows are worked on together
     budget:  bytes for these
 
-    All of them too where a trace leaves a size open: a chunk has a size that is known.
-
     >>> import numpy as np
-    >>> rows_at_a_time(np.zeros(100), 50, np.float64, 8_000, np), rows_at_a_time(
-    ...     np.zeros(20), 50, np.float64, 8_000, np
+    >>> rows_at_a_time(100, 50, np.float64, 8_000, np), rows_at_a_time(
+    ...     20, 50, np.float64, 8_000, np
     ... )
     (20, None)
     """
-    if rows.shape[0] is None:
+    if rows is None or numbers is None:
         return None
     size = budget // (numbers * (8 if dtype == xp.float64 else 4))
-    return None if rows.shape[0] <= size else max(1, size)
+    return None if rows <= size else max(1, size)

@@ -103,7 +103,7 @@ def by_query(step: Step, tile_bytes: int | None) -> ByQuery:
     if not numbers:
         return _at_once(step)
     budget = backend.tile_bytes(queries) if tile_bytes is None else tile_bytes
-    size = rows_at_a_time(queries, numbers, step.scorer.dtype, budget, xp)
+    size = rows_at_a_time(backend.tile_rows(queries), numbers, step.scorer.dtype, budget, xp)
     if size is None:
         return _at_once(step)
 

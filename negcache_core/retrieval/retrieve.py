@@ -90,7 +90,8 @@ def _pool(
     labels = Labels(tuple(ids), group)
     cross: Any = CrossScores(scores.queries, scores.own, drawn, labels, bias, best, slots, groups)
     partition = drawn_rows.log_partition
-    size = rows_at_a_time(scores.queries, stale.shape[0], scorer.dtype, scores.budget, xp)
+    rows = backend.tile_rows(scores.queries)
+    size = rows_at_a_time(rows, stale.shape[0], scorer.dtype, scores.budget, xp)
     if size is None:
         cross = backend.stop_gradient(cross.matrix(stale, scorer, backend))
         logs = log_proposals(cross, partition, xp=xp)

@@ -147,7 +147,8 @@ def draw_given_blocks(caches: Sequence[CacheScores], weights: Array, noise: Arra
 
     one = caches[0]  # the others have rows as wide
     numbers = noise.shape[1] * BLOCK * one.table.shape[1]
-    size: Any = rows_at_a_time(weights, numbers, one.scorer.dtype, one.budget, xp)
+    rows = one.backend.tile_rows(one.queries)
+    size: Any = rows_at_a_time(rows, numbers, one.scorer.dtype, one.budget, xp)
 
     block, inside, scores, log_partition = draw_in_blocks(
         weights, noise, scores_of if size is None else scores_by_chunk, xp=xp
