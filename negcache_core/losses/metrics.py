@@ -1,5 +1,6 @@
 """Metrics of a step: scalars that tell whether the cache is healthy."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from negcache_core.arrays._array import Array, cast
@@ -18,27 +19,16 @@ def staleness(stale: Array, fresh: Array, *, xp: Any) -> Array:
     return error / xp.where(norm > 0, norm, xp.where(error > 0, error, 1.0))
 
 
-def weight_metrics(weights: Weights, fresh: Array, *, xp: Any) -> dict[str, Array]:
-    """Return what the weights of the drawn rows, fresh (n, D), tell of the estimate.
+def weight_sums(weights: Weights, fresh: Array, *, xp: Any) -> tuple[Array, ...]:
+    """Return sums (B,) over the drawn rows, fresh (n, D), of which `weight_metrics` are made.
 
-    mean_weight:     mean probability that the drawn rows stand for
-    effective_draws: (sum of a query's weights)^2 / (sum of their squares): how many rows it is
-                     spread over
-    gradient_noise:  estimated variance of the drawn rows' part of a query's gradient, over its
-                     squared length; left out where each query has one draw, which tells nothing
+    Those of the weights w_k and of their squares; unless each query has one draw, also of
+    w_k^2 |f_k|^2 and of w_k^2 <f_k, p>, and |p|^2, with p the sum of w_k f_k.
     """
-    each = weights.each()
+    each: Any = weights.every if weights.own is None else weights.own
     total, square = xp.sum(each, axis=1), xp.sum(each**2, axis=1)
-    some = total > 0
-    safe = xp.where(some, total, 1.0)
-    metrics = {
-        "mean_weight": mean(total, xp=xp),
-        "effective_draws": masked_mean(
-            safe**2 / xp.where(some, square, 1.0), some & (square > 0), xp=xp
-        ),
-    }
     if weights.own is not None and weights.own.shape[1] == 1:
-        return metrics
+        return total, square
     if weights.own is not None:
         rows = xp.reshape(fresh, (-1, each.shape[1], fresh.shape[1]))
         pulled = xp.sum(each[:, :, None] * rows, axis=1)
@@ -49,7 +39,30 @@ def weight_metrics(weights: Weights, fresh: Array, *, xp: Any) -> dict[str, Arra
         pulled = xp.matmul(each, rows)
         squares = xp.sum(each**2 * xp.sum(rows**2, axis=1)[None, :], axis=1)
         along = xp.sum(each**2 * xp.matmul_transposed(pulled, rows), axis=1)
-    length = xp.sum(pulled**2, axis=1)
+    return total, square, squares, along, xp.sum(pulled**2, axis=1)
+
+
+def weight_metrics(sums: Sequence[Array], *, xp: Any) -> dict[str, Array]:
+    """Return what the weights of the drawn rows tell of the estimate, by their `weight_sums`.
+
+    mean_weight:     mean probability that the drawn rows stand for
+    effective_draws: (sum of a query's weights)^2 / (sum of their squares): how many rows it is
+                     spread over
+    gradient_noise:  estimated variance of the drawn rows' part of a query's gradient, over its
+                     squared length; left out where each query has one draw, which tells nothing
+    """
+    total, square, *more = sums
+    some = total > 0
+    safe = xp.where(some, total, 1.0)
+    metrics = {
+        "mean_weight": mean(total, xp=xp),
+        "effective_draws": masked_mean(
+            safe**2 / xp.where(some, square, 1.0), some & (square > 0), xp=xp
+        ),
+    }
+    if not more:
+        return metrics
+    squares, along, length = more
     # sum_k w_k^2 |f_k - mu|^2 with mu the weighted mean of the rows
     noise = squares - 2.0 * along / safe + square * length / safe**2
     top = mean(length, xp=xp)

@@ -109,10 +109,13 @@ def without_poison(
     return clean, Usable(queries, batch, hard, drawn, pool)
 
 
-def of_usable_queries(retrieval: Retrieval, usable: Array, *, xp: Any) -> Retrieval:
+def of_usable_queries(
+    retrieval: Retrieval, usable: Array, scorer: Scorer, backend: Backend
+) -> Retrieval:
     """Return a retrieval in which the queries (B,) that are not usable drew nothing."""
-    rows, pool, readout = usable[:, None], retrieval.pool, retrieval.readout
+    xp, rows, pool, readout = backend.xp, usable[:, None], retrieval.pool, retrieval.readout
     if pool is not None:
+        pool = pool.computed(scorer, backend)
         pool = pool._replace(cross_scores=xp.where(rows, pool.cross_scores, -float("inf")))
     return retrieval._replace(
         drawn=retrieval.drawn & rows,

@@ -159,6 +159,7 @@ def loss_of(
         staleness_correction=loss.staleness_correction,
         hard_labels=hard_labels,
         margin=loss.margin,
+        tile_bytes=loss.tile_bytes,
     )
     training, interpretable = estimated.training, estimated.interpretable
     if weight is not None:

@@ -62,7 +62,8 @@ def positive_weight(softmax: SampledSoftmax, weights: Weights, *, xp: Any) -> Ar
     miss = sigmoid(softmax.log_odds(xp=xp), xp=xp)
     if weights.own is None:
         return miss
-    return miss - (softmax.cache_share(xp=xp) - xp.sum(weights.own, axis=1))
+    share = miss if softmax.log_full is None else softmax.cache_share(xp=xp)
+    return miss - (share - xp.sum(weights.own, axis=1))
 
 
 def cache_term(

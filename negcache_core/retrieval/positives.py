@@ -92,19 +92,26 @@ def positives_of(
     return Positives(known, labels, bias)
 
 
-def others_of(
-    queries: Array, own: Exclusions | None, every: Array, labels: Labels, first: int, *, xp: Any
-) -> Array:
-    """Return bool (B, n): which of n positives are negatives of each query, but for a ceiling.
+class Others(NamedTuple):
+    """All n positives of the batch, which are negatives of most of its B queries.
 
-    queries: (B, D), whose own positives are the ones from `first` on
-    every:   (n, …), anything of all positives; labels: (n,)
+    place:  (B,) of each query's own positive among them
+    labels: (n,) by which a positive is told to be no negative of another query
     """
-    others = (positions(queries, xp) + first)[:, None] != positions(every, xp)[None, :]
-    admitted = None
-    if own is not None:
-        admitted = own.admit(labels.each(lambda field: field[None, :]), None)
-    return others if admitted is None else others & admitted
+
+    place: Array
+    labels: Labels
+
+    def among(self, usable: Array, own: Exclusions, scores: Array | None = None, *, xp: Any) -> Any:
+        """Return bool (B, n): which of the positives are negatives of each query.
+
+        usable: bool (n,), others are nobody's; own: what must not oppose each query
+        scores: (B, n), to which its ceiling applies, if it has one
+        """
+        counts: Any = self.place[:, None] != positions(usable, xp)[None, :]
+        counts = counts & usable[None, :]
+        admitted = own.admit(self.labels.each(lambda field: field[None, :]), scores)
+        return counts if admitted is None else counts & admitted
 
 
 def _given_ids(positive_ids: Any, id_keys: tuple[str, ...]) -> Mapping[str, Any]:

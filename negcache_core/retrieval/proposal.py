@@ -1,14 +1,59 @@
 """All rows that a step drew, together: what estimators need that share them among queries."""
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from negcache_core.arrays._array import Array
-from negcache_core.arrays.exclusion import Labels
+from negcache_core.arrays._array import Array, arange_like
+from negcache_core.arrays.backend import Backend
+from negcache_core.arrays.exclusion import Exclusions, Labels
 from negcache_core.arrays.numerics import log_sum_exp
-from negcache_core.retrieval.tiled_scores import CacheScores
-from negcache_core.retrieval.top_k import group_of
+from negcache_core.retrieval.scorer import Scorer
+
+
+class CrossScores(NamedTuple):
+    """The stale scores of B queries with n drawn rows, not computed yet.
+
+    They are -inf where a row is none of the query's negatives, or was not drawn.
+
+    queries:    (B, D), with the scale in them
+    own:        what must not oppose each query, or None for nothing
+    drawn:      bool (n,), False where nothing could be drawn
+    labels:     (n,) of the rows
+    bias:       (n,) taken from their scores, or None
+    candidates: (B, k), the best slot of each top-k group, where a query competes with these only;
+                then slots and groups: (n,) of the rows
+    """
+
+    queries: Array
+    own: Exclusions | None
+    drawn: Array
+    labels: Labels
+    bias: Array | None
+    candidates: Array | None
+    slots: Array | None
+    groups: Array | None
+
+    def of_queries(self, rows: Array, xp: Any) -> "CrossScores":
+        """Return the scores of some of the queries: rows (n,) of them."""
+        best = self.candidates
+        return self._replace(
+            queries=xp.take_rows(self.queries, rows),
+            own=None if self.own is None else self.own.of_queries(rows, xp),
+            candidates=None if best is None else xp.take_rows(best, rows),
+        )
+
+    def matrix(self, stale: Array, scorer: Scorer, backend: Backend) -> Array:
+        """Return them for the rows (n, D), as the cache holds them: (B, n), constants."""
+        xp, none = backend.xp, -float("inf")
+        scores = scorer.by_item(self.queries, stale)
+        if self.own is not None:
+            scores = backend.exclude(scores, self.labels, self.own)
+        if self.bias is not None:
+            scores = scores - self.bias[:, None]
+        if self.candidates is not None and self.slots is not None:
+            best = xp.take_rows(xp.matrix_transpose(self.candidates), self.groups)
+            scores = xp.where(best == self.slots[:, None], scores, none)
+        return xp.matrix_transpose(xp.where(self.drawn[:, None], scores, none))
 
 
 class Pool(NamedTuple):
@@ -16,14 +61,34 @@ class Pool(NamedTuple):
 
     stale:        (n, D) embeddings as the cache holds them
     cross_scores: (B, n) stale score of each query with each row, -inf where the row is none of its
-                  negatives, or was not drawn
+                  negatives, or was not drawn; or what computes these, where they are many
     log_proposal: (n,) log of how often a row is drawn in a step, the sum of all queries' proposal
                   distributions times S; 0 for a row that nobody can draw
     """
 
     stale: Array
-    cross_scores: Array
+    cross_scores: Any
     log_proposal: Array
+
+    def of_queries(self, rows: Array, xp: Any) -> "Pool":
+        """Return what some of the queries know of the pool: rows (n,) of them."""
+        scores = self.cross_scores
+        if isinstance(scores, CrossScores):
+            return self._replace(cross_scores=scores.of_queries(rows, xp))
+        return self._replace(cross_scores=xp.take_rows(scores, rows))
+
+    def computed(self, scorer: Scorer, backend: Backend) -> "Pool":
+        """Return the pool with its cross scores as an array."""
+        scores = self.cross_scores
+        if isinstance(scores, CrossScores):
+            with backend.no_gradient():
+                scores = backend.stop_gradient(scores.matrix(self.stale, scorer, backend))
+        return self._replace(cross_scores=scores)
+
+
+def pool_of(stale: Array, cross_scores: Any, logs: Array, draws: int, *, xp: Any) -> Pool:
+    """Return the pool of rows, of which each query drew `draws`; logs: (n,) `log_proposals`."""
+    return Pool(stale, cross_scores, xp.where(logs > -float("inf"), logs + math.log(draws), 0.0))
 
 
 def log_proposals(cross_scores: Array, log_partition: Array, *, xp: Any) -> Array:
@@ -37,50 +102,24 @@ def log_proposals(cross_scores: Array, log_partition: Array, *, xp: Any) -> Arra
     return log_sum_exp(xp.where(drew[:, None], log_proposal, -float("inf")), 0, xp=xp)
 
 
-def pool_of(
-    cross_scores: Array,
+def log_proposals_by_chunk(
+    cross_scores: CrossScores,
     log_partition: Array,
     stale: Array,
-    draws: int,
-    *,
-    xp: Any,
-    sum_logs: Callable[[Array], Array] = lambda logs: logs,
-) -> Pool:
-    """Return the pool of rows (n, D), of which each query drew `draws`.
-
-    sum_logs: adds up, as logarithms (n,), what other replicas' queries contribute
-    """
-    logs = sum_logs(log_proposals(cross_scores, log_partition, xp=xp))
-    known = logs > -float("inf")
-    return Pool(stale, cross_scores, xp.where(known, logs + math.log(draws), 0.0))
-
-
-def cross_scores(
-    scores_of: CacheScores,
-    stale: Array,
-    labels: Labels,
-    bias: Array | None,
-    drawn: Array,
-    slots: Array | None,
-    candidates: Array | None,
-    capacity: int,
+    size: int,
+    scorer: Scorer,
+    backend: Backend,
 ) -> Array:
-    """Return (B, n): the stale score of each query with each drawn row, -inf if not a negative.
+    """Return what `log_proposals` does, from the scores of `size` queries at a time."""
+    xp, rows = backend.xp, log_partition.shape[0]
 
-    scores_of:       the scores of the queries (B, D), of any cache
-    stale, labels, bias: (n, D), (n,), (n,) of the drawn rows; drawn: bool (n,), False where nothing
-                     could be drawn
-    slots:           (n,) of all `capacity` slots, with `candidates` (B, k), the best slot of each
-                     group, where a query competes with these only
-    """
-    xp, backend = scores_of.scorer.xp, scores_of.backend
-    scores = scores_of.scorer.by_item(scores_of.queries, stale)
-    if scores_of.own is not None:
-        scores = backend.exclude(scores, labels, scores_of.own)
-    if bias is not None:
-        scores = scores - bias[:, None]
-    if candidates is not None and slots is not None:
-        group = group_of(slots, capacity, candidates.shape[1], xp)
-        best = xp.take_rows(xp.matrix_transpose(candidates), group)
-        scores = xp.where(best == slots[:, None], scores, -float("inf"))
-    return xp.matrix_transpose(xp.where(drawn[:, None], scores, -float("inf")))
+    def of_chunk(chunk: Any) -> tuple[Array, ...]:
+        place = chunk * size + arange_like(size, log_partition, xp)
+        there = place < rows
+        place = xp.where(there, place, 0)
+        scores = cross_scores.of_queries(place, xp).matrix(stale, scorer, backend)
+        partition = xp.where(there, xp.take_rows(log_partition, place), -float("inf"))
+        return (log_proposals(scores, partition, xp=xp)[None, :],)
+
+    (parts,) = backend.fold_tiles(of_chunk, -(-rows // size))
+    return log_sum_exp(parts, 0, xp=xp)

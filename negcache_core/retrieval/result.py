@@ -14,7 +14,8 @@ from negcache_core.arrays.validation import (
     shape_of,
 )
 from negcache_core.errors import DTypeError, KindError, OptionError
-from negcache_core.retrieval.proposal import Pool
+from negcache_core.retrieval.positives import Others
+from negcache_core.retrieval.proposal import CrossScores, Pool
 
 
 class Retrieval(NamedTuple):
@@ -34,8 +35,8 @@ class Retrieval(NamedTuple):
                       are then about the (m,) draws that this replica served
     pool:             what is known of all drawn rows; None unless the estimator shares them
     readout:          (B, D) mean embedding under each query's softmax; None unless it is wanted
-    others:           bool (B, B), which of the batch's other positives are negatives of a query;
-                      None unless they are wanted
+    others:           by what the batch's positives are told to be negatives of a query; None
+                      unless they are wanted
     positive_bias:    (B,) taken from the scores of the batch's positives as negatives, or None
     window:           scalar, the age in steps up to which rows compete; None for every age
     own:              the ids and the group that must not, or alone may, oppose each query; None
@@ -54,7 +55,7 @@ class Retrieval(NamedTuple):
     route: Any = None
     pool: Pool | None = None
     readout: Array | None = None
-    others: Array | None = None
+    others: Others | None = None
     positive_bias: Array | None = None
     own: Exclusions | None = None
     window: Array | None = None
@@ -80,7 +81,7 @@ def check_retrieval(retrieval: Any, backend: Backend, **wanted: bool) -> Retriev
                 "retrieve() returned."
             )
     stale = retrieval.stale_embeddings
-    for parts in (_ends, _rows, _shared, _places):  # each may rely on those before
+    for parts in (_ends, _rows, _batch, _pool, _places):  # each may rely on those before
         for name, value, expected, kind in parts(retrieval):
             what = f"retrieval.{name}"
             if not hasattr(value, "dtype"):  # it is used as it is
@@ -110,33 +111,48 @@ def _rows(retrieval: Retrieval) -> Iterator[Part]:
     yield "fill", retrieval.fill, (), "floating"
     if retrieval.readout is not None:
         yield "readout", retrieval.readout, (rows, width), "floating"
+
+
+def _batch(retrieval: Retrieval) -> Iterator[Part]:
+    rows = shape_of(retrieval.drawn, "retrieval.drawn")[0]
     if retrieval.others is not None:
-        yield "others", retrieval.others, (rows, "n"), "bool"
-
-
-def _shared(retrieval: Retrieval) -> Iterator[Part]:
-    if retrieval.positive_bias is not None and retrieval.others is not None:
-        negatives = shape_of(retrieval.others, "retrieval.others")[1:]
-        yield "positive_bias", retrieval.positive_bias, negatives, "floating"
+        if not isinstance(retrieval.others, Others):
+            raise KindError(
+                f"retrieval.others is a {type(retrieval.others).__name__}: expected retrieve()'s "
+                "record."
+            )
+        place, labels = retrieval.others
+        yield "others.place", place, (rows,), "integer"
+        for ids in labels.arrays():
+            if ids is not None:
+                yield "others.labels", ids, ("n",), "integer"
+        if retrieval.positive_bias is not None:
+            yield "positive_bias", retrieval.positive_bias, ("n",), "floating"
     if retrieval.own is not None:
         if not isinstance(retrieval.own, Exclusions):
             raise KindError(
                 f"retrieval.own is a {type(retrieval.own).__name__}: expected retrieve()'s record."
             )
-        rows = shape_of(retrieval.drawn, "retrieval.drawn")[0]
         for ids in retrieval.own.ids:
             yield "own.ids", ids, (rows, "P"), "integer"
         if retrieval.own.group is not None:
             yield "own.group", retrieval.own.group, (rows,), "integer"
+
+
+def _pool(retrieval: Retrieval) -> Iterator[Part]:
     if retrieval.pool is not None:
         if not isinstance(retrieval.pool, Pool):
             raise KindError(f"retrieval.pool is a {type(retrieval.pool).__name__}: expected Pool.")
         stale, cross_scores, log_proposal = retrieval.pool
-        width = shape_of(retrieval.stale_embeddings, "retrieval.stale_embeddings")[1]
         rows = shape_of(retrieval.drawn, "retrieval.drawn")[0]
+        width = shape_of(retrieval.stale_embeddings, "retrieval.stale_embeddings")[1]
         yield "pool.stale", stale, ("n", width), "floating"
         known = shape_of(stale, "retrieval.pool.stale")[0]
-        yield "pool.cross_scores", cross_scores, (rows, known), "floating"
+        if isinstance(cross_scores, CrossScores):
+            yield "pool.cross_scores.queries", cross_scores.queries, (rows, width), "floating"
+            yield "pool.cross_scores.drawn", cross_scores.drawn, (known,), "bool"
+        else:
+            yield "pool.cross_scores", cross_scores, (rows, known), "floating"
         yield "pool.log_proposal", log_proposal, (known,), "floating"
 
 

@@ -7,13 +7,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from negcache_core.arrays._array import Array, length, mask_rows, positions
+from negcache_core.arrays.budget import rows_at_a_time
 from negcache_core.arrays.exclusion import Exclusions, Labels
 from negcache_core.retrieval.placement import Found, Placement, Sizes
-from negcache_core.retrieval.positives import others_of
-from negcache_core.retrieval.proposal import Pool, cross_scores, pool_of
+from negcache_core.retrieval.positives import Others
+from negcache_core.retrieval.proposal import (
+    CrossScores,
+    Pool,
+    log_proposals,
+    log_proposals_by_chunk,
+    pool_of,
+)
 from negcache_core.retrieval.request import Request
 from negcache_core.retrieval.result import Retrieval
 from negcache_core.retrieval.tiled_scores import CacheScores
+from negcache_core.retrieval.top_k import group_of
 
 
 def retrieve(request: Request, placement: Placement) -> Retrieval:
@@ -32,12 +40,12 @@ def retrieve(request: Request, placement: Placement) -> Retrieval:
     others, bias, pool = None, None, None
     if wanted.in_batch:
         *items, group, bias = placement.gather((*batch.labels.arrays(), batch.bias), sizes.rows)
-        labels, first = Labels(tuple(items), group), placement.first(sizes.rows)
-        others = others_of(request.queries, batch.own, queries, labels, first, xp=xp)
+        place = positions(request.queries, xp) + placement.first(sizes.rows)
+        others = Others(place, Labels(tuple(items), group))
     if wanted.shares_draws:
         if placement.sharded:  # those above are of everyone's queries
             scores = request.scores(request.queries, batch.own)
-        pool = Pool(*map(constant, _pool(request, placement, sizes, scores, drawn_rows)))
+        pool = _pool(request, placement, sizes, scores[0], drawn_rows)
     fields, rows = drawn_rows.rows["fields"], drawn_rows.rows
     features = {key: fields[key] for key in wanted.data_keys}
     return Retrieval(
@@ -64,11 +72,12 @@ def _pool(
     request: Request,
     placement: Placement,
     sizes: Sizes,
-    scores: list[CacheScores],
+    scores: CacheScores,
     drawn_rows: Found,
 ) -> Pool:
     """Return what is known of all rows that were drawn for anyone."""
-    wanted, xp, fields = request.wanted, request.backend.xp, drawn_rows.rows["fields"]
+    wanted, backend, fields = request.wanted, request.backend, drawn_rows.rows["fields"]
+    xp, scorer, groups, best = backend.xp, scores.scorer, None, drawn_rows.candidates
     known = [
         None if key is None else fields[key]
         for key in (wanted.embedding_key, *wanted.id_keys, wanted.group_key, wanted.bias_key)
@@ -77,18 +86,21 @@ def _pool(
     flat = xp.reshape(drawn_rows.drawn, (-1,))
     gathered = placement.gather((*known, drawn_rows.slots, flat), draws)
     stale, *ids, group, bias, slots, drawn = gathered
+    if best is not None:
+        groups = group_of(slots, sum(sizes.slots), best.shape[1], xp)
     labels = Labels(tuple(ids), group)
-    cross = cross_scores(
-        scores[0], stale, labels, bias, drawn, slots, drawn_rows.candidates, sum(sizes.slots)
-    )
-    return pool_of(
-        cross,
-        drawn_rows.log_partition,
-        stale,
-        wanted.num_samples,
-        xp=xp,
-        sum_logs=lambda logs: placement.sum_logs(logs, xp),
-    )
+    cross: Any = CrossScores(scores.queries, scores.own, drawn, labels, bias, best, slots, groups)
+    partition = drawn_rows.log_partition
+    rows = backend.tile_rows(scores.queries)
+    size = rows_at_a_time(rows, stale.shape[0], scorer.dtype, scores.budget, xp)
+    if size is None:
+        cross = backend.stop_gradient(cross.matrix(stale, scorer, backend))
+        logs = log_proposals(cross, partition, xp=xp)
+    else:
+        logs = log_proposals_by_chunk(cross, partition, stale, size, scorer, backend)
+    logs = placement.sum_logs(logs, xp)
+    stale, logs = backend.stop_gradient(stale), backend.stop_gradient(logs)
+    return pool_of(stale, cross, logs, wanted.num_samples, xp=xp)
 
 
 def with_stand_ins(

@@ -14,6 +14,7 @@ from negcache_core.arrays._array import (
     positions,
     take_columns,
 )
+from negcache_core.arrays.budget import rows_at_a_time
 from negcache_core.arrays.numerics import log_sum_exp
 from negcache_core.retrieval.tiled_scores import BLOCK, CacheScores, empty_readout
 
@@ -85,7 +86,7 @@ def draw_in_blocks(
     flat = xp.reshape(scores_of(block), (-1, BLOCK))
     inside = inverse_cdf(flat, xp.reshape(noise[:, :, 1], (-1, 1)), xp=xp)
     chosen = take_columns(flat, inside, xp)
-    inside, chosen = (xp.reshape(each, (-1, draws)) for each in (inside, chosen))
+    inside, chosen = xp.reshape(inside, (-1, draws)), xp.reshape(chosen, (-1, draws))
     return block, inside, chosen, log_sum_exp(weights, xp=xp)
 
 
@@ -129,16 +130,29 @@ def weigh_blocks(
 def draw_given_blocks(caches: Sequence[CacheScores], weights: Array, noise: Array) -> SoftmaxDraw:
     """Draw as `draw_from_caches` does, from what `weigh_blocks` found, or from rows of that."""
     xp = caches[0].scorer.xp
-    passed = list(itertools.accumulate((cache.blocks for cache in caches), initial=0))
+    passed = list(itertools.accumulate([cache.blocks for cache in caches], initial=0))
 
-    def scores_of(block: Array) -> Array:
+    def scores_of(block: Array, caches: Sequence[CacheScores] = caches) -> Array:
         # Each block is in one cache, and scores -inf in the others.
         parts = [
             cache.of_blocks(block - first) for cache, first in zip(caches, passed, strict=False)
         ]
         return functools.reduce(xp.maximum, parts)
 
-    block, inside, scores, log_partition = draw_in_blocks(weights, noise, scores_of, xp=xp)
+    def scores_by_chunk(block: Array) -> Array:
+        def some(rows: Array, block: Array) -> Array:
+            return scores_of(block, [cache.of_queries(rows) for cache in caches])
+
+        return one.backend.map_chunks(some, [positions(block, xp), block], size)
+
+    one = caches[0]  # the others have rows as wide
+    numbers = noise.shape[1] * BLOCK * one.table.shape[1]
+    rows = one.backend.tile_rows(one.queries)
+    size: Any = rows_at_a_time(rows, numbers, one.scorer.dtype, one.budget, xp)
+
+    block, inside, scores, log_partition = draw_in_blocks(
+        weights, noise, scores_of if size is None else scores_by_chunk, xp=xp
+    )
     slots = inside
     for cache, first in zip(caches, passed, strict=False):
         own = block - first

@@ -17,7 +17,7 @@ from negcache_core.arrays._array import (
     fill,
     length,
 )
-from negcache_core.arrays.backend import Backend
+from negcache_core.arrays.backend import CPU_TILE, Backend
 from negcache_core.arrays.exclusion import Exclusions, Labels
 from negcache_core.arrays.numerics import log_sum_exp
 from negcache_core.cache.state import NegativeCache, is_written
@@ -56,6 +56,7 @@ class CacheScores(NamedTuple):
     own:          what must not oppose each query, or None for nothing
     labels:       (C,) of the rows, by which that is told
     bias:         (C,) taken from each row's scores, or None
+    budget:       bytes for what is in memory at a time
     """
 
     queries: Array
@@ -68,6 +69,7 @@ class CacheScores(NamedTuple):
     own: Exclusions | None = None
     labels: Labels = Labels()
     bias: Array | None = None
+    budget: int = CPU_TILE
 
     @property
     def slots(self) -> int:
@@ -241,7 +243,7 @@ def scores_of(
         labels = Labels(tuple([cache.data[key] for key in id_keys]), group)
         bias = None if bias_key is None else cast(cache.data[bias_key], scorer.dtype, xp)
         scores.append(
-            CacheScores(scaled, table, age, first, tile, plain, backend, own, labels, bias)
+            CacheScores(scaled, table, age, first, tile, plain, backend, own, labels, bias, budget)
         )
         first += scores[-1].slots
     return scores

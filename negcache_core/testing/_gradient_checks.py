@@ -8,6 +8,7 @@ import numpy as np
 
 from negcache_core import exact
 from negcache_core.arrays.backend import NUMPY
+from negcache_core.arrays.exclusion import Exclusions
 from negcache_core.arrays.numerics import log_sum_exp
 from negcache_core.cache.named import SINGLE, Caches
 from negcache_core.cache.state import EMPTY, NegativeCache
@@ -217,7 +218,8 @@ def gradients_by_hand(
     scores = scale * query @ positive.T
     among = np.full(scores.shape, -np.inf)  # what competes besides the cache, exactly
     if drawn.others is not None:
-        among = np.where(drawn.others, scores, -np.inf)
+        counts = drawn.others.among(np.ones(rows, bool), drawn.own or Exclusions(), xp=xp)
+        among = np.where(counts, scores, -np.inf)
     log_full = None if drawn.others is None else log_sum_exp(among, xp=xp)
     softmax = SampledSoftmax(
         np.diag(scores), drawn.log_partition, drawn.drawn, log_full, drawn.pool

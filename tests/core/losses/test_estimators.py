@@ -13,7 +13,7 @@ from negcache_core import CacheClassificationLoss, exact
 from negcache_core.cache.state import NegativeCache
 from negcache_core.errors import DTypeError, KeysError, OptionError, ShapeError
 from negcache_core.losses.estimators import ESTIMATORS, SampledSoftmax, paper, shared
-from negcache_core.retrieval.proposal import pool_of
+from negcache_core.retrieval.proposal import log_proposals, pool_of
 
 IDS = 3  # few, so that items meet themselves
 # The outcomes grow as slots ** queries; PyTorch is the fastest, and goes through the most.
@@ -57,6 +57,8 @@ class Options:
         self.told = self.hard is not None and data.draw(st.booleans(), label="labels of these")
         if data.draw(st.booleans(), label="sample weight"):
             self.weight = rng.random(rows) * 2
+        # Of one query at a time, of some, and all at once.
+        self.tile_bytes = data.draw(st.sampled_from([1, 64, None]), label="tile_bytes")
 
     def loss_of(self, module, scale):
         return module.CacheClassificationLoss(
@@ -71,6 +73,7 @@ class Options:
             margin=self.margin,
             log_frequency_key=None if self.frequencies is None else "log_frequency",
             staleness_correction=self.correction,
+            tile_bytes=self.tile_bytes,
         )
 
     def fields(self, side):
@@ -272,7 +275,13 @@ def law_with(rng, rows, draws, slots):
         log_partition,
         np.ones((rows, draws), bool),
         exact_scores,
-        pool_of(scores[:, drawn], log_partition, np.zeros((len(drawn), 1)), draws, xp=np),
+        pool_of(
+            np.zeros((len(drawn), 1)),
+            scores[:, drawn],
+            log_proposals(scores[:, drawn], log_partition, xp=np),
+            draws,
+            xp=np,
+        ),
     )
 
 

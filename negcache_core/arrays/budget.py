@@ -1,0 +1,25 @@
+"""How much to have in memory at a time."""
+
+from typing import Any
+
+
+def rows_at_a_time(
+    rows: int | None, numbers: int | None, dtype: Any, budget: int, xp: Any
+) -> int | None:
+    """Return how many of some rows to work on at a time, or None for all of them.
+
+    rows:    how many there are
+    numbers: of `dtype`, that each row takes while it is worked on; where a trace leaves one of
+             these two open, it is None, and all rows are worked on together
+    budget:  bytes for these
+
+    >>> import numpy as np
+    >>> rows_at_a_time(100, 50, np.float64, 8_000, np), rows_at_a_time(
+    ...     20, 50, np.float64, 8_000, np
+    ... )
+    (20, None)
+    """
+    if rows is None or numbers is None:
+        return None
+    size = budget // (numbers * (8 if dtype == xp.float64 else 4))
+    return None if rows <= size else max(1, size)
