@@ -69,9 +69,15 @@ class WindowTable(OwnState):
     def __init__(self, window: Tensor) -> None:
         super().__init__({"state": window})
 
+    @property
+    def window(self) -> Tensor:
+        """The live state: writing to this tensor writes to it."""
+        state: Tensor = self.held._buffers["state"]  # noqa: SLF001 - its own
+        return state
+
     def reset_parameters(self) -> None:
         """Make it as it was at first."""
-        self.state.copy_(new_window(TORCH.xp))
+        self.window.copy_(new_window(TORCH.xp))
 
 
 class BufferStore(Store):
@@ -98,7 +104,7 @@ class BufferStore(Store):
     def read(self) -> Caches:
         """Return the live tensors."""
         caches = {name: table.cache for name, table in self.tables.items()}
-        return Caches(caches, None if self.window is None else self.window.state)
+        return Caches(caches, None if self.window is None else self.window.window)
 
     def write(self, caches: Caches) -> None:
         """Do nothing: they are written in place."""
@@ -173,5 +179,5 @@ def check_loaded(handler: Any, state_dict: dict[str, Any], prefix: str, *argumen
         if not cache.age.is_meta:
             ages.append(TORCH.to_host(state_dict[at + "age"]))
     if lacking is not None:
-        state_dict[window] = torch.from_numpy(window_over(ages)) if ages else lacking.state
+        state_dict[window] = torch.from_numpy(window_over(ages)) if ages else lacking.window
     warn_of_nonfinite(count)

@@ -44,7 +44,7 @@ def window_over(ages: Iterable[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
 
 def recent(age: Array, window: Array, xp: Any) -> Array:
     """Return ages (C,) with EMPTY for every row that is older than the window: it is not there."""
-    return xp.where(age <= cast(window[0], age.dtype, xp), age, EMPTY)
+    return xp.where(age <= xp.astype(window[0], age.dtype), age, EMPTY)
 
 
 def drift_sums(ages: Array, staleness: Array, counted: Array, xp: Any) -> Array:
@@ -55,11 +55,12 @@ def drift_sums(ages: Array, staleness: Array, counted: Array, xp: Any) -> Array:
     Weights are 1 / steps: staleness varies as much as it is large, and grows with the steps since a
     row was embedded.
     """
-    steps = cast(ages, staleness.dtype, xp) + 1.0
+    steps = xp.astype(ages, staleness.dtype) + 1.0
     one = xp.zeros_like(steps) + 1.0
     terms = (1.0 / steps, one, steps, staleness / steps, staleness)
     columns = xp.concat([xp.where(counted, term, 0.0)[None, :] for term in terms], axis=0)
-    return cast(xp.sum(columns, axis=1), xp.float32, xp)
+    sums: Array = xp.astype(xp.sum(columns, axis=1), xp.float32)
+    return sums
 
 
 def next_window(window: Array, found: Array, max_staleness: float, xp: Any) -> Array:

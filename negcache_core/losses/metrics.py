@@ -108,5 +108,5 @@ def step_metrics(
         "nonfinite_count": xp.sum(cast(nonfinite, dtype, xp)),
     }
     if retrieval.window is not None:
-        metrics["window"] = cast(retrieval.window, dtype, xp)
+        metrics["window"] = xp.astype(retrieval.window, dtype)
     return metrics
