@@ -70,10 +70,9 @@ class WindowTable(OwnState):
         super().__init__({"state": window})
 
     @property
-    def window(self) -> Tensor:
+    def window(self) -> Any:
         """The live state: writing to this tensor writes to it."""
-        state: Tensor = self.held._buffers["state"]  # noqa: SLF001 - its own
-        return state
+        return self.held._buffers["state"]  # noqa: SLF001 - its own
 
     def reset_parameters(self) -> None:
         """Make it as it was at first."""
