@@ -37,7 +37,6 @@ STEPS = {
         "staleness_correction": True,
         "margin": 0.4,
         "hard": True,
-        **LABELS,
     },
 }
 
@@ -93,7 +92,8 @@ class Step:
         self.now["scale"] = scale
         if self.hard is not None:
             more["hard_negative_embeddings"] = xp.matmul(self.hard, tower)
-            more["hard_negative_features"] = self.hard_labels
+            if self.loss.id_keys:
+                more["hard_negative_features"] = self.hard_labels
         return self.loss(
             lambda features: xp.matmul(features["x"], tower),
             query,

@@ -166,6 +166,8 @@ def law_of(options, problem):
 
 def assert_unbiased(name, problem, options, moved=None):
     """Compare with the exact gradient; the cache's embeddings lag `moved` (D,) behind."""
+    if name == "jax":
+        options.tile_bytes = None  # each loop over chunks would be compiled anew
     backend, now = BACKENDS[name], {}
     native = backend.to_native
     loss = options.loss_of(backend.module, lambda: now["scale"])
