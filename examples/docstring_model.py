@@ -125,6 +125,7 @@ def cache_loss(
     *,
     estimator: str = "auto",
     in_batch_negatives: bool = True,
+    max_staleness: float | None = 0.2,
 ) -> tuple[Loss, float]:
     """Cross-entropy against everything in a negative cache, and the batch's other items."""
     loss_fn = negcache.NegativeCacheLoss(
@@ -136,6 +137,7 @@ def cache_loss(
         id_keys=("id",),  # a query's own item, cached earlier, is no negative of it
         estimator=estimator,
         in_batch_negatives=in_batch_negatives,
+        max_staleness=max_staleness,
         generator=settings.seed,
     )
 

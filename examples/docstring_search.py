@@ -36,7 +36,7 @@ OUT = Path(__file__).resolve().parents[1] / "runs" / "docstring_search"
 IN_BATCH, PAPER, BEST = "in-batch negatives", "cache, as in the paper", "cache, at its best"
 METHODS: dict[str, MakeLoss] = {
     IN_BATCH: in_batch_loss,
-    PAPER: partial(cache_loss, estimator="paper", in_batch_negatives=False),
+    PAPER: partial(cache_loss, estimator="paper", in_batch_negatives=False, max_staleness=None),
     BEST: cache_loss,
 }
 SAMPLES = (
