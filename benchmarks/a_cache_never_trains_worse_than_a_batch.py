@@ -80,9 +80,8 @@ def main() -> None:
     )
     train.add_argument("--jobs", type=int, default=1, help="runs at a time")
     train.add_argument("--nl2bash", type=Path, help="folder of NL2Bash's train, dev and test.tsv")
-    for name, do, told in (("choose", print_choice, "print the best batch and rate of each"),):
-        part = parts.add_parser(name, help=told)
-        part.set_defaults(do=do)
+    chosen = parts.add_parser("choose", help="print the best batch and rate of each")
+    chosen.set_defaults(do=print_choice)
     for part in parts.choices.values():
         part.add_argument("--out", type=Path, default=argparse.SUPPRESS, help="file of results")
     options = parser.parse_args()
