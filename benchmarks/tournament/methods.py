@@ -142,9 +142,7 @@ def cache(setting: Setting) -> Training:
         known = torch.unique(torch.from_numpy(task.item_of[task.train]))
         generator = torch.Generator().manual_seed(setting.seed)
         chosen = known[torch.randperm(len(known), generator=generator)[: setting.cache_size]]
-        loss_fn.prefill(
-            model.embed_items, {"tokens": items[chosen]}, 1024, labels={"id": chosen}
-        )
+        loss_fn.prefill(model.embed_items, {"tokens": items[chosen]}, 1024, labels={"id": chosen})
         start = FORWARD_ONLY * len(chosen)
 
     def loss(batch: Batch) -> Tensor:
