@@ -35,7 +35,7 @@ LOSS_OPTIONS = {
     "in_batch_negatives": False,
     "staleness_correction": False,
     **dict.fromkeys(("score_transform", "reducer", "retrieval_fn", "id_key")),
-    **dict.fromkeys(("id_keys", "group_key", "margin")),
+    **dict.fromkeys(("id_keys", "group_key", "margin", "max_staleness")),
     **dict.fromkeys(("log_frequency_key", "generator", "tile_bytes")),
 }
 HANDLER_OPTIONS = {

@@ -14,7 +14,6 @@ from negcache_core.sharding.placement import check_equal_shards
 
 from ._layout import Layout
 
-
 WINDOW = "negcache window"
 """Beside the caches' names; theirs are the user's."""
 

@@ -65,7 +65,7 @@ def next_window(window: Array, found: Array, max_staleness: float, xp: Any) -> A
     15.0
     """
     sums = KEPT * window[1:] + found
-    inverse, count, steps, falling, stale = (sums[place] for place in range(5))
+    inverse, count, steps, falling, stale = sums[0], sums[1], sums[2], sums[3], sums[4]
     spread = inverse * steps - count * count
     told = spread > SPREAD * inverse * steps
     slope = xp.where(
@@ -75,8 +75,7 @@ def next_window(window: Array, found: Array, max_staleness: float, xp: Any) -> A
     )
     now, rises = window[0], slope > 0.0
     wanted = xp.where(rises, max_staleness / xp.where(rises, slope, 1.0), MOST)
-    # Not xp.clip, which takes plain numbers only in some libraries.
+    wanted = xp.clip(wanted, LEAST, MOST)
     after = xp.maximum(xp.minimum(wanted, now * PACE), now / PACE)
-    after = xp.minimum(xp.maximum(after, xp.zeros_like(now) + LEAST), xp.zeros_like(now) + MOST)
     after = xp.where(found[1] > 0.0, after, now)
     return xp.concat([after[None], sums], axis=0)

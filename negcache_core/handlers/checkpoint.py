@@ -26,7 +26,6 @@ from negcache_core.handlers.setup import Setup
 from negcache_core.handlers.store import Store
 from negcache_core.retrieval.top_k import check_groups
 
-
 WINDOW = "window"
 """The name of the window's state among a file's arrays; those of caches have a "/"."""
 

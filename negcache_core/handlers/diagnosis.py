@@ -43,6 +43,9 @@ def describe(name: str, setup: Setup, caches: Caches | None, metrics: Mapping[st
         lines.append(f"{title}({slots:,}{whole} slots{known}, {fields};")
     stale = number_of(metrics.get("staleness"))
     known = "" if stale is None else f"; staleness {stale:.3f}"
+    window = number_of(metrics.get("window"))
+    if window is not None:
+        known += f", rows of up to {window:,.0f} steps compete"
     if stale is None and all(filled == 0 for filled in fills):
         known = "; no step yet"  # where a slot is written, a compiled step kept no metrics
     lines.append(f"  {loss_in_words(setup.loss)}{known})")

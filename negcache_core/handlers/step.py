@@ -181,7 +181,8 @@ def _next_window(setup: Setup, window: Any, drift: Any) -> Array | None:
     drift = setup.placement.total(drift, xp)
     if setup.mirrored is not None:
         drift = xp.sum(setup.mirrored.gather(drift[None, :]), axis=0)
-    return next_window(window, drift, setup.phased_loss().max_staleness, xp)
+    loss: Any = setup.loss
+    return next_window(window, drift, loss.max_staleness, xp)
 
 
 def _part(value: Any, what: str, name: str) -> Any:

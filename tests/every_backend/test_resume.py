@@ -38,7 +38,9 @@ class NumpyRun:
 
     def handler_of(self, negcache, dtype, **drawing):
         spec = negcache.FieldSpec((WIDTH,), dtype)
-        loss = negcache.CacheClassificationLoss("embedding", ("x",), num_samples=2, **drawing)
+        loss = negcache.CacheClassificationLoss(
+            "embedding", ("x",), num_samples=2, max_staleness=0.2, **drawing
+        )
         manager = negcache.CacheManager({"x": spec, "embedding": spec}, CAPACITY)
         return negcache.CacheLossHandler(manager, loss, "embedding", ("x",))
 
@@ -51,7 +53,9 @@ class NumpyRun:
 
     def arrays(self):
         cache = self.handler.cache
-        return [*cache.data.values(), cache.age, self.handler.cache_loss.generator.random(1)]
+        window = self.handler._store.read().window
+        draw = self.handler.cache_loss.generator.random(1)
+        return [*cache.data.values(), cache.age, window, draw]
 
     def save(self, way, folder):
         del way

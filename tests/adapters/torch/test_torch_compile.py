@@ -81,9 +81,14 @@ HALF = {
             {"estimator": "exact_query", "scale": 1.5, "id_key": "id", "margin": 0.5},
         ),
         ("aot_eager", step, {"estimator": "shared", "group_key": "id", "in_batch_negatives": True}),
+        (
+            "inductor",
+            step,
+            {"estimator": "exact_query", "scale": 1.5, "max_staleness": 0.2},
+        ),
         ("aot_eager", step, {"top_k": 2}),  # groups wider than a tile: a fold in a fold
     ],
-    ids=["inductor", "half", "top_k", "ids and margin", "group", "wide groups"],
+    ids=["inductor", "half", "top_k", "ids and margin", "group", "window", "wide groups"],
 )
 def test_one_graph_serves_every_batch_size_and_agrees_with_eager(backend, step, options):
     torch._dynamo.reset()
