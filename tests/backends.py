@@ -105,7 +105,7 @@ JAX = Adapter(
     jax.numpy.asarray,
     np.asarray,
     bind=lambda handler, cache: handler.bind(
-        negcache_jax.HandlerState({"cache": cache}, jax.random.key(0))
+        handler.init(jax.random.key(0))._replace(caches={"cache": cache})
     ),
     hold=lambda handler, seed: handler.bind(handler.init(jax.random.key(seed))),
     gradients=_jax_gradients,

@@ -19,13 +19,15 @@ class ToyBackend(Backend):
 
 class ToyStore(Store):
     def __init__(self, setup):
-        self.write(setup.placement.init_caches(setup.managers))
+        self.write(setup.init_caches())
 
     def read(self):
-        return Caches({name: NegativeCache(*cache) for name, cache in self.state.items()})
+        caches = {name: NegativeCache(*cache) for name, cache in self.state.items()}
+        return Caches(caches, self.window)
 
     def write(self, caches):
         self.state = {name: (dict(data), age) for name, (data, age) in caches.items()}
+        self.window = caches.window
 
 
 class ToyReplicas(Replicas):

@@ -56,7 +56,8 @@ class StateHandler(Silent):
         A cache in shards is made whole. To make each shard on its own device, write
         `jax.jit(handler.init, out_shardings=handler.shardings(mesh))(key)`.
         """
-        return HandlerState(dict(HERE.init_caches(self._managers)), check_key(key, "key"))
+        caches = self._setup.init_caches(HERE)
+        return HandlerState(dict(caches), check_key(key, "key"), caches.window)
 
     def specs(self) -> HandlerState:
         """Return a PartitionSpec for each array of the state: `in_specs` and `out_specs`.
@@ -74,7 +75,9 @@ class StateHandler(Silent):
             name: NegativeCache(dict.fromkeys(manager.specs, rows), rows)
             for name, manager in self._managers.items()
         }
-        return HandlerState(caches, PartitionSpec())
+        same = PartitionSpec()
+        windowed = self.cache_loss.max_staleness is not None
+        return HandlerState(caches, same, same if windowed else None)
 
     def shardings(self, mesh: Mesh) -> HandlerState:
         """Return where each array of the state lies on a mesh: for jax.device_put, jit and Orbax.
@@ -110,8 +113,16 @@ class StateHandler(Silent):
             )
         caches = check_mapping(state.caches, "state.caches")
         check_keys(caches, self._managers, "the state", exact=True)
+        windowed = getattr(self.cache_loss, "max_staleness", None) is not None
+        if windowed != (state.window is not None):
+            has, wants = ("none", "one") if windowed else ("a window", "none")
+            raise OptionError(
+                f"state.window is {has} and the loss, of max_staleness="
+                f"{getattr(self.cache_loss, 'max_staleness', None)}, wants {wants}: take a state "
+                "of this handler's init, and put the rows into it by handler.restore."
+            )
         if not self._setup.placement.sharded:
-            own = jax.eval_shape(lambda: dict(HERE.init_caches(self._managers)))
+            own = jax.eval_shape(lambda: dict(self._setup.init_caches(HERE)))
             for name, cache in own.items():
                 check_layout(caches[name], cache, f"cache {name!r}")
         keys, loss = KeyStream(check_key(state.key, "state.key")), self.cache_loss

@@ -9,10 +9,14 @@ from ._backend import KeyStream
 
 
 class HandlerState(NamedTuple):
-    """All state of a handler, a pytree: caches by name, and the key of the next draw."""
+    """All state of a handler, a pytree: caches by name, and the key of the next draw.
+
+    window: with max_staleness, the state of the window of ages; else None
+    """
 
     caches: dict[str, NegativeCache]
     key: Any
+    window: Any = None
 
 
 class NoStore(Store):
@@ -22,7 +26,7 @@ class NoStore(Store):
     def of(cls, setup: Setup) -> Self:
         """Return it, whatever the handler: its state is explicit."""
         del setup
-        return cls(Caches())
+        return cls(Caches({}))
 
     def read(self) -> Caches:
         """Raise KindError."""
@@ -36,12 +40,14 @@ class TreeStore(Store):
     """One state while it is worked on; `keys` are for its draws."""
 
     def __init__(self, state: HandlerState, keys: KeyStream) -> None:
-        super().__init__(Caches({name: state.caches[name] for name in sorted(state.caches)}))
+        caches = {name: state.caches[name] for name in sorted(state.caches)}
+        super().__init__(Caches(caches, state.window))
         self.keys = keys
 
     def state(self) -> HandlerState:
         """Return what became of the state."""
-        return HandlerState(dict(self.read()), self.keys.key)
+        caches = self.read()
+        return HandlerState(dict(caches), self.keys.key, caches.window)
 
     def generators(self, loss: Any) -> list[Any]:
         """Return the one stream that all draws come from."""

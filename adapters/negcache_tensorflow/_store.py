@@ -15,6 +15,10 @@ from negcache_core.sharding.placement import check_equal_shards
 from ._layout import Layout
 
 
+WINDOW = "negcache window"
+"""Beside the caches' names; theirs are the user's."""
+
+
 class VariableStore(Store):
     """The caches of a handler as variables, which checkpoints find under its `tables`."""
 
@@ -24,7 +28,7 @@ class VariableStore(Store):
         if placement.sharded:
             check_equal_shards(setup.managers, placement.replicas.count)
             aggregation = tf.VariableAggregation.NONE
-        caches = placement.init_caches(setup.managers)
+        caches = setup.init_caches()
         self.setup, self.layout = setup, Layout(caches)
         tables = {
             name: {
@@ -36,8 +40,11 @@ class VariableStore(Store):
             }
             for name, cache in caches.items()
         }
+        window = None
+        if caches.window is not None:
+            window = _variable(caches.window, "window", aggregation)
         # A namespace keeps what it holds from being tracked.
-        self._live = SimpleNamespace(tables=tables)
+        self._live = SimpleNamespace(tables=tables, window=window)
 
     def attach(self, handler: tf.Module) -> None:
         """Let the handler's checkpoints find the variables.
@@ -45,7 +52,9 @@ class VariableStore(Store):
         Where replicas hold unlike values, only the variable of each can be saved.
         """
         placement: Any = self.setup.placement
-        tables = self._live.tables
+        tables = dict(self._live.tables)
+        if self._live.window is not None:
+            tables[WINDOW] = self._live.window
         if placement.sharded:
             tables = tf.nest.map_structure(placement.replicas.by_rank, tables)
         handler.tables, handler.layout = tables, self.layout
@@ -54,12 +63,11 @@ class VariableStore(Store):
         """Return the live variables."""
         if self.layout.restored:
             self._look_into_restored()
-        return Caches(
-            {
-                name: NegativeCache(dict(table["data"]), table["age"])
-                for name, table in self._live.tables.items()
-            }
-        )
+        caches = {
+            name: NegativeCache(dict(table["data"]), table["age"])
+            for name, table in self._live.tables.items()
+        }
+        return Caches(caches, self._live.window)
 
     def write(self, caches: Caches) -> None:
         """Do nothing: variables are written in place."""

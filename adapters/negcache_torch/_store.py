@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from negcache_core import EMPTY, KeysError, NegativeCache
 from negcache_core.adapter import Caches, Setup, Store
 from negcache_core.cache.restoring import check_layout, nonfinite_rows, warn_of_nonfinite
+from negcache_core.cache.window import new_window
 
 from ._backend import TORCH
 from ._state import OwnState
@@ -61,26 +62,42 @@ class CacheTable(OwnState):
             missing_keys[before] = MissingCache(missing_keys[before])
 
 
+class WindowTable(OwnState):
+    """The state of a window of ages."""
+
+    def __init__(self, window: Tensor) -> None:
+        super().__init__({"state": window})
+
+    def reset_parameters(self) -> None:
+        """Make it as it was at first."""
+        self.state.copy_(new_window(TORCH.xp))
+
+
 class BufferStore(Store):
     """The caches of a handler as the state of its module `tables`; written in place."""
 
     def __init__(self, caches: Caches) -> None:
         self.tables = {name: CacheTable(cache) for name, cache in caches.items()}
+        self.window = None if caches.window is None else WindowTable(caches.window)
 
     @classmethod
     def of(cls, setup: Setup) -> "BufferStore":
         """Return the store of a new handler."""
-        return cls(setup.placement.init_caches(setup.managers))
+        return cls(setup.init_caches())
 
     def attach(self, handler: Any) -> None:
         """Make the tables a part of the handler's module, and so of its state_dict."""
-        named = {table_name(name): table for name, table in self.tables.items()}
-        handler.tables = nn.ModuleDict(named)
+        handler.tables = nn.ModuleDict(
+            {table_name(name): table for name, table in self.tables.items()}
+        )
+        if self.window is not None:
+            handler.tables[WINDOW] = self.window
         handler.register_load_state_dict_pre_hook(check_loaded)
 
     def read(self) -> Caches:
         """Return the live tensors."""
-        return Caches({name: table.cache for name, table in self.tables.items()})
+        caches = {name: table.cache for name, table in self.tables.items()}
+        return Caches(caches, None if self.window is None else self.window.state)
 
     def write(self, caches: Caches) -> None:
         """Do nothing: they are written in place."""
@@ -89,6 +106,9 @@ class BufferStore(Store):
         """Put other tensors in the place of the buffers; they have the same names."""
         for name, cache in caches.items():
             self.tables[name].put(cache)
+
+
+WINDOW = "window"
 
 
 def table_name(name: str) -> str:
@@ -129,6 +149,11 @@ def check_loaded(handler: Any, state_dict: dict[str, Any], prefix: str, *argumen
     given = {key for key in state_dict if key.startswith(prefix)}
     if not own & given:
         return
+    store: BufferStore = handler._store  # noqa: SLF001 - its own
+    window = f"{prefix}tables.{WINDOW}.state"
+    if store.window is not None and own - given == {window}:  # saved without max_staleness
+        state_dict[window] = store.window.state  # of load_state_dict's copy
+        given.add(window)
     if own != given:
         raise KeysError(
             f"the state_dict of the handler at {prefix!r} lacks {sorted(own - given)} and has "
@@ -136,13 +161,12 @@ def check_loaded(handler: Any, state_dict: dict[str, Any], prefix: str, *argumen
             "options. Make such a one, load into it, and pass its cache to handler.restore."
         )
     count = 0
-    store: BufferStore = handler._store  # noqa: SLF001 - its own
     for name, table in store.tables.items():
         at = f"{prefix}tables.{table_name(name)}."
         cache = table.view({each: state_dict[at + each] for each, _ in table.named_buffers()})
         check_layout(cache, table.cache, f"cache {name!r}")
         bad = nonfinite_rows(cache, handler.embedding_key, TORCH)
         if not cache.age.is_meta and bad.any():
-            state_dict[at + "age"] = cache.age.masked_fill(bad, EMPTY)  # of load_state_dict's copy
+            state_dict[at + "age"] = cache.age.masked_fill(bad, EMPTY)
             count += int(bad.sum())
     warn_of_nonfinite(count)

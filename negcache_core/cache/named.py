@@ -7,13 +7,20 @@ from negcache_core.arrays._array import Array, cast, mask_rows
 from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.validation import check_device, shape_of
 from negcache_core.cache.state import NegativeCache, check_cache, is_written
-from negcache_core.errors import KeysError, ShapeError
+from negcache_core.errors import KeysError, OptionError, ShapeError
 
 SINGLE = "cache"  # the name a cache goes by where the caller gave it none
 
 
 class Caches(dict[str, NegativeCache]):
-    """Caches by sorted name that are known to be sound: checked, or a handler's own."""
+    """Caches by sorted name that are known to be sound: checked, or a handler's own.
+
+    window: the state of negcache_core.cache.window; None where rows of every age compete
+    """
+
+    def __init__(self, caches: Mapping[str, NegativeCache], window: Any = None) -> None:
+        super().__init__(caches)
+        self.window = getattr(caches, "window", None) if window is None else window
 
     def first(self) -> NegativeCache:
         """Return one of them; fields are alike in all."""
@@ -54,6 +61,16 @@ def named_caches(cache: Any, fields: tuple[str, ...], backend: Backend) -> Cache
             raise ShapeError(f"cache {name!r} has an unknown capacity: set its static shape.")
         check_device(each.age, first.age, f"cache {name!r}", backend)
     return caches
+
+
+def check_window(caches: Caches, max_staleness: float | None) -> None:
+    """Raise OptionError where a loss wants a window and nobody keeps one."""
+    if max_staleness is not None and caches.window is None:
+        raise OptionError(
+            f"the loss has max_staleness={max_staleness}, and the window that it sets is state, "
+            "which a handler keeps: call the loss through a CacheLossHandler or a "
+            "NegativeCacheLoss, or leave max_staleness out."
+        )
 
 
 def filled(caches: Caches, dtype: Any, xp: Any) -> Any:

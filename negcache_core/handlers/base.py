@@ -94,7 +94,7 @@ class BaseHandler:
     @staticmethod
     def make_store(setup: Setup) -> Store:
         """Return the store of a new handler."""
-        return Store(setup.placement.init_caches(setup.managers))
+        return Store(setup.init_caches())
 
     @classmethod
     def over(cls, parts: "BaseHandler", loss: Any, store: Store) -> Self:

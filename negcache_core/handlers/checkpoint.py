@@ -27,6 +27,10 @@ from negcache_core.handlers.store import Store
 from negcache_core.retrieval.top_k import check_groups
 
 
+WINDOW = "window"
+"""The name of the window's state among a file's arrays; those of caches have a "/"."""
+
+
 def save(setup: Setup, store: Store, path: str | os.PathLike[str]) -> None:
     """Write rows, ages and the state of the draws to a file."""
     _check_whole(setup, "save")
@@ -35,6 +39,9 @@ def save(setup: Setup, store: Store, path: str | os.PathLike[str]) -> None:
         arrays[_joined(name, "age")] = setup.backend.to_host(cache.age)
         for key, rows in cache.data.items():
             arrays[_joined(name, "data", key)] = setup.backend.to_host(rows)
+    window = store.read().window
+    if window is not None:
+        arrays[WINDOW] = setup.backend.to_host(window)
     states = [setup.backend.generator_state(each) for each in store.generators(setup.loss)]
     write_arrays(path, arrays, states)
 
@@ -46,6 +53,7 @@ def load(
     _check_whole(setup, "load")
     resize, draws = check_flag(resize, "resize"), check_flag(draws, "draws")
     arrays, states = read_arrays(path)
+    window = arrays.pop(WINDOW, None)
     generators = store.generators(setup.loss) if draws else []
     kinds = [setup.backend.generator_state(each)[0] for each in generators]
     saved = [kind for kind, _ in states]
@@ -54,7 +62,7 @@ def load(
             f"{as_path(path)} has the state of generators {saved}: expected {kinds}. Pass "
             "draws=False to load the rows and go on with this handler's own draws."
         )
-    _take_over(setup, store, _by_name(arrays), resize=resize)
+    _take_over(setup, store, _by_name(arrays), resize=resize, window=window)
     for generator, (_, state) in zip(generators, states, strict=False):
         setup.backend.set_generator_state(generator, state)
 
@@ -111,7 +119,14 @@ def evict_nonfinite(setup: Setup, store: Store) -> Array:
     return count
 
 
-def _take_over(setup: Setup, store: Store, given: Mapping[str, Any], *, resize: bool) -> None:
+def _take_over(
+    setup: Setup,
+    store: Store,
+    given: Mapping[str, Any],
+    *,
+    resize: bool,
+    window: Any = None,
+) -> None:
     backend, own = setup.backend, store.read()
     check_keys(given, own, "cache", exact=True)
     fitting, count = {}, 0
@@ -128,12 +143,14 @@ def _take_over(setup: Setup, store: Store, given: Mapping[str, Any], *, resize: 
         resized = resize_cache(host, own[name].age.shape[0])
         fitting[name], more = without_nonfinite(resized, setup.embedding_key)
         count += more
-    caches = Caches()
+    caches = Caches(own)
     for name, (data, age) in own.items():
         arrays = {
             key: backend.from_host(table, fitting[name].data[key]) for key, table in data.items()
         }
         caches[name] = NegativeCache(arrays, backend.from_host(age, fitting[name].age))
+    if window is not None and own.window is not None:
+        caches.window = backend.from_host(own.window, window)
     store.write(caches)
     warn_of_nonfinite(count)
 

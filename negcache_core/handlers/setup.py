@@ -8,7 +8,9 @@ from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.numerics import mean
 from negcache_core.arrays.validation import check_mapping
 from negcache_core.cache.manager import CacheManager
+from negcache_core.cache.named import Caches
 from negcache_core.cache.state import NegativeCache
+from negcache_core.cache.window import new_window
 from negcache_core.errors import DTypeError, KeysError, KindError, OptionError
 from negcache_core.losses.classification import CacheClassificationLoss
 from negcache_core.losses.results import CacheLossReturn
@@ -39,6 +41,13 @@ class Setup(NamedTuple):
     def placement(self) -> Placement:
         """Where the cache is: what the loss says, and here for a loss that says nothing."""
         return getattr(self.loss, "placement", HERE)
+
+    def init_caches(self, placement: Placement | None = None) -> Caches:
+        """Return what is held here, or at another placement, of each cache, empty."""
+        caches = (placement or self.placement).init_caches(self.managers)
+        if getattr(self.loss, "max_staleness", None) is not None:
+            caches.window = new_window(self.backend.xp)
+        return caches
 
     @property
     def item_keys(self) -> tuple[str, ...]:

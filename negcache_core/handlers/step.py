@@ -13,6 +13,7 @@ from negcache_core.arrays.validation import as_array, check_function, check_mapp
 from negcache_core.cache.manager import UpdatePlan
 from negcache_core.cache.named import Caches
 from negcache_core.cache.row_checks import NewRows, check_refresh
+from negcache_core.cache.window import next_window
 from negcache_core.errors import KindError
 from negcache_core.handlers.new_items import check_batch, entering, stand_in, stand_in_of
 from negcache_core.handlers.setup import Setup
@@ -124,8 +125,9 @@ def commit(setup: Setup, store: Store, result: CacheLossReturn, new: Mapping[str
         caches = store.read()
         # All plans before the first write: a refused update leaves every cache as it was.
         plans = {name: _plan(setup, caches, name, result, new[name]) for name in caches}
+        window = _next_window(setup, caches.window, result.drift)
         setup.report(result)
-        carry_out(setup, store, caches, plans, result.training_loss)
+        carry_out(setup, store, caches, plans, result.training_loss, window=window)
 
 
 def carry_out(
@@ -134,13 +136,17 @@ def carry_out(
     caches: Caches,
     plans: Mapping[str, UpdatePlan | None],
     *known: Array,
+    window: Array | None = None,
 ) -> None:
     """Write what is planned for each of the store's caches, None for nothing.
 
-    known: what else must not fail before anything is written
+    known:  what else must not fail before anything is written
+    window: its next state, None for the one that it has
     """
     caches = Caches(caches)
-    with setup.backend.after((plans, known)):
+    with setup.backend.after((plans, known, window)):
+        if window is not None:
+            caches.window = setup.backend.overwrite(caches.window, window)
         for name, plan in plans.items():
             if plan is not None:
                 caches[name] = setup.managers[name].carry_out(caches[name], plan)
@@ -165,6 +171,17 @@ def _plan(
     if setup.mirrored is not None:
         refresh, new = setup.mirrored.refresh(refresh), setup.mirrored.new_rows(new)
     return manager.plan_update(cache, refresh, new)
+
+
+def _next_window(setup: Setup, window: Any, drift: Any) -> Array | None:
+    """Return the window's state after a step; None for the one that it has."""
+    if window is None or drift is None:
+        return None
+    xp = setup.backend.xp
+    drift = setup.placement.total(drift, xp)
+    if setup.mirrored is not None:
+        drift = xp.sum(setup.mirrored.gather(drift[None, :]), axis=0)
+    return next_window(window, drift, setup.phased_loss().max_staleness, xp)
 
 
 def _part(value: Any, what: str, name: str) -> Any:

@@ -11,6 +11,7 @@ from negcache_core.cache.plans import oldest_written, plan_reembed
 from negcache_core.cache.row_checks import CheckedRows, NewRows, check_rows
 from negcache_core.cache.state import EMPTY, NegativeCache
 from negcache_core.cache.widths import check_widths
+from negcache_core.cache.window import new_window
 from negcache_core.errors import CapacityError, KindError, OptionError, ShapeError
 from negcache_core.handlers.new_items import entering, finite_as_stored, stored_features
 from negcache_core.handlers.setup import Setup
@@ -87,6 +88,8 @@ def reset(setup: Setup, store: Store) -> None:
                 rows[key] = backend.overwrite(table, zeros)
             empty = xp.full_like(age, EMPTY, dtype=age.dtype)
             caches[name] = NegativeCache(rows, backend.overwrite(age, empty))
+        if caches.window is not None:
+            caches.window = backend.overwrite(caches.window, new_window(xp))
         store.write(caches)
 
 

@@ -59,6 +59,10 @@ class CacheClassificationLoss(CacheLoss):
                      the stream. It is subtracted from the scores of cached rows and in-batch
                      negatives, which are there in proportion to it, and not from the positive's
                      (the logQ correction).
+    max_staleness:   None: rows of every age compete. A number above 0: only those in a window of
+                     ages, which a handler keeps: up to the age at which rows are expected to be
+                     this much staler (|stale - fresh|^2 / |fresh|^2) than one just embedded. It
+                     begins with the rows of four steps, and widens as the item tower settles.
     staleness_correction: whether the drawn rows' fresh scores re-weight them, self-normalised
     generator:       None, an int seed, or a random generator of the framework
     tile_bytes:      memory for scores in flight; the cache is scored in tiles that fit it. By
@@ -100,6 +104,7 @@ class CacheClassificationLoss(CacheLoss):
         group_key: str | None = None,
         margin: float | None = None,
         log_frequency_key: str | None = None,
+        max_staleness: float | None = None,
         staleness_correction: bool = False,
         generator: Any = None,
         tile_bytes: int | None = None,
@@ -127,6 +132,7 @@ class CacheClassificationLoss(CacheLoss):
         )
         options.check_item_fields(group_key=group_key, log_frequency_key=log_frequency_key)
         self.id_keys, self.margin = options.id_fields(id_key, id_keys), options.check_margin(margin)
+        self.max_staleness = options.check_max_staleness(max_staleness)
         self.group_key, self.log_frequency_key = group_key, log_frequency_key
         self.generator = self.backend.make_generator(generator)
 

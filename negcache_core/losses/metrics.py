@@ -75,13 +75,14 @@ def step_metrics(
     fill:                 share of slots that hold a row
     mean_age_drawn:       mean age of the drawn rows, in update steps
     staleness:            mean |stale - fresh|^2 / |fresh|^2 of the drawn rows
+    window:               with max_staleness, the age in steps up to which rows compete
     masked_count:         draws without a usable slot, which got weight 0
     nonfinite_count:      positives, drawn rows and hard negatives left out, of the cache and of
                           other queries' losses, for a NaN or an infinity
     """
     dtype = miss.dtype
     drawn = xp.reshape(retrieval.drawn, (-1,))
-    return {
+    metrics = {
         "interpretable_loss": masked_mean(interpretable_loss, usable, xp=xp),
         "positive_probability": masked_mean(1.0 - miss, usable, xp=xp),
         "effective_negatives": xp.exp(
@@ -93,3 +94,6 @@ def step_metrics(
         "masked_count": xp.sum(cast(~drawn, dtype, xp)),
         "nonfinite_count": xp.sum(cast(nonfinite, dtype, xp)),
     }
+    if retrieval.window is not None:
+        metrics["window"] = cast(retrieval.window, dtype, xp)
+    return metrics

@@ -6,6 +6,7 @@ from negcache_core.arrays._array import Array, cast
 from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.exclusion import Exclusions, Labels
 from negcache_core.arrays.numerics import finite_rows, sigmoid, soft_plus
+from negcache_core.cache.window import drift_sums
 from negcache_core.losses.estimators import Estimator, SampledSoftmax, Weights, corrected
 from negcache_core.losses.metrics import staleness, step_metrics, weight_metrics
 from negcache_core.losses.nonfinite import Embedded, Usable, of_usable_queries, without_poison
@@ -29,6 +30,7 @@ class Estimate(NamedTuple):
     fresh:         (n, D) the drawn rows' embeddings in the cache's dtype; finite: bool (n,)
     staleness:     (B,) mean of a query's drawn rows
     metrics:       scalars, see `step_metrics` and `weight_metrics`
+    drift:         (5,) what the drawn rows tell a window, None where there is none
     """
 
     training: Array
@@ -37,6 +39,7 @@ class Estimate(NamedTuple):
     finite: Array
     staleness: Array
     metrics: dict[str, Array]
+    drift: Array | None
 
 
 def estimate(
@@ -88,7 +91,11 @@ def estimate(
         was_drawn = xp.reshape(retrieval.drawn, (-1,))
         clean = constant(embedded.drawn)
         row_staleness = staleness(cast(stored, scorer.dtype, xp), clean, xp=xp)
-        row_staleness = xp.where(was_drawn & usable.drawn, row_staleness, 0.0)
+        counted = was_drawn & usable.drawn
+        row_staleness = xp.where(counted, row_staleness, 0.0)
+        drift = None
+        if retrieval.window is not None:
+            drift = drift_sums(retrieval.ages, row_staleness, counted, xp)
         kept = finite_rows(cast(constant(given.positives), stored.dtype, xp), xp=xp)
         left_out = [was_drawn & ~usable.drawn, ~kept]
         if usable.hard is not None:
@@ -112,6 +119,7 @@ def estimate(
         usable.drawn,
         xp.mean(by_query, axis=1),
         metrics,
+        drift,
     )
 
 

@@ -50,6 +50,19 @@ def check_margin(margin: Any) -> float | None:
     return number
 
 
+def check_max_staleness(limit: Any) -> float | None:
+    """Return the limit, a number above 0 or None."""
+    if limit is not None:
+        check_number(limit, "max_staleness")
+        if limit <= 0:
+            raise OptionError(
+                f"max_staleness is {limit}: expected a number above 0, such as 0.2, or None to let "
+                "rows of every age compete."
+            )
+    number: float | None = limit
+    return number
+
+
 def check_item_fields(**keys: Any) -> None:
     """Raise KindError unless each is the name of a field, or None."""
     for name, key in keys.items():

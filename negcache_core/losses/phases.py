@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 from negcache_core.arrays._array import Array, accumulation_dtype, cast, length, positions
 from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.numerics import mean
-from negcache_core.cache.named import SINGLE, named_caches
+from negcache_core.cache.named import SINGLE, check_window, named_caches
 from negcache_core.cache.state import NegativeCache
 from negcache_core.losses.callbacks import reduced, scale_for, transformed
 from negcache_core.losses.estimators import ESTIMATORS
@@ -49,6 +49,7 @@ class Phased(Protocol):
     scale: Any
     reducer: Callable[[Array], Array] | None
     estimator: str
+    max_staleness: float | None
     staleness_correction: bool
     generator: Any
 
@@ -73,6 +74,7 @@ def draw_negatives(
         noise = _middle_noise(query_embeddings, loss.num_samples, backend.xp)
         wanted = wanted._replace(retrieval_fn=None)
     caches = named_caches(cache, wanted.fields, backend)
+    check_window(caches, loss.max_staleness)
     queries, batch, stand_in, noise, positives = check_request(
         query_embeddings,
         caches,
@@ -110,6 +112,7 @@ def check_own(loss: Phased, retrieval: Any) -> None:
         others=loss.in_batch_negatives,
         own=bool(loss.id_keys) or loss.group_key is not None,
         route=loss.placement.sharded,
+        window=loss.max_staleness is not None,
     )
 
 
@@ -171,6 +174,7 @@ def loss_of(
         # A constant, and a difference that is exactly zero whatever the surrogate's magnitude.
         loss=interpretable + (training - backend.stop_gradient(training)),
         metrics=estimated.metrics,
+        drift=estimated.drift,
     )
 
 

@@ -19,6 +19,8 @@ class CacheLossReturn(NamedTuple):
     staleness:            |stale - fresh|^2 / |fresh|^2 of the drawn rows, reduced like the losses
     loss:                 value of interpretable_loss, gradient of training_loss: for training
     metrics:              scalars, see `negcache_core.losses.metrics.step_metrics`
+    drift:                float32 (5,) with max_staleness: what a step tells the window of how fast
+                          the item tower moves
 
     The three updated_item_* are dicts by cache name where the loss was given a dict of caches, and
     fit `CacheManager.update_cache` as they are.
@@ -32,6 +34,7 @@ class CacheLossReturn(NamedTuple):
     staleness: Any
     loss: Any = None
     metrics: Any = None
+    drift: Any = None
 
 
 def refresh_of(retrieval: Retrieval, data: dict[str, Array], finite: Array) -> tuple[Any, Any, Any]:

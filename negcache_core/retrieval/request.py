@@ -70,5 +70,6 @@ class Request(NamedTuple):
             id_keys=wanted.id_keys,
             group_key=wanted.group_key,
             bias_key=wanted.bias_key,
+            window=self.caches.window,
             first=first,
         )

@@ -37,6 +37,7 @@ class Retrieval(NamedTuple):
     others:           bool (B, B), which of the batch's other positives are negatives of a query;
                       None unless they are wanted
     positive_bias:    (B,) taken from the scores of the batch's positives as negatives, or None
+    window:           scalar, the age in steps up to which rows compete; None for every age
     own:              the ids and the group that must not, or alone may, oppose each query; None
                       for a loss without id_keys and group_key
     """
@@ -56,6 +57,7 @@ class Retrieval(NamedTuple):
     others: Array | None = None
     positive_bias: Array | None = None
     own: Exclusions | None = None
+    window: Array | None = None
 
 
 Part = tuple[str, Any, tuple[Any, ...], str]  # name, value, expected shape, kind of dtype

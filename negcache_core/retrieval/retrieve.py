@@ -56,6 +56,7 @@ def retrieve(request: Request, placement: Placement) -> Retrieval:
         others,
         bias,
         None if batch.own is None else batch.own.told(),
+        None if request.caches.window is None else request.caches.window[0],
     )
 
 

@@ -21,6 +21,7 @@ from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.exclusion import Exclusions, Labels
 from negcache_core.arrays.numerics import log_sum_exp
 from negcache_core.cache.state import NegativeCache, is_written
+from negcache_core.cache.window import recent
 from negcache_core.retrieval.scorer import Scorer
 
 BLOCK = 128
@@ -213,12 +214,14 @@ def scores_of(
     id_keys: tuple[str, ...] = (),
     group_key: str | None = None,
     bias_key: str | None = None,
+    window: Array | None = None,
     first: int = 0,
 ) -> list[CacheScores]:
     """Return the scores of queries (B, D) against each cache, none of them computed yet.
 
-    own:   what must not oppose each query; id_keys and group_key name the fields that tell
-    first: the number of the first slot of all
+    own:    what must not oppose each query; id_keys and group_key name the fields that tell
+    window: the state of the window of ages, None for every age
+    first:  the number of the first slot of all
     """
     xp = backend.xp
     itemsize = 8 if dtype_name(scorer.dtype) == "float64" else 4
@@ -229,6 +232,8 @@ def scores_of(
     scores = []
     for cache in caches.values():
         table, age = cache.data[embedding_key], cache.age
+        if window is not None:
+            age = recent(age, window, xp)
         copied = backend.slices_copy or table.dtype != scorer.dtype
         width = table.shape[1] if copied else 0
         tile = tile_slots(backend.tile_rows(queries), width, itemsize, budget)

@@ -62,7 +62,7 @@ class Shards(Placement):
 
         Raises CapacityError if a replica would have no slot.
         """
-        replicas, shards = self.replicas, Caches()
+        replicas, shards = self.replicas, Caches({})
         for name, manager in managers.items():
             sizes = shard_slots(manager.cache_size, replicas.count)
             if 0 in sizes:
@@ -164,6 +164,13 @@ class Shards(Placement):
         replicas = self.replicas
         (parts,) = replicas.gather([logs[None, :]], (1,) * replicas.count)
         return log_sum_exp(parts, 0, xp=xp)
+
+    def total(self, sums: Array, xp: Any) -> Array:
+        """Add up each replica's sums (n,)."""
+        replicas = self.replicas
+        (parts,) = replicas.gather([sums[None, :]], (1,) * replicas.count)
+        found: Array = xp.sum(parts, axis=0)
+        return found
 
     def fill(self, request: Request, sizes: Sizes) -> Array:
         """Return the share of all replicas' slots that hold a row."""

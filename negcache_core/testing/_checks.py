@@ -26,6 +26,7 @@ from negcache_core.testing._handler_checks import (
 from negcache_core.testing._loss_checks import check_half, check_loss
 from negcache_core.testing._replica_checks import check_replicas
 from negcache_core.testing._shard_checks import check_shards
+from negcache_core.testing._window_checks import check_drift, check_window
 
 CHECKS: dict[str, Callable[[Adapter], None]] = {
     "manager": check_manager,
@@ -38,6 +39,8 @@ CHECKS: dict[str, Callable[[Adapter], None]] = {
     "gradients": check_gradients,
     "estimators": check_estimators,
     "learning": check_learning,
+    "window": check_window,
+    "drift": check_drift,
     "steps": check_steps,
     "front_door": check_front_door,
     "evaluation": check_evaluation,

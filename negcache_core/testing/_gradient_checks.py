@@ -9,7 +9,9 @@ import numpy as np
 from negcache_core import exact
 from negcache_core.arrays.backend import NUMPY
 from negcache_core.arrays.numerics import log_sum_exp
+from negcache_core.cache.named import SINGLE, Caches
 from negcache_core.cache.state import EMPTY, NegativeCache
+from negcache_core.cache.window import new_window
 from negcache_core.errors import OptionError
 from negcache_core.losses.estimators import ESTIMATORS, SampledSoftmax, Weights
 from negcache_core.losses.surrogate import positive_weight
@@ -60,18 +62,21 @@ def check_estimators(adapter: Adapter) -> None:
     """Of every estimator: over all draws, its gradient is expected to be the exact one.
 
     On a fresh cache that of the softmax cross-entropy; on a stale one, that with stale
-    probabilities and fresh items. With in-batch negatives these are items like any other.
+    probabilities and fresh items. With in-batch negatives these are items like any other. With a
+    window of ages the items are those inside of it.
     """
     rng, scale = np.random.default_rng(8), np.asarray(1.3)
     query, positive = rng.standard_normal((2, 2, WIDTH))
-    age = np.asarray([1, EMPTY, 0], np.int32)
-    fresh = rng.standard_normal((len(age), WIDTH))
+    ages = {False: np.asarray([1, EMPTY, 0], np.int32), True: np.asarray([1, 9, 0], np.int32)}
+    fresh = rng.standard_normal((3, WIDTH))
     stale = fresh + 0.5 * rng.standard_normal(fresh.shape)
     for estimator in ESTIMATORS:
-        for in_batch in (False, True):
-            gradients = _gradients_of(adapter, estimator, age, in_batch=in_batch)
+        for in_batch, window in ((False, False), (True, False), (True, True)):
+            age = ages[window]
+            gradients = _gradients_of(adapter, estimator, age, in_batch=in_batch, window=window)
+            young = age <= 1
             for what, table in (("fresh", fresh), ("stale", stale)):
-                items, now, counts = table, fresh, np.tile(age != EMPTY, (2, 1))
+                items, now, counts = table, fresh, np.tile(young, (2, 1))
                 if in_batch:
                     items, now = (np.concatenate([each, positive]) for each in (table, fresh))
                     counts = np.concatenate([counts, ~np.eye(2, dtype=bool)], axis=1)
@@ -82,7 +87,7 @@ def check_estimators(adapter: Adapter) -> None:
                     positive=expected.positive + (expected.items[len(age) :] if in_batch else 0.0),
                     items=expected.items[: len(age)],
                 )
-                weights = np.exp(scale * query @ table.T) * (age != EMPTY)
+                weights = np.exp(scale * query @ table.T) * young
                 proposal = weights / weights.sum(axis=1, keepdims=True)
                 middle = (
                     np.cumsum(proposal, axis=1) - proposal / 2
@@ -96,14 +101,17 @@ def check_estimators(adapter: Adapter) -> None:
                     return tuple(gradients(query, positive, fresh, scale, table, noise))  # noqa: B023
 
                 given = exact.expectation(exact.enumerate_draws(proposal), outcome)
-                path = f"the expected gradient of {estimator}, {what}, in-batch {in_batch}"
+                path = f"the expected gradient of {estimator}, {what}, {in_batch=}, {window=}"
                 assert_equal(adapter.name, path, given, tuple(expected), tolerance=1e-10)
 
 
 def _gradients_of(
-    adapter: Adapter, estimator: str, age: Any, *, in_batch: bool
+    adapter: Adapter, estimator: str, age: Any, *, in_batch: bool, window: bool
 ) -> Callable[..., Any]:
-    """Return the function of NumPy arrays that returns a loss's gradients for one draw."""
+    """Return the function of NumPy arrays that returns a loss's gradients for one draw.
+
+    window: whether rows compete up to an age of four steps only
+    """
     xp = adapter.module.CacheManager.backend.xp
     one_hot = np.eye(len(age))
     chosen, ages = adapter.to_native(one_hot), adapter.to_native(age)
@@ -114,12 +122,14 @@ def _gradients_of(
         scale=lambda: now["scale"],
         estimator=estimator,
         in_batch_negatives=in_batch,
+        max_staleness=0.2 if window else None,
     )
+    state = new_window(xp) if window else None
 
     def retrieve(query: Any, scale: Any, table: Any, noise: Any) -> Any:
         now["scale"] = scale
         cache = NegativeCache({"chosen": chosen, "embedding": table}, ages)
-        return loss.retrieve(query, cache, noise=noise)
+        return loss.retrieve(query, Caches({SINGLE: cache}, state), noise=noise)
 
     def value(query: Any, positive: Any, fresh: Any, scale: Any, table: Any, noise: Any) -> Any:
         drawn = retrieve(query, scale, table, noise)

@@ -34,6 +34,8 @@ def check_shards(adapter: Adapter) -> None:
             assert_equal(adapter.name, path, mean, expected[0], tolerance=1e-9)
             caches = tuple(part[1] for part in parts)
             assert_equal(adapter.name, path, caches, expected[1], tolerance=1e-9)
+            for part in parts:
+                assert_equal(adapter.name, f"{path}: window", part[2], expected[2], tolerance=1e-5)
     _assert_unique(adapter, [runs[-1][-1][1] for runs in given])
 
 
@@ -58,7 +60,7 @@ def _option_sets() -> list[dict[str, Any]]:
         found.append(
             {"estimator": name, "num_samples": 2, "in_batch_negatives": True, "id_key": "id"}
         )
-        found.append({"estimator": name, "group_key": "id", "margin": 0.1})
+        found.append({"estimator": name, "group_key": "id", "margin": 0.1, "max_staleness": 0.2})
         if not estimator.reads_out:
             found.append({"estimator": name, "top_k": 4})
     return found
@@ -109,7 +111,9 @@ def _steps(side: Adapter, run: "_Sharded | _Whole") -> list[Tree]:
     steps: list[Tree] = []
     for step in range(len(SIZES)):
         run.take(*_batch(step, run.loss.num_samples))
-        steps.append((_gradients(side, run.loss_of), side.numpy(run.cache())))
+        gradients = _gradients(side, run.loss_of)
+        window = run.handler._store.read().window  # noqa: SLF001 - no other way to see its sums
+        steps.append((gradients, side.numpy(run.cache()), side.numpy(window)))
     return steps
 
 
@@ -175,7 +179,7 @@ class _Whole:
             item_network,
             query,
             item_network(features),
-            self.handler.cache,
+            self.handler._store.read(),  # noqa: SLF001 - a window comes with it
             pos_features=features,
             noise=self.batch["noise"],
         )

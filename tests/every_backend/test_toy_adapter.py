@@ -10,7 +10,7 @@ import toy
 from torch_backend import TORCH
 
 from negcache_core import FieldSpec, NegativeCache
-from negcache_core.adapter import bind
+from negcache_core.adapter import Caches, bind
 from negcache_core.losses import estimators
 from negcache_core.testing import CHECKS, Adapter, Threads
 
@@ -93,8 +93,15 @@ class Unwritten(toy.ToyStore):
 class Ageing(toy.ToyStore):
     def read(self):
         caches = super().read()
-        self.write({name: NegativeCache(data, age + 1) for name, (data, age) in caches.items()})
+        older = {name: NegativeCache(data, age + 1) for name, (data, age) in caches.items()}
+        self.write(Caches(older))
         return caches
+
+
+class Narrow(toy.ToyStore):
+    def write(self, caches):
+        first = getattr(self, "window", caches.window)
+        super().write(Caches(caches, first))
 
 
 class Reversed(toy.ToyReplicas):
@@ -150,6 +157,7 @@ def broken(part):
         (FalseNegatives, "loss", "at /0/0/tokens"),
         (LastTile, "loss", "at /0/0/tokens"),
         (Unwritten, "steps", "step 0/1/0/tokens"),
+        (Narrow, "drift", "step 1"),
         (Ageing, "rollback", "the cache after a step with a failing network"),
         (Reversed, "replicas", "replica 0/gather"),
         (AsTheyCome, "replicas", "replica 0/serve"),
