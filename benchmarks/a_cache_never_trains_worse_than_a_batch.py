@@ -51,8 +51,9 @@ def run(options: argparse.Namespace) -> None:
 def run_plan(options: argparse.Namespace) -> None:
     """Train the default plan, and what it chooses with further seeds."""
     where = options.out, options.nl2bash, options.jobs
-    run_all(plan.first_seed(options.tasks), *where)
-    run_all(plan.more_seeds(results.read(options.out), options.tasks), *where)
+    tasks = options.tasks or [name for name in TASKS if name != "nl2bash" or options.nl2bash]
+    run_all(plan.first_seed(tasks), *where)
+    run_all(plan.more_seeds(results.read(options.out), tasks), *where)
 
 
 def keep(options: argparse.Namespace) -> None:
@@ -105,11 +106,12 @@ def main() -> None:
         default=[{}],
         help="of the method, as JSON; each a contest of its own",
     )
+    train.add_argument("--tasks", nargs="+", choices=TASKS, default=["docstrings"])
     planned = parts.add_parser("plan", help="train what is left of the default plan")
     planned.set_defaults(do=run_plan)
+    planned.add_argument("--tasks", nargs="+", choices=TASKS, help="all, where the data are")
     out = RESULTS / "tournament.jsonl"
     for part in (train, planned):
-        part.add_argument("--tasks", nargs="+", choices=TASKS, default=["docstrings"])
         part.add_argument("--jobs", type=int, default=1, help="runs at a time")
         part.add_argument("--nl2bash", type=Path, help="folder of NL2Bash's three files")
         part.add_argument("--out", type=Path, default=out, help="file of results")

@@ -13,7 +13,7 @@ from .training import Run
 
 CHOOSING = ("docstrings", "nl2bash")
 BUDGET = 400_000  # encoder calls
-RATES = (0.001, 0.002, 0.003, 0.0045)
+RATES = (0.001, 0.002, 0.003, 0.0045, 0.007, 0.01, 0.015)
 MORE_SEEDS = (1, 2)
 
 

@@ -4,7 +4,7 @@ import json
 import statistics
 from collections.abc import Sequence
 
-from .choosing import SHOWN_PARTS, Row, all_seeds, arenas, at, best_baseline, choose
+from .choosing import SHOWN_PARTS, Row, all_seeds, arenas, at, best_baseline, choose, setting_of
 from .methods import METHODS
 
 HEADS = (
@@ -18,7 +18,8 @@ def report(rows: Sequence[Row]) -> str:
     """Return a section for each task, towers and budget.
 
     A method's batch and rate are those that were best on validation at the end, with seed 0. Its
-    figures are test MRR, mean (least to most) of all seeds that were run with these.
+    figures are test MRR, mean (least to most) of all seeds that were run with these. A rate with a
+    star is the least or the largest that was tried with its batch: a better one may lie beyond.
 
     The two last columns, at 1/4, 1/2 and the end: the method's MRR over that of a baseline
     (in-batch or gradient caching, any batch, rate and options), each the mean of the seeds that
@@ -54,13 +55,19 @@ def _line(rows: list[Row], chosen: Row, strict: dict[float, Row | None]) -> tupl
     return (
         _label(chosen),
         f"{chosen['batch']:,}",
-        f"{chosen['rate']:g}",
+        f"{chosen['rate']:g}" + "*" * _at_edge(rows, chosen),
         str(len(runs)),
         *(_spread(runs, part) for part in SHOWN_PARTS),
         f"{seconds:.0f}",
         ", ".join(_ratio(rows, runs, strict[1.0], part) for part in SHOWN_PARTS),
         ", ".join(_ratio(rows, runs, strict[part], part) for part in SHOWN_PARTS),
     )
+
+
+def _at_edge(rows: list[Row], chosen: Row) -> bool:
+    alike = (row for row in rows if setting_of({**chosen, "rate": row["rate"]}) == setting_of(row))
+    rates = {row["rate"] for row in alike}
+    return chosen["rate"] in {min(rates), max(rates)}
 
 
 def _label(row: Row) -> str:

@@ -83,7 +83,7 @@ def test_two_methods_learn_and_are_not_trained_again(tournament, tmp_path, capsy
         assert 0 < first["seconds"] < last["seconds"] < row["seconds"]
     report = tournament.report.report(tournament.results.read(path))
     assert "### tiny, separate towers, 2,000 encoder calls" in report
-    assert '| cache `{"cache_size": 64}` | 8 | 0.02 | 1 |' in report
+    assert '| cache `{"cache_size": 64}` | 8 | 0.02* | 1 |' in report
 
 
 def test_the_same_run_has_the_same_curve(tournament):
@@ -260,7 +260,7 @@ def test_the_report_shows_test_figures_of_all_seeds_and_both_ratios(tournament, 
     lines = tournament.report.report(rows).splitlines()
     (ours,) = (line for line in lines if line.startswith("| cache | "))
     assert [cell.strip() for cell in ours.strip("|").split("|")] == [
-        *("cache", "64", "0.001", "2"),
+        *("cache", "64", "0.001*", "2"),
         *("0.310 (0.300 to 0.320)", "0.340 (0.300 to 0.380)", "0.495 (0.440 to 0.550)", "2"),
         # .62 / 1.1, .68 / .66, .99 / .9; then seed 0 alone, where the baseline has no other:
         "0.564, 1.030, 1.100",
@@ -269,6 +269,15 @@ def test_the_report_shows_test_figures_of_all_seeds_and_both_ratios(tournament, 
     assert "in-batch batch 16 rate 0.001 at 0.25 (seeds: 1)" in lines[-1]
     (prefilled,) = (line for line in lines if "prefill" in line)
     assert "| 0.100 | - | 0.100 |" in prefilled
+
+
+def test_a_rate_between_others_has_no_star(tournament):
+    rows = [
+        {**planted("cache", 64, end=(mrr, 0.1)), "rate": rate}
+        for rate, mrr in [(0.1, 0.4), (0.2, 0.5), (0.3, 0.1)]
+    ]
+    assert "| 64 | 0.2 |" in tournament.report.report(rows)
+    assert "| 64 | 0.2* |" in tournament.report.report(rows[:2])
 
 
 def test_what_is_kept_gives_the_same_report(tournament, rows, tmp_path, monkeypatch, capsys):
