@@ -18,6 +18,7 @@ METHODS = {
     "cache": ("cache", OURS, "D"),
     "full-softmax": ("full softmax", "#a855f7", "v"),
 }
+FIRST_PART = 1 / 8  # of the budget; what is before would squeeze the rest
 ESTIMATORS = ("paper", "shared", "exact_query")
 
 
@@ -43,7 +44,6 @@ def training_quality() -> Figure | None:
         pair[0].legend(frameon=False, loc="lower right", fontsize=8)
         for axes in pair:
             plain(axes)
-            axes.set_ylim(bottom=0)
     every[-1][0].set_xlabel("encoder calls")
     every[-1][1].set_xlabel("processor seconds of training")
     return figure
@@ -57,7 +57,8 @@ def _shown(rows: list[Row], method: str) -> Row | None:
 
 def _line(axes: Axes, runs: list[Row], key: str, color: str, marker: str, label: str) -> None:
     """Draw the mean of all seeds, and a band from the least to the most."""
-    points = list(zip(*(row["curve"] for row in runs), strict=True))
+    kept = ([point for point in row["curve"] if point["part"] >= FIRST_PART] for row in runs)
+    points = list(zip(*kept, strict=True))
     where = [statistics.mean(point[key] for point in part) for part in points]
     found = [[point["test MRR"] for point in part] for part in points]
     axes.fill_between(
