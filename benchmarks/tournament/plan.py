@@ -35,7 +35,7 @@ TO_CHOOSE_BY = (
         ("cache",),
         (64, 128),
         (
-            {"max_staleness": None},
+            {"max_staleness": 0.2},
             {"in_batch_negatives": False},
             {"estimator": "shared"},
             {"estimator": "paper"},
