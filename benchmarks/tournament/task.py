@@ -33,3 +33,7 @@ class Task(NamedTuple):
     test: Questions
     query_buckets: int
     item_buckets: int
+
+    def trained_items(self) -> np.ndarray:
+        """Return the rows of the items that are trained on."""
+        return np.unique(self.item_of[self.train])
