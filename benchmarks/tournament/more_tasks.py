@@ -3,8 +3,8 @@
 They are mined in about a minute each, and kept: what is read depends on the installed versions.
 """
 
+import os
 import re
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,13 +12,11 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from task import Questions, Task
+from installed_source import source_files
 
-BENCHMARKS = Path(__file__).parents[1]
-sys.path.append(str(BENCHMARKS.parent / "examples"))
+from .task import Questions, Task
 
-from installed_source import source_files  # noqa: E402 - after its folder is known
-
+RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = (
     *("jax", "keras", "numpy", "scipy", "sklearn", "sympy", "tensorflow", "torch"),
     "transformers",
@@ -191,12 +189,14 @@ def _split(places: np.ndarray, **sides: np.ndarray | int) -> Task:
 
 def _kept(name: str, folder: Path | None, mine: Callable[[], Task]) -> Task:
     """Return a task from its file, mined first where there is none."""
-    path = (folder or BENCHMARKS / "results") / f"task_{name}.npz"
+    path = (folder or RESULTS) / f"task_{name}.npz"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         task = mine()
         arrays = task._asdict() | {"validation": task.validation.rows, "test": task.test.rows}
-        np.savez_compressed(path, **arrays)
+        part = path.with_name(f"{path.stem}.{os.getpid()}.npz")
+        np.savez_compressed(part, **arrays)
+        part.replace(path)  # whole, for a process that reads it meanwhile
     with np.load(path) as file:
         arrays = dict(file)
     for kind in ("validation", "test"):
