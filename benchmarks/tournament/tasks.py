@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from docstring_pairs import NAME_REPEATS, is_held_out, mine_pairs, words
 
+from .more_tasks import lines, recommender
 from .task import Questions, Task
 from .texts import BUCKETS, tokens_of
 
@@ -85,4 +86,9 @@ def _read_pairs(path: Path) -> list[list[str]]:
         return [line.rstrip("\n").split("\t") for line in file]
 
 
-TASKS: dict[str, Callable[[Path | None], Task]] = {"docstrings": docstrings, "nl2bash": nl2bash}
+TASKS: dict[str, Callable[[Path | None], Task]] = {
+    "docstrings": docstrings,
+    "nl2bash": nl2bash,
+    "lines": lambda _: lines(),
+    "recommender": lambda _: recommender(),
+}
