@@ -11,7 +11,8 @@ from .task import Questions, Task
 
 WIDTH = 128
 SCALE = 20.0
-TOWERS = ("separate", "shared")
+TOWERS = ("separate", "shared", "deep")
+HIDDEN = 512
 
 
 class Bags(NamedTuple):
@@ -42,13 +43,17 @@ def bags_of(tokens: Tensor, buckets: int) -> Bags:
 class Tower(nn.Module):
     """Maps a text to the normalised sum of its tokens' vectors, each times a learned weight.
 
-    Gradients are sparse: a batch touches a small share of the tokens, and so does its update.
+    Their gradients are sparse: a batch touches a small share of the tokens, and so does its update.
+
+    deep: whether a residual layer comes after the sum, whose every update moves all embeddings
     """
 
-    def __init__(self, vectors: nn.Parameter) -> None:
+    def __init__(self, vectors: nn.Parameter, *, deep: bool = False) -> None:
         super().__init__()
         self.vectors = vectors
         self.log_weights = nn.Parameter(torch.zeros(len(vectors), 1))
+        layers = [nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH)] if deep else []
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map token numbers (n, words) to embeddings (n, WIDTH) of length 1."""
@@ -59,13 +64,17 @@ class Tower(nn.Module):
         vectors = functional.embedding(bags.tokens, self.vectors, sparse=True)
         weights = functional.embedding(bags.tokens, self.log_weights, sparse=True).exp()
         total = functional.embedding_bag(bags.places, weights * vectors, bags.offsets, mode="sum")
-        return functional.normalize(total, dim=1)
+        embeddings = functional.normalize(total, dim=1)
+        if not len(self.layers):
+            return embeddings
+        return functional.normalize(embeddings + self.layers(embeddings), dim=1)
 
 
 class TwoTowers(nn.Module):
     """A tower for queries and one for items.
 
-    towers: "separate", each with its own vectors, or "shared", where only the weights are its own
+    towers: "separate", each with its own vectors, or "shared", where only the weights are its own;
+            "deep", separate ones with a layer on top
     scale:  the factor on cosines, or "trained": then it starts at 20
     """
 
@@ -76,7 +85,7 @@ class TwoTowers(nn.Module):
             vectors = [_vectors(max(sizes))] * 2
         else:
             vectors = [_vectors(size) for size in sizes]
-        self.queries, self.items = (Tower(each) for each in vectors)
+        self.queries, self.items = (Tower(each, deep=towers == "deep") for each in vectors)
         trained = scale == "trained"
         self.log_scale = nn.Parameter(
             torch.tensor(math.log(SCALE if trained else float(scale))), requires_grad=trained
@@ -92,7 +101,13 @@ class TwoTowers(nn.Module):
 
     def tables(self) -> list[nn.Parameter]:
         """Return the parameters whose gradients are sparse, each once."""
-        return [each for each in self.parameters() if each.ndim == 2]
+        tables = (self.queries, self.items)
+        every = [each for tower in tables for each in (tower.vectors, tower.log_weights)]
+        return list(dict.fromkeys(every))
+
+    def layers(self) -> list[nn.Parameter]:
+        """Return the parameters of the layers after the sums."""
+        return [*self.queries.layers.parameters(), *self.items.layers.parameters()]
 
 
 def _vectors(buckets: int) -> nn.Parameter:

@@ -21,6 +21,7 @@ from .towers import SCALE, TwoTowers, evaluate
 CACHE_SIZES = {"docstrings": 8_192, "nl2bash": 8_192}
 OTHER_CACHE_SIZE = 32_768
 OF_ALL = ("scale", "cache_size")  # options that any method takes
+LAYERS_SHARE = 0.1  # of the rate: layers take smaller steps than sparse tables do
 PARTS = [Fraction(part) for part in ("1/16", "1/8", "1/4", "3/8", "1/2", "3/4", "1")]
 
 
@@ -65,6 +66,8 @@ def train(run: Run, task: Task) -> dict[str, Any]:
     optimizers = [torch.optim.SparseAdam(model.tables(), lr=run.rate)]
     if model.log_scale.requires_grad:
         optimizers.append(torch.optim.Adam([model.log_scale], lr=run.rate))
+    if model.layers():
+        optimizers.append(torch.optim.Adam(model.layers(), lr=LAYERS_SHARE * run.rate))
     schedules = [
         LambdaLR(each, lambda step: min(1.0, 2.0 - 2.0 * before[step] / after[-1]))
         for each in optimizers
