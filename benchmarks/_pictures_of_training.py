@@ -1,44 +1,85 @@
-"""Pictures of what training gains: towers by method, and the noise of gradients."""
+"""Pictures of what training gains: test MRR by method, and the noise of gradients."""
 
 import statistics
 from typing import Any
 
-from _methods import METHODS
+import tournament.results
 from _style import INK, LINES, OURS, THEIRS, plain, rows_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from tournament.choosing import Row, all_seeds, arenas, choose, score
 
 TASKS = {"docstrings": "docstring to Python function", "nl2bash": "request to shell command"}
+METHODS = {
+    "in-batch": ("in-batch", INK, "o"),
+    "gradient-caching": ("gradient caching", "#16a34a", "s"),
+    "memory": ("memory", THEIRS, "^"),
+    "cache": ("cache", OURS, "D"),
+    "full-softmax": ("full softmax", "#a855f7", "v"),
+}
+FIRST_PART = 1 / 8  # of the budget; what is before would squeeze the rest
 ESTIMATORS = ("paper", "shared", "exact_query")
-CEILING = "full softmax"
 
 
 def training_quality() -> Figure | None:
-    """Return a panel for each task: a line for each method, a point for each seed."""
-    tasks = {task: rows_of(f"training_quality_{task}") for task in TASKS}
-    tasks = {task: rows for task, rows in tasks.items() if rows}
-    if not tasks:
+    """Return two panels for each task, by encoder calls and by time: a line for each method."""
+    shown: dict[tuple[str, str], list[Row]] = {}
+    # Of several budgets, the largest: they are in order.
+    for (task, towers, _), rows in arenas(tournament.results.read(tournament.results.KEPT)).items():
+        shown[task, towers] = rows
+    if not shown:
         return None
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    every = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
-    for axes, (task, rows) in zip(every, tasks.items(), strict=True):
-        for height, method in enumerate(METHODS):
-            found = [row["MRR"] for row in rows if row["method"] == method]
-            if found:
-                ours = method.split(" + ")[0] in ESTIMATORS
-                color = OURS if ours else THEIRS if method.startswith("memory") else INK
-                axes.scatter(found, [height] * len(found), 14, color=color, alpha=0.5, linewidths=0)
-                axes.scatter(statistics.mean(found), height, 200, color=color, marker="|")
-                if method == CEILING:
-                    axes.axvline(
-                        statistics.mean(found), color=INK, linewidth=0.8, linestyle=(0, (4, 3))
-                    )
-        axes.set_title(TASKS[task])
-        axes.set_xlabel("MRR of held-out queries")
-        plain(axes)
-    every[0].set_yticks(range(len(METHODS)), list(METHODS))
-    every[0].invert_yaxis()
+    figure = Figure(figsize=(9, 0.4 + 3 * len(shown)), layout="constrained")
+    every = figure.subplots(len(shown), 2, sharey="row", squeeze=False)
+    for pair, ((task, towers), rows) in zip(every, shown.items(), strict=True):
+        for method, (title, color, marker) in METHODS.items():
+            runs = all_seeds(rows, chosen) if (chosen := _shown(rows, method)) else []
+            if runs:
+                label = f"{title}, batch {runs[0]['batch']:,}"
+                for axes, key in zip(pair, ("calls", "seconds"), strict=True):
+                    _line(axes, runs, key, color, marker, label)
+        pair[0].set_title(f"{TASKS.get(task, task)}, {towers} towers", loc="left")
+        pair[0].set_ylabel("test MRR")
+        pair[0].legend(frameon=False, loc="lower right", fontsize=8)
+        for axes in pair:
+            plain(axes)
+    every[-1][0].set_xlabel("encoder calls")
+    every[-1][1].set_xlabel("processor seconds of training")
     return figure
+
+
+def _shown(rows: list[Row], method: str) -> Row | None:
+    """Return what a method is shown by: its defaults, or its best options if these were not run."""
+    found = [row for row in choose(rows) if row["method"] == method]
+    return max(found, key=lambda row: (not row["options"], score(row)), default=None)
+
+
+def _line(axes: Axes, runs: list[Row], key: str, color: str, marker: str, label: str) -> None:
+    """Draw the mean of all seeds, and a band from the least to the most."""
+    kept = ([point for point in row["curve"] if point["part"] >= FIRST_PART] for row in runs)
+    points = list(zip(*kept, strict=True))
+    where = [statistics.mean(point[key] for point in part) for part in points]
+    found = [[point["test MRR"] for point in part] for part in points]
+    axes.fill_between(
+        where,
+        [min(each) for each in found],
+        [max(each) for each in found],
+        color=color,
+        alpha=0.2,
+        linewidth=0,
+    )
+    means = [statistics.mean(each) for each in found]
+    axes.plot(where, means, color=color, marker=marker, markersize=4, linewidth=1.5, label=label)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(_short))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _short(value: float, _: int | None = None) -> str:
+    thousands = value / 1_000
+    return f"{thousands:g}k" if thousands >= 1 else f"{value:g}"
 
 
 def gradient_noise() -> Figure | None:

@@ -18,15 +18,14 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import negcache_torch as negcache
 import torch
+import tournament  # noqa: F401 - puts the examples where they are found
 from _harness import save, table
-from _methods import embed_counted, word_counts
-from _tasks import TASKS
 from docstring_model import Data, Loss, SearchModel, Settings, cache_loss, train
+from docstring_pairs import BUCKETS, PADDING, as_data, mine_pairs
 from torch import Tensor
 from torch.nn import functional
 
@@ -88,6 +87,25 @@ def trained(data: Data) -> Moment:
 
 
 Batch = tuple[Tensor, Tensor]  # token ids of queries and of their items
+
+
+def word_counts(tokens: Tensor) -> Tensor:
+    """Return a sparse (texts, BUCKETS) matrix: how often each word is in each text."""
+    text, position = torch.nonzero(tokens != PADDING, as_tuple=True)
+    where = torch.stack([text, tokens[text, position].long()])
+    size = (len(tokens), BUCKETS)
+    return torch.sparse_coo_tensor(
+        where, torch.ones(len(text)), size, check_invariants=True
+    ).coalesce()
+
+
+def embed_counted(model: SearchModel, counts: Tensor) -> Tensor:
+    """Return what `model.embed_items` does, as one product: a word's weight multiplies its vector.
+
+    For thousands of texts at once; the gradient is dense.
+    """
+    words = model.item_log_weights.exp() * model.vectors
+    return functional.normalize(torch.sparse.mm(counts, words), dim=1)
 
 
 def softmax_loss(model: SearchModel, batch: Batch, items: Tensor, *, in_batch: bool) -> Tensor:
@@ -195,7 +213,7 @@ def main() -> None:
     parser.add_argument("--estimators", nargs="+", choices=every, default=every)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    moment = trained(TASKS["docstrings"](Path()))
+    moment = trained(as_data(mine_pairs()))
     counts = word_counts(moment.items[moment.cached])
     found = []
     for rows, lag in itertools.product(BATCH_SIZES, LAGS):

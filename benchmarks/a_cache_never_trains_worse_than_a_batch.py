@@ -1,0 +1,133 @@
+"""Claim: at equal encoder calls a negative cache never trains worse towers than a batch alone.
+
+Each method trains the same towers from the same first weights on the same pairs, at batches and
+rates from one grid. A text that goes through a tower and is learned from is one encoder call, one
+that is only embedded a third. Batch and rate are chosen by validation queries; MRR of others is
+reported, all items being the gallery.
+
+    python benchmarks/a_cache_never_trains_worse_than_a_batch.py run --tasks docstrings \
+        --methods in-batch cache --batches 64 512 --rates 0.001 0.003 --budget 200000
+    python benchmarks/a_cache_never_trains_worse_than_a_batch.py choose
+    python benchmarks/a_cache_never_trains_worse_than_a_batch.py plan --tasks docstrings
+    python benchmarks/a_cache_never_trains_worse_than_a_batch.py keep
+    python benchmarks/a_cache_never_trains_worse_than_a_batch.py report
+"""
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from _harness import RESULTS, table
+from tournament import plan, results
+from tournament.choosing import all_seeds, choose, needed
+from tournament.methods import METHODS
+from tournament.report import report
+from tournament.running import run_all
+from tournament.tasks import TASKS
+from tournament.towers import TOWERS
+from tournament.training import Run
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train the product of all that was asked for."""
+    runs = itertools.starmap(
+        Run,
+        itertools.product(
+            options.tasks,
+            options.towers,
+            options.methods,
+            options.batches,
+            options.rates,
+            options.seeds,
+            options.budget,
+            options.options,
+        ),
+    )
+    run_all(runs, options.out, options.nl2bash, options.jobs)
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    """Train the default plan, and what it chooses with further seeds."""
+    where = options.out, options.nl2bash, options.jobs
+    tasks = options.tasks or [name for name in TASKS if name != "nl2bash" or options.nl2bash]
+    run_all(plan.first_seed(tasks), *where)
+    run_all(plan.more_seeds(results.read(options.out), tasks), *where)
+
+
+def keep(options: argparse.Namespace) -> None:
+    """Copy what a report needs; of the other runs of seed 0, the last point alone."""
+    rows = results.read(options.to, *options.out)
+    whole = {results.name_of(each) for row in needed(rows) for each in all_seeds(rows, row)}
+    kept = [
+        row if results.name_of(row) in whole else {**row, "curve": row["curve"][-1:]}
+        for row in rows
+        if row["seed"] == 0 or results.name_of(row) in whole
+    ]
+    results.write(options.to, kept)
+    print(f"{len(kept)} runs, {len(whole)} of them whole, written to {options.to}")
+
+
+def print_report(options: argparse.Namespace) -> None:
+    """Print a table for each task, in Markdown."""
+    print(report(results.read(*options.out)) or "There is no run of seed 0.")
+
+
+def print_choice(options: argparse.Namespace) -> None:
+    """Print the chosen batch and rate of each contest."""
+    rows = [_line(row) for row in choose(results.read(*options.out))]
+    print(table(rows) if rows else "There is no run of seed 0.")
+
+
+def _line(row: dict[str, Any]) -> dict[str, Any]:
+    last = row["curve"][-1]
+    kept = {key: row[key] for key in ("task", "towers", "method", "budget", "batch", "rate")}
+    kept["options"] = json.dumps(row["options"])
+    return {**kept, "validation": last["validation MRR"], "test": last["test MRR"]}
+
+
+def main() -> None:
+    """Run, or show, the tournament."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
+    parts = parser.add_subparsers(required=True)
+    train = parts.add_parser("run", help="train whatever of a grid is not there yet")
+    train.set_defaults(do=run)
+    train.add_argument("--towers", nargs="+", choices=TOWERS, default=["separate"])
+    train.add_argument("--methods", nargs="+", choices=METHODS, required=True)
+    train.add_argument("--batches", nargs="+", type=int, required=True)
+    train.add_argument("--rates", nargs="+", type=float, required=True)
+    train.add_argument("--seeds", nargs="+", type=int, default=[0])
+    train.add_argument("--budget", nargs="+", type=int, default=[200_000], help="encoder calls")
+    train.add_argument(
+        "--options",
+        nargs="+",
+        type=json.loads,
+        default=[{}],
+        help="of the method, as JSON; each a contest of its own",
+    )
+    train.add_argument("--tasks", nargs="+", choices=TASKS, default=["docstrings"])
+    planned = parts.add_parser("plan", help="train what is left of the default plan")
+    planned.set_defaults(do=run_plan)
+    planned.add_argument("--tasks", nargs="+", choices=TASKS, help="all, where the data are")
+    out = RESULTS / "tournament.jsonl"
+    for part in (train, planned):
+        part.add_argument("--jobs", type=int, default=1, help="runs at a time")
+        part.add_argument("--nl2bash", type=Path, help="folder of NL2Bash's three files")
+        part.add_argument("--out", type=Path, default=out, help="file of results")
+    chosen = parts.add_parser("choose", help="print the best batch and rate of each")
+    chosen.set_defaults(do=print_choice)
+    kept = parts.add_parser("keep", help="copy what a report needs to where it is tracked")
+    kept.set_defaults(do=keep)
+    kept.add_argument("--to", type=Path, default=results.KEPT)
+    for part in (chosen, kept):
+        part.add_argument("--out", nargs="+", type=Path, default=[out], help="files of results")
+    shown = parts.add_parser("report", help="print test figures of what was chosen")
+    shown.set_defaults(do=print_report)
+    shown.add_argument("--out", nargs="+", type=Path, default=[results.KEPT])
+    options = parser.parse_args()
+    options.do(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What `make bench-training` trains: a grid of each method with seed 0, then what is shown again.
+
+What the cache's parts are worth is tried on the tasks for choosing; the others only report.
+"""
+
+import itertools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from .choosing import Row, needed
+from .tasks import TASKS
+from .training import Run
+
+CHOOSING = ("docstrings", "nl2bash")
+BUDGET = 400_000  # encoder calls
+RATES = (0.001, 0.002, 0.003, 0.0045, 0.007, 0.01, 0.015)
+MORE_SEEDS = (1, 2)
+
+
+class Grid(NamedTuple):
+    """Methods, batches and options whose product is trained, at each of RATES."""
+
+    methods: tuple[str, ...]
+    batches: tuple[int, ...]
+    options: tuple[dict[str, Any], ...] = ({},)
+
+
+EVERYWHERE = (
+    Grid(("in-batch",), (16, 64, 128, 256, 512, 1_024, 2_048)),
+    Grid(("gradient-caching",), (256, 512, 1_024, 2_048)),
+    Grid(("memory", "cache"), (16, 64, 128, 256, 512)),
+)
+TO_CHOOSE_BY = (
+    Grid(
+        ("cache",),
+        (64, 128),
+        (
+            {"max_staleness": 0.2},
+            {"in_batch_negatives": False},
+            {"estimator": "shared"},
+            {"estimator": "paper"},
+            {"num_samples": 2},
+            {"prefill": True},
+            {"scale": "trained"},
+        ),
+    ),
+    Grid(("in-batch",), (128, 512), ({"scale": "trained"},)),
+    Grid(("full-softmax",), (64, 256)),
+)
+
+
+def first_seed(tasks: Iterable[str] = tuple(TASKS)) -> list[Run]:
+    """Return all runs of seed 0."""
+    return [
+        Run(task, "separate", method, batch, rate, 0, BUDGET, options)
+        for task in tasks
+        for grid in (*EVERYWHERE, *(TO_CHOOSE_BY if task in CHOOSING else ()))
+        for method, batch, rate, options in itertools.product(
+            grid.methods, grid.batches, RATES, grid.options
+        )
+    ]
+
+
+def more_seeds(rows: Iterable[Row], tasks: Iterable[str] = tuple(TASKS)) -> list[Run]:
+    """Return the runs of further seeds, for each setting that a report shows or compares with."""
+    wanted = [row for row in needed(rows) if row["task"] in tasks]
+    return [
+        Run(**{**{key: row[key] for key in Run._fields}, "seed": seed})
+        for row in wanted
+        for seed in MORE_SEEDS
+    ]
