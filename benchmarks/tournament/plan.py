@@ -12,8 +12,8 @@ from .tasks import TASKS
 from .training import Run
 
 CHOOSING = ("docstrings", "nl2bash")
-BUDGET = 400_000  # encoder calls
-RATES = (0.001, 0.002, 0.003, 0.0045, 0.007, 0.01, 0.015)
+BUDGETS = {"separate": 400_000, "deep": 200_000}  # encoder calls, by towers
+RATES = (0.0045, 0.007, 0.01, 0.015, 0.02, 0.03)
 MORE_SEEDS = (1, 2)
 
 
@@ -26,34 +26,39 @@ class Grid(NamedTuple):
 
 
 EVERYWHERE = (
-    Grid(("in-batch",), (16, 64, 128, 256, 512, 1_024, 2_048)),
-    Grid(("gradient-caching",), (256, 512, 1_024, 2_048)),
-    Grid(("memory", "cache"), (16, 64, 128, 256, 512)),
+    Grid(("in-batch",), (128, 512, 1_024, 2_048)),
+    Grid(("gradient-caching",), (1_024, 2_048)),
+    Grid(("cache",), (64, 128, 256)),
 )
 TO_CHOOSE_BY = (
     Grid(
         ("cache",),
         (64, 128),
         (
-            {"max_staleness": 0.2},
+            {"max_staleness": None},
             {"in_batch_negatives": False},
             {"estimator": "shared"},
             {"estimator": "paper"},
             {"num_samples": 2},
             {"prefill": True},
+            {"refresh": 128},
+            {"staleness_correction": True},
+            {"drift": 1},
             {"scale": "trained"},
         ),
     ),
-    Grid(("in-batch",), (128, 512), ({"scale": "trained"},)),
-    Grid(("full-softmax",), (64, 256)),
+    Grid(("memory",), (64, 256)),
+    Grid(("in-batch",), (512,), ({"scale": "trained"},)),
+    Grid(("full-softmax",), (256,)),
 )
 
 
 def first_seed(tasks: Iterable[str] = tuple(TASKS)) -> list[Run]:
     """Return all runs of seed 0."""
     return [
-        Run(task, "separate", method, batch, rate, 0, BUDGET, options)
+        Run(task, towers, method, batch, rate, 0, BUDGETS[towers], options)
         for task in tasks
+        for towers in (("separate", "deep") if task in CHOOSING else ("separate",))
         for grid in (*EVERYWHERE, *(TO_CHOOSE_BY if task in CHOOSING else ()))
         for method, batch, rate, options in itertools.product(
             grid.methods, grid.batches, RATES, grid.options

@@ -18,7 +18,7 @@ def tournament():
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
-        import a_cache_never_trains_worse_than_a_batch as script  # noqa: PLC0415 - found from here on
+        import training_at_equal_encoder_calls as script  # noqa: PLC0415 - found from here on
         from tournament import (  # noqa: PLC0415
             choosing,
             drift,

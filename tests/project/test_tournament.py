@@ -161,7 +161,7 @@ def test_the_plan_has_one_grid_for_all_and_further_seeds_for_what_is_shown(tourn
     runs = tournament.plan.first_seed(["docstrings", "other"])
     rates = {}
     for run in runs:
-        key = run.task, run.method, run.batch, json.dumps(run.options)
+        key = run.task, run.towers, run.method, run.batch, json.dumps(run.options)
         rates.setdefault(key, []).append(run.rate)
     assert len({tuple(each) for each in rates.values()}) == 1
     # What is tried to choose by is not run on the tasks that only report.

@@ -1,16 +1,16 @@
-"""Claim: at equal encoder calls a negative cache never trains worse towers than a batch alone.
+"""Question: at equal encoder calls, which way of training makes the best towers.
 
 Each method trains the same towers from the same first weights on the same pairs, at batches and
 rates from one grid. A text that goes through a tower and is learned from is one encoder call, one
 that is only embedded a third. Batch and rate are chosen by validation queries; MRR of others is
 reported, all items being the gallery.
 
-    python benchmarks/a_cache_never_trains_worse_than_a_batch.py run --tasks docstrings \
+    python benchmarks/training_at_equal_encoder_calls.py run --tasks docstrings \
         --methods in-batch cache --batches 64 512 --rates 0.001 0.003 --budget 200000
-    python benchmarks/a_cache_never_trains_worse_than_a_batch.py choose
-    python benchmarks/a_cache_never_trains_worse_than_a_batch.py plan --tasks docstrings
-    python benchmarks/a_cache_never_trains_worse_than_a_batch.py keep
-    python benchmarks/a_cache_never_trains_worse_than_a_batch.py report
+    python benchmarks/training_at_equal_encoder_calls.py choose
+    python benchmarks/training_at_equal_encoder_calls.py plan --tasks docstrings
+    python benchmarks/training_at_equal_encoder_calls.py keep
+    python benchmarks/training_at_equal_encoder_calls.py report
 """
 
 import argparse
