@@ -8,7 +8,7 @@ def rows_at_a_time(
 ) -> int | None:
     """Return how many of some rows to work on at a time, or None for all of them.
 
-    rows:    how many there are
+    rows:    how many there are, perhaps none
     numbers: of `dtype`, that each row takes while it is worked on; where a trace leaves one of
              these two open, it is None, and all rows are worked on together
     budget:  bytes for these
@@ -19,7 +19,7 @@ def rows_at_a_time(
     ... )
     (20, None)
     """
-    if rows is None or numbers is None:
+    if not rows or not numbers:
         return None
     size = budget // (numbers * (8 if dtype == xp.float64 else 4))
     return None if rows <= size else max(1, size)

@@ -107,6 +107,9 @@ def test_without_a_handler_nobody_keeps_it(backend):
     query, x = batch_of(backend, 0)
     with pytest.raises(OptionError, match="call the loss through a CacheLossHandler"):
         handler.cache_loss(double, query, double({"x": x}), handler.cache)
+    run(backend, handler, 0)
+    result = handler.cache_loss.evaluate(double, query, double({"x": x}), handler.cache)
+    assert float(result.loss) > 0  # evaluated, it is against the whole cache
 
 
 @pytest.mark.parametrize("limit", [0, -0.1, float("nan"), float("inf")])
