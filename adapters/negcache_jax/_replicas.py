@@ -60,6 +60,9 @@ class MeshAxis(Replicas[Array]):
     def gather(self, arrays: Sequence[Array], sizes: Sequence[int]) -> list[Array]:
         return [jax.lax.all_gather(array, self.name, tiled=True) for array in arrays]
 
+    def total(self, sums: Array, xp: Any) -> Array:
+        return jax.lax.psum(sums, self.name)  # which shard_map knows to be the same everywhere
+
     def gather_fresh(self, array: Array, sizes: Sequence[int]) -> Array:
         return jax.lax.all_gather(array, self.name, tiled=True)  # JAX transposes it to a sum
 

@@ -78,6 +78,11 @@ class Replicas(ABC, Generic[ArrayT]):
     def gather(self, arrays: Sequence[ArrayT], sizes: Sequence[int]) -> list[ArrayT]:
         """Return arrays (n, …) concatenated over all replicas, which have `sizes` rows of each."""
 
+    def total(self, sums: ArrayT, xp: Any) -> Any:
+        """Return sums (n,) added up over all replicas."""
+        (parts,) = self.gather([sums[None, :]], (1,) * self.count)
+        return xp.sum(parts, axis=0)
+
     @abstractmethod
     def gather_fresh(self, array: ArrayT, sizes: Sequence[int]) -> ArrayT:
         """Do so with gradients: a row's gradient is the sum of those of all replicas."""
