@@ -10,7 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from tournament.choosing import Row, all_seeds, arenas, choose, score
 
-TASKS = {"docstrings": "docstring to Python function", "nl2bash": "request to shell command"}
+TASKS = {
+    "docstrings": "docstring to Python function",
+    "nl2bash": "request to shell command",
+    "lines": "three lines of code to the next",
+    "recommender": "names that a function uses to one more",
+}
 METHODS = {
     "in-batch": ("in-batch", INK, "o"),
     "gradient-caching": ("gradient caching", "#16a34a", "s"),
