@@ -76,8 +76,7 @@ class StateHandler(Silent):
             for name, manager in self._managers.items()
         }
         same = PartitionSpec()
-        windowed = self.cache_loss.max_staleness is not None
-        return HandlerState(caches, same, same if windowed else None)
+        return HandlerState(caches, same, same if self._setup.windowed else None)
 
     def shardings(self, mesh: Mesh) -> HandlerState:
         """Return where each array of the state lies on a mesh: for jax.device_put, jit and Orbax.
@@ -113,7 +112,7 @@ class StateHandler(Silent):
             )
         caches = check_mapping(state.caches, "state.caches")
         check_keys(caches, self._managers, "the state", exact=True)
-        windowed = getattr(self.cache_loss, "max_staleness", None) is not None
+        windowed = self._setup.windowed
         if windowed != (state.window is not None):
             has, wants = ("none", "one") if windowed else ("a window", "none")
             raise OptionError(

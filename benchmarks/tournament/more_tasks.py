@@ -15,6 +15,7 @@ import numpy as np
 from installed_source import source_files
 
 from .task import Questions, Task
+from .texts import BUCKETS, GRAM, token
 
 RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = (
@@ -24,7 +25,6 @@ PACKAGES = (
 HELD_OUT = 2_000  # queries of each of the two kinds
 
 LINES = 300_000
-BUCKETS = 65_536
 QUERY_WORDS, ITEM_WORDS = 48, 32
 CONTEXT = 3  # lines of code before the one that is looked for
 
@@ -43,26 +43,22 @@ _FUNCTION = re.compile(r"^[ \t]*(?:async[ \t]+)?def[ \t]+", re.MULTILINE)
 _USED = re.compile(r"\.([^\W\d]\w{2,})|\b([^\W\d]\w{2,})\(")
 
 
-def lines(folder: Path | None = None) -> Task:
+def lines(_: Path | None) -> Task:
     """Return the task to find a line of code by the three lines before it.
-
-    folder: where the mined task is kept; benchmarks/results if None
 
     An item is a logical line of at least four words, with comments and docstrings left out. All
     are distinct, and so are the queries. Queries of a file are either trained on or held out.
     """
-    return _kept("lines", folder, _mine_lines)
+    return _kept("lines", _mine_lines)
 
 
-def recommender(folder: Path | None = None) -> Task:
+def recommender(_: Path | None) -> Task:
     """Return the task to find a name that a function uses by the others that it uses.
-
-    folder: where the mined task is kept; benchmarks/results if None
 
     A user is a function, an item an attribute or a called name; both sides are numbers of names,
     from 1. Names of fewer than three users are left out. Files are either trained on or held out.
     """
-    return _kept("recommender", folder, _mine_recommender)
+    return _kept("recommender", _mine_recommender)
 
 
 def _mine_lines() -> Task:
@@ -155,7 +151,7 @@ def _logical_lines(text: str) -> Iterator[str]:
 def _token_row(text: str, length: int) -> np.ndarray:
     """Return int32 (length,): hashes of names and their parts, then of their 4-grams as fit in."""
     found = [_tokens_of_name(name) for name in dict.fromkeys(_NAME.findall(text))]
-    tokens = dict.fromkeys(token for kind in (0, 1) for name in found for token in name[kind])
+    tokens = dict.fromkeys(each for kind in (0, 1) for name in found for each in name[kind])
     row = np.fromiter(tokens, np.int32)[:length]
     return np.pad(row, (0, length - len(row)))
 
@@ -164,12 +160,8 @@ def _token_row(text: str, length: int) -> np.ndarray:
 def _tokens_of_name(name: str) -> tuple[list[int], list[int]]:
     small = name.lower()
     parts = [small, *(part.lower() for part in _PART.findall(name))]
-    grams = [f"#{small[start : start + 4]}" for start in range(len(small) - 3)]
-    return [_token(part) for part in parts], [_token(gram) for gram in grams]
-
-
-def _token(text: str) -> int:
-    return _hash(text) % (BUCKETS - 1) + 1
+    grams = [f"#{small[start : start + GRAM]}" for start in range(len(small) - GRAM + 1)]
+    return [token(part) for part in parts], [token(gram) for gram in grams]
 
 
 def _split(places: np.ndarray, **sides: np.ndarray | int) -> Task:
@@ -187,9 +179,9 @@ def _split(places: np.ndarray, **sides: np.ndarray | int) -> Task:
     )
 
 
-def _kept(name: str, folder: Path | None, mine: Callable[[], Task]) -> Task:
+def _kept(name: str, mine: Callable[[], Task]) -> Task:
     """Return a task from its file, mined first where there is none."""
-    path = (folder or RESULTS) / f"task_{name}.npz"
+    path = RESULTS / f"task_{name}.npz"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         task = mine()

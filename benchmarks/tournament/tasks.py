@@ -89,6 +89,6 @@ def _read_pairs(path: Path) -> list[list[str]]:
 TASKS: dict[str, Callable[[Path | None], Task]] = {
     "docstrings": docstrings,
     "nl2bash": nl2bash,
-    "lines": lambda _: lines(),
-    "recommender": lambda _: recommender(),
+    "lines": lines,
+    "recommender": recommender,
 }

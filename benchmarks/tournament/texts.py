@@ -32,6 +32,10 @@ def _hashes(word: str) -> tuple[int, ...]:
     """Return the number of a word, then those of its 4-grams, if it is long enough for some."""
     ends = f"<{word}>"
     grams = range(len(ends) - GRAM + 1) if len(word) >= GRAM else ()
+    return tuple(map(token, [word, *(f" {ends[start : start + GRAM]}" for start in grams)]))
+
+
+def token(text: str) -> int:
+    """Return the number of a word or a 4-gram, from 1."""
     # crc32 is the same in every process; Python's own hash of a string is not.
-    texts = [word, *(f" {ends[start : start + GRAM]}" for start in grams)]
-    return tuple(zlib.crc32(text.encode()) % (BUCKETS - 1) + 1 for text in texts)
+    return zlib.crc32(text.encode()) % (BUCKETS - 1) + 1

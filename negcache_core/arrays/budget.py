@@ -2,6 +2,19 @@
 
 from typing import Any
 
+from negcache_core.arrays._array import Array
+from negcache_core.arrays.backend import Backend
+
+
+def itemsize(dtype: Any, xp: Any) -> int:
+    """Return the bytes of a number of the dtype that scores are computed in."""
+    return 8 if dtype == xp.float64 else 4
+
+
+def budget_of(tile_bytes: int | None, array: Array, backend: Backend) -> int:
+    """Return the bytes for scores in flight: `tile_bytes`, or None for what suits the device."""
+    return backend.tile_bytes(array) if tile_bytes is None else tile_bytes
+
 
 def rows_at_a_time(
     rows: int | None, numbers: int | None, dtype: Any, budget: int, xp: Any
@@ -21,5 +34,5 @@ def rows_at_a_time(
     """
     if not rows or not numbers:
         return None
-    size = budget // (numbers * (8 if dtype == xp.float64 else 4))
+    size = budget // (numbers * itemsize(dtype, xp))
     return None if rows <= size else max(1, size)

@@ -42,10 +42,15 @@ class Setup(NamedTuple):
         """Where the cache is: what the loss says, and here for a loss that says nothing."""
         return getattr(self.loss, "placement", HERE)
 
+    @property
+    def windowed(self) -> bool:
+        """Whether the caches have a window of ages; another's loss wants none."""
+        return getattr(self.loss, "max_staleness", None) is not None
+
     def init_caches(self, placement: Placement | None = None) -> Caches:
         """Return what is held here, or at another placement, of each cache, empty."""
         caches = (placement or self.placement).init_caches(self.managers)
-        if getattr(self.loss, "max_staleness", None) is not None:
+        if self.windowed:
             caches.window = new_window(self.backend.xp)
         return caches
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from negcache_core.arrays._array import Array, arange_like, cast, positions
 from negcache_core.arrays.backend import Backend
-from negcache_core.arrays.budget import rows_at_a_time
+from negcache_core.arrays.budget import budget_of, rows_at_a_time
 from negcache_core.arrays.exclusion import Exclusions, Labels
 from negcache_core.losses.estimators import Estimator, SampledSoftmax, Weights, corrected
 from negcache_core.losses.metrics import weight_sums
@@ -102,7 +102,7 @@ def by_query(step: Step, tile_bytes: int | None) -> ByQuery:
         numbers += embedded.batch().shape[0] or 0
     if not numbers:
         return _at_once(step)
-    budget = backend.tile_bytes(queries) if tile_bytes is None else tile_bytes
+    budget = budget_of(tile_bytes, queries, backend)
     size = rows_at_a_time(backend.tile_rows(queries), numbers, step.scorer.dtype, budget, xp)
     if size is None:
         return _at_once(step)

@@ -25,7 +25,7 @@ def weight_sums(weights: Weights, fresh: Array, *, xp: Any) -> tuple[Array, ...]
     Those of the weights w_k and of their squares; unless each query has one draw, also of
     w_k^2 |f_k|^2 and of w_k^2 <f_k, p>, and |p|^2, with p the sum of w_k f_k.
     """
-    each: Any = weights.every if weights.own is None else weights.own
+    each: Any = weights.each()
     total, square = xp.sum(each, axis=1), xp.sum(each**2, axis=1)
     if weights.own is not None and weights.own.shape[1] == 1:
         return total, square

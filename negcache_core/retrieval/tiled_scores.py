@@ -13,11 +13,11 @@ from negcache_core.arrays._array import (
     arange_like,
     cast,
     concat_rows,
-    dtype_name,
     fill,
     length,
 )
 from negcache_core.arrays.backend import CPU_TILE, Backend
+from negcache_core.arrays.budget import budget_of, itemsize
 from negcache_core.arrays.exclusion import Exclusions, Labels
 from negcache_core.arrays.numerics import log_sum_exp
 from negcache_core.cache.state import NegativeCache, is_written
@@ -226,8 +226,7 @@ def scores_of(
     first:  the number of the first slot of all
     """
     xp = backend.xp
-    itemsize = 8 if dtype_name(scorer.dtype) == "float64" else 4
-    budget = backend.tile_bytes(queries) if tile_bytes is None else tile_bytes
+    number, budget = itemsize(scorer.dtype, xp), budget_of(tile_bytes, queries, backend)
     # The scale goes into the queries: B x D products instead of one for each score. Stopped, as a
     # tape that watches the scale would otherwise keep every tile.
     scaled, plain = backend.stop_gradient(scorer.scaled(queries)), scorer._replace(scale=None)
@@ -238,7 +237,7 @@ def scores_of(
             age = recent(age, window, xp)
         copied = backend.slices_copy or table.dtype != scorer.dtype
         width = table.shape[1] if copied else 0
-        tile = tile_slots(backend.tile_rows(queries), width, itemsize, budget)
+        tile = tile_slots(backend.tile_rows(queries), width, number, budget)
         group = None if group_key is None else cache.data[group_key]
         labels = Labels(tuple([cache.data[key] for key in id_keys]), group)
         bias = None if bias_key is None else cast(cache.data[bias_key], scorer.dtype, xp)

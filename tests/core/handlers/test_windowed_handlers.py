@@ -22,7 +22,10 @@ def windowed(backend, seed=1, **options):
 
 def run(backend, handler, seed, factor=1.0):
     query, x = batch_of(backend, seed, rows=3)
-    network = lambda features: double(features) * factor  # noqa: E731
+
+    def network(features):
+        return double(features) * factor
+
     loss = handler.update_cache_and_compute_loss(network, query, network({"x": x}), {"x": x})
     return float(loss)
 
@@ -142,7 +145,10 @@ def test_the_window_of_a_state_dict_is_loaded_and_follows_no_cast():
     one, other = torch_loss(max_staleness=LIMIT), torch_loss(max_staleness=LIMIT)
     x = torch.eye(2)
     for factor in range(1, 7):
-        network = lambda features, factor=factor: features["x"] * factor  # noqa: E731
+
+        def network(features, factor=factor):
+            return features["x"] * factor
+
         one(network, x, network({"x": x}), {"x": x}, training=True)
     other.load_state_dict(one.state_dict())
     window = one._store.read().window
