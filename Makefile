@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: help demo bench bench-full bench-training bench-sentence-transformers run-benchmarks plots soak \
-	test test-deep test-lowest docs lint format typecheck dist audit clean
+	test gpu test-deep test-lowest docs lint format typecheck dist audit clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -69,6 +69,10 @@ soak: $(VENV)/.test ## run each backend for SOAK_STEPS steps: memory flat, cache
 
 test: $(VENV)/.test ## run every test, on all backends
 	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist worksteal
+
+gpu: $(VENV)/.gpu ## on a machine with an NVIDIA GPU: tests of PyTorch and JAX there, and what a step takes
+	XLA_FLAGS= XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest tests/gpu
+	$(BIN)/python benchmarks/a_step_on_a_device.py
 
 test-deep: $(VENV)/.test ## the same with many more random examples
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist worksteal

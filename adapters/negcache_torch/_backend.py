@@ -38,8 +38,9 @@ class TorchBackend(Backend[Tensor]):
 
     def from_host(self, table: Tensor, values: np.ndarray[Any, Any]) -> Tensor:
         if values.dtype == ml_dtypes.bfloat16:
-            return table.copy_(torch.asarray(values.view(np.int16)).view(torch.bfloat16))
-        return table.copy_(torch.asarray(values))
+            halves = torch.asarray(values.view(np.int16), device="cpu")
+            return table.copy_(halves.view(torch.bfloat16))
+        return table.copy_(torch.asarray(values, device="cpu"))
 
     def generator_state(self, generator: BufferGenerator) -> tuple[str, Any]:
         return "SplitMix64", int(generator.state)
@@ -115,7 +116,7 @@ class TorchBackend(Backend[Tensor]):
         stacks = tuple(
             torch.cat([part[None], part.new_zeros((count - 1, *part.shape))]) for part in first
         )
-        start = torch.ones((), dtype=torch.int64)  # on the host, where it is read
+        start = torch.ones((), dtype=torch.int64, device="cpu")  # where it is read
         state = torch.while_loop(lambda tile, *_: tile < count, body, (start, *carry, *stacks))[1:]
         return state[:carried], tuple(stack.flatten(0, 1) for stack in state[carried:])
 

@@ -129,7 +129,7 @@ def _leave_ids_out_in_place(scores: Any, rows: Any, own: Any, xp: Any) -> None:
         ids, theirs = (cast(each, xp.index_dtype, xp) for each in pair)
         wanted = xp.reshape(theirs, (-1,))
         low = _last_digits(wanted)
-        table = xp.zeros((low + 1,), dtype=xp.bool)
+        table = cast(fill((low + 1,), 0, wanted, xp), xp.bool, xp)
         table[wanted & low] = True
         found = _either(found, xp.take(table, ids & low, axis=0))
         every.append((ids, theirs, wanted))
@@ -166,7 +166,7 @@ def _keep_groups_in_place(scores: Any, rows: Array, own: Array, xp: Any) -> None
     """
     rows, own = cast(rows, xp.index_dtype, xp), cast(own, xp.index_dtype, xp)
     count, low = own.shape[0], _last_digits(own)
-    table, group = xp.full((low + 1,), count, dtype=xp.index_dtype), own
+    table, group = fill((low + 1,), count, own, xp), own
     table[own & low] = positions(own, xp)
     if bool(
         (xp.min(rows) >= 0) & (xp.max(rows) <= low) & (xp.min(own) >= 0) & (xp.max(own) <= low)

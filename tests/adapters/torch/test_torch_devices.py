@@ -79,6 +79,41 @@ def test_a_handler_stays_on_its_device(options):
     assert {each.device for each in found} == {META}
 
 
+@pytest.mark.parametrize("options", [{}, {"margin": 0.5}, {"top_k": 64, "estimator": "shared"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_on_the_host_stays_there_whatever_the_default_device(options, dtype, tmp_path):
+    """As after torch.set_default_device("cuda"), with what a step does for large caches alone."""
+    spec = negcache.FieldSpec((), torch.int64)
+    loss_fn = negcache.NegativeCacheLoss(
+        1_024,
+        {"x": spec},
+        embedding=torch.empty(1, 4, dtype=dtype),
+        labels={"id": spec, "kind": spec},
+        id_keys=("id",),
+        group_key="kind",
+        generator=0,
+        **options,
+    )
+    tower, ids = torch.nn.Embedding(50, 4), torch.arange(32)
+    features, labels = {"x": ids}, {"id": ids, "kind": ids % 3}
+
+    def network(rows):
+        return tower(rows["x"])
+
+    with META:
+        for _ in range(2):
+            loss_fn(network, tower(ids), tower(ids), features, labels=labels).backward()
+        loss_fn.prefill(network, features, 8, labels=labels)
+        loss_fn.refresh(network, 8)
+        loss_fn.evict_nonfinite()
+        loss_fn.save(tmp_path / "cache")
+        loss_fn.load(tmp_path / "cache")
+        loss_fn.load_state_dict(loss_fn.state_dict())
+        loss_fn.eval()
+        found = loss_fn(network, tower(ids), tower(ids), features, labels=labels)
+    assert {each.device.type for each in (found, *loss_fn.state_dict().values())} == {"cpu"}
+
+
 def test_functions_stay_on_their_device():
     scores = rows(2, 7)
     found = [
