@@ -154,3 +154,24 @@ def test_what_is_learned_is_taken_from_the_scores_of_cached_rows(tournament):
     assert found[None] == pytest.approx(found[0.0], rel=1e-5)
     assert found[1.5] == pytest.approx(wanted.item(), rel=1e-5)
     assert found[1.5] < found[0.0] - 0.05
+
+
+def test_errors_are_of_the_scores_of_those_who_drew(tournament):
+    model, batch, _, _ = random_batch(tournament, [4, 9, 14, 7])
+    against = tournament.against_cache.AgainstCache(
+        *(model.items, model.scale, 6, 16, 0),
+        {"max_staleness": None, "num_samples": 3, "residual_mix": True},
+    )
+    texts, before = model.queries(batch.queries), model.items(batch.items)
+    against.loss(texts, before, batch.items, batch.ids)
+    with torch.no_grad():
+        model.items.vectors += 0.1 * torch.randn_like(model.items.vectors)
+    after, told = model.items(batch.items), []
+    against.errors.learn = lambda *seen: told.append(seen)
+    against.loss(texts, after, batch.items, batch.ids + 50)
+    ((ages, errors),) = told
+    assert ages.tolist() == [0] * 12
+    possible = model.scale() * texts @ (before - after).T
+    away = (errors.reshape(4, 3, 1) - possible[:, None]).abs().amin(2)
+    assert away.max() < 1e-5
+    assert errors.abs().min() > 1e-3
