@@ -7,6 +7,7 @@ reported, all items being the gallery.
 
     python benchmarks/training_at_equal_encoder_calls.py run --tasks docstrings \
         --methods in-batch cache --batches 64 512 --rates 0.001 0.003 --budget 200000
+    python benchmarks/training_at_equal_encoder_calls.py run --runs FILE --processes 16
     python benchmarks/training_at_equal_encoder_calls.py choose
     python benchmarks/training_at_equal_encoder_calls.py plan --tasks docstrings
     python benchmarks/training_at_equal_encoder_calls.py keep
@@ -16,6 +17,7 @@ reported, all items being the gallery.
 import argparse
 import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,22 @@ from tournament import plan, results
 from tournament.choosing import all_seeds, choose, needed
 from tournament.methods import METHODS
 from tournament.report import report
-from tournament.running import run_all
+from tournament.running import Places, run_all
 from tournament.tasks import TASKS
 from tournament.towers import TOWERS
 from tournament.training import Run
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train the product of all that was asked for."""
+    """Train the runs of a file, or the product of all that was asked for."""
+    grid = [options.methods, options.batches, options.rates]
+    if options.runs is not None:
+        if any(grid):
+            raise SystemExit("--runs has methods, batches and rates of its own: leave them out.")
+        run_all(results.read_runs(options.runs), *_where(options))
+        return
+    if not all(grid):
+        raise SystemExit("expected --methods, --batches and --rates, or --runs.")
     runs = itertools.starmap(
         Run,
         itertools.product(
@@ -45,15 +55,22 @@ def run(options: argparse.Namespace) -> None:
             options.options,
         ),
     )
-    run_all(runs, options.out, options.nl2bash, options.jobs)
+    run_all(runs, *_where(options))
 
 
 def run_plan(options: argparse.Namespace) -> None:
     """Train the default plan, and what it chooses with further seeds."""
-    where = options.out, options.nl2bash, options.jobs
     tasks = options.tasks or [name for name in TASKS if name != "nl2bash" or options.nl2bash]
-    run_all(plan.first_seed(tasks), *where)
-    run_all(plan.more_seeds(results.read(options.out), tasks), *where)
+    begun = time.monotonic()
+    run_all(plan.first_seed(tasks), *_where(options))
+    if options.stop_after is not None:
+        options.stop_after -= time.monotonic() - begun
+    run_all(plan.more_seeds(results.read(options.out), tasks), *_where(options))
+
+
+def _where(options: argparse.Namespace) -> tuple[Places, int, float | None]:
+    places = Places(options.out, options.nl2bash, options.tasks_cache)
+    return places, options.processes, options.stop_after
 
 
 def keep(options: argparse.Namespace) -> None:
@@ -94,9 +111,9 @@ def main() -> None:
     train = parts.add_parser("run", help="train whatever of a grid is not there yet")
     train.set_defaults(do=run)
     train.add_argument("--towers", nargs="+", choices=TOWERS, default=["separate"])
-    train.add_argument("--methods", nargs="+", choices=METHODS, required=True)
-    train.add_argument("--batches", nargs="+", type=int, required=True)
-    train.add_argument("--rates", nargs="+", type=float, required=True)
+    train.add_argument("--methods", nargs="+", choices=METHODS)
+    train.add_argument("--batches", nargs="+", type=int)
+    train.add_argument("--rates", nargs="+", type=float)
     train.add_argument("--seeds", nargs="+", type=int, default=[0])
     train.add_argument("--budget", nargs="+", type=int, default=[200_000], help="encoder calls")
     train.add_argument(
@@ -106,13 +123,22 @@ def main() -> None:
         default=[{}],
         help="of the method, as JSON; each a contest of its own",
     )
+    train.add_argument(
+        "--runs", type=Path, help="file of runs, each a line of JSON, in place of a grid"
+    )
     train.add_argument("--tasks", nargs="+", choices=TASKS, default=["docstrings"])
     planned = parts.add_parser("plan", help="train what is left of the default plan")
     planned.set_defaults(do=run_plan)
     planned.add_argument("--tasks", nargs="+", choices=TASKS, help="all, where the data are")
     out = RESULTS / "tournament.jsonl"
     for part in (train, planned):
-        part.add_argument("--jobs", type=int, default=1, help="runs at a time")
+        part.add_argument(
+            *("--processes", "--jobs"), type=int, default=1, help="runs at a time, each a thread"
+        )
+        part.add_argument(
+            "--stop-after", type=float, metavar="SECONDS", help="begin no run after this time"
+        )
+        part.add_argument("--tasks-cache", type=Path, help="folder that keeps the tasks' arrays")
         part.add_argument("--nl2bash", type=Path, help="folder of NL2Bash's three files")
         part.add_argument("--out", type=Path, default=out, help="file of results")
     chosen = parts.add_parser("choose", help="print the best batch and rate of each")

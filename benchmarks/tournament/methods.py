@@ -1,6 +1,7 @@
 """The ways of training that are compared; a method begins a training from a setting."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -11,12 +12,17 @@ from .in_batch import in_batch_loss
 from .method import FORWARD_ONLY, Batch, Begin, Phase, Setting, Training
 from .towers import WIDTH, bags_of
 
+OF_ALL = ("scale", "cache_size")  # options that any method takes
 FULL_SOFTMAX_ITEMS = 50_000  # more are not embedded at every step
 
 
 def in_batch(setting: Setting) -> Training:
-    """Cross-entropy of each query's item against the batch's other items."""
-    return Training([Phase(in_batch_loss(setting.model), 2 * setting.batch)])
+    """Cross-entropy of each query's item against the batch's other items.
+
+    The options are those of `in_batch_loss`.
+    """
+    loss = in_batch_loss(setting.model, **setting.options)
+    return Training([Phase(loss, 2 * setting.batch)])
 
 
 def gradient_caching(setting: Setting) -> Training:
@@ -24,7 +30,7 @@ def gradient_caching(setting: Setting) -> Training:
 
     That is what a large batch costs where its activations do not fit. Here they do.
     """
-    plain = in_batch_loss(setting.model)
+    plain = in_batch_loss(setting.model, **setting.options)
 
     def loss(batch: Batch) -> Tensor:
         with torch.no_grad():
@@ -85,6 +91,8 @@ def full_softmax(setting: Setting) -> Training:
     return Training([Phase(loss, 2 * setting.batch)])
 
 
+IN_BATCH_OPTIONS = ("symmetric", "hard_weight")
+OPTIONS = {"in-batch": IN_BATCH_OPTIONS, "gradient-caching": IN_BATCH_OPTIONS}
 METHODS: dict[str, Begin] = {
     "in-batch": in_batch,
     "gradient-caching": gradient_caching,
@@ -92,3 +100,11 @@ METHODS: dict[str, Begin] = {
     "cache": cache,
     "full-softmax": full_softmax,
 }
+
+
+def check_options(method: str, options: Iterable[str]) -> None:
+    """Exit unless a method takes options of these names; the cache has its own check."""
+    known = OPTIONS.get(method, ())
+    refused = [] if method == "cache" else sorted(set(options) - set(known))
+    if refused:
+        raise SystemExit(f"{method} takes the options {[*OF_ALL, *known]}, and not {refused}.")

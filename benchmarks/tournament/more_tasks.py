@@ -1,23 +1,23 @@
 """Two tasks on the source code that `make test` installs: its next line, and the names it uses.
 
-They are mined in about a minute each, and kept: what is read depends on the installed versions.
+They are mined in less than a minute each, and kept: what is read depends on the installed versions.
 """
 
-import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from installed_source import source_files
 
+from .keeping import kept
 from .task import Questions, Task
 from .texts import BUCKETS, GRAM, token
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = Path(__file__).parents[1] / "results" / "tasks"
 PACKAGES = (
     *("jax", "keras", "numpy", "scipy", "sklearn", "sympy", "tensorflow", "torch"),
     "transformers",
@@ -49,7 +49,7 @@ def lines(_: Path | None) -> Task:
     An item is a logical line of at least four words, with comments and docstrings left out. All
     are distinct, and so are the queries. Queries of a file are either trained on or held out.
     """
-    return _kept("lines", _mine_lines)
+    return kept(RESULTS / "lines.npz", _mine_lines)
 
 
 def recommender(_: Path | None) -> Task:
@@ -58,7 +58,7 @@ def recommender(_: Path | None) -> Task:
     A user is a function, an item an attribute or a called name; both sides are numbers of names,
     from 1. Names of fewer than three users are left out. Files are either trained on or held out.
     """
-    return _kept("recommender", _mine_recommender)
+    return kept(RESULTS / "recommender.npz", _mine_recommender)
 
 
 def _mine_lines() -> Task:
@@ -177,25 +177,6 @@ def _split(places: np.ndarray, **sides: np.ndarray | int) -> Task:
         validation=validation,
         test=test,
     )
-
-
-def _kept(name: str, mine: Callable[[], Task]) -> Task:
-    """Return a task from its file, mined first where there is none."""
-    path = RESULTS / f"task_{name}.npz"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        task = mine()
-        arrays = task._asdict() | {"validation": task.validation.rows, "test": task.test.rows}
-        part = path.with_name(f"{path.stem}.{os.getpid()}.npz")
-        np.savez_compressed(part, **arrays)
-        part.replace(path)  # whole, for a process that reads it meanwhile
-    with np.load(path) as file:
-        arrays = dict(file)
-    for kind in ("validation", "test"):
-        rows = arrays[kind]
-        arrays[kind] = Questions(rows, arrays["item_of"][rows][:, None])
-    sizes = {kind: int(arrays[kind]) for kind in ("query_buckets", "item_buckets")}
-    return Task(**{**arrays, **sizes})
 
 
 def _hash(text: str) -> int:

@@ -1,11 +1,15 @@
 """What was measured: a line of JSON for each run, added as it ends."""
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .methods import METHODS
+from .tasks import TASKS
+from .towers import TOWERS
 from .training import Run
 
 KEPT = Path(__file__).parent / "results.jsonl"  # what the documentation shows
@@ -15,6 +19,30 @@ def name_of(run: Run | dict[str, Any]) -> str:
     """Return what tells a run, or a result of one, from all others."""
     given = run._asdict() if isinstance(run, Run) else run
     return json.dumps([given[key] for key in Run._fields], sort_keys=True)
+
+
+def read_runs(path: Path) -> list[Run]:
+    """Return the runs of a file, a line of JSON for each, with all fields of Run and no others."""
+    return [
+        _run_of(line, f"{path}, line {number}")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if line.strip()
+    ]
+
+
+def _run_of(line: str, where: str) -> Run:
+    try:
+        given = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SystemExit(f"{where} is no JSON: {error}.") from error
+    if not isinstance(given, dict) or given.keys() != set(Run._fields):
+        raise SystemExit(f"{where} is {line}: expected an object of {list(Run._fields)}.")
+    run = Run(**given)
+    known = (("task", TASKS), ("towers", TOWERS), ("method", METHODS))
+    for name, names in known:
+        if given[name] not in names:
+            raise SystemExit(f"{where} has {name} {given[name]!r}: expected one of {list(names)}.")
+    return run
 
 
 def read(*paths: Path) -> list[dict[str, Any]]:
@@ -31,10 +59,11 @@ def read(*paths: Path) -> list[dict[str, Any]]:
 
 
 def add(path: Path, result: dict[str, Any]) -> None:
-    """Add a line, in one write: so several processes may. What was cut short before is ended."""
+    """Add a line, under a lock: so several processes may. What was cut short before is ended."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
         size = os.fstat(file).st_size
         cut = size > 0 and os.pread(file, 1, size - 1) != b"\n"
         os.write(file, ("\n" * cut + json.dumps(result) + "\n").encode())

@@ -95,10 +95,6 @@ class TwoTowers(nn.Module):
         """Return the factor on the cosines."""
         return self.log_scale.exp()
 
-    def embed_items(self, features: dict[str, Tensor]) -> Tensor:
-        """Map {"tokens": (n, words)}, as a cache stores them, to embeddings (n, WIDTH)."""
-        return self.items(features["tokens"])
-
     def tables(self) -> list[nn.Parameter]:
         """Return the parameters whose gradients are sparse, each once."""
         tables = (self.queries, self.items)

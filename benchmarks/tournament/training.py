@@ -14,13 +14,12 @@ from docstring_pairs import batches
 from torch.optim.lr_scheduler import LambdaLR
 
 from .method import Batch, Phase, Setting
-from .methods import METHODS
+from .methods import METHODS, OF_ALL, check_options
 from .task import Task
 from .towers import SCALE, TwoTowers, evaluate
 
 CACHE_SIZES = {"docstrings": 8_192, "nl2bash": 8_192}
 OTHER_CACHE_SIZE = 32_768
-OF_ALL = ("scale", "cache_size")  # options that any method takes
 LAYERS_SHARE = 0.1  # of the rate: layers take smaller steps than sparse tables do
 PARTS = [Fraction(part) for part in ("1/16", "1/8", "1/4", "3/8", "1/2", "3/4", "1")]
 
@@ -54,8 +53,7 @@ def train(run: Run, task: Task) -> dict[str, Any]:
     begun, load = time.perf_counter(), os.getloadavg()[0]
     torch.manual_seed(run.seed)
     own = {key: value for key, value in run.options.items() if key not in OF_ALL}
-    if own and run.method != "cache":
-        raise SystemExit(f"{run.method} takes no options but {OF_ALL}; it got {own}.")
+    check_options(run.method, own)
     model = TwoTowers(task, run.towers, run.options.get("scale", SCALE))
     size = run.options.get("cache_size", CACHE_SIZES.get(run.task, OTHER_CACHE_SIZE))
     training = METHODS[run.method](Setting(model, task, run.batch, size, run.seed, own))

@@ -20,22 +20,29 @@ def tournament():
         patch.syspath_prepend(BENCHMARKS)
         import training_at_equal_encoder_calls as script  # noqa: PLC0415 - found from here on
         from tournament import (  # noqa: PLC0415
+            against_cache,
             choosing,
             drift,
+            in_batch,
+            keeping,
             method,
             methods,
             plan,
             report,
             results,
             running,
+            score_errors,
             task,
             towers,
             training,
         )
 
         patch.setitem(running.TASKS, "tiny", lambda _: tiny(task))
-        modules = (choosing, drift, method, methods, plan, report, results, running, task, towers)
-        names = {module.__name__.rpartition(".")[2]: module for module in (*modules, training)}
+        modules = (
+            *(against_cache, choosing, drift, in_batch, keeping, method, methods, plan, report),
+            *(results, running, score_errors, task, towers, training),
+        )
+        names = {module.__name__.rpartition(".")[2]: module for module in modules}
         yield SimpleNamespace(
             script=script, tiny=partial(tiny, task), run_of=partial(run_of, training), **names
         )

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 BUDGET = 2_000
@@ -10,11 +11,12 @@ CACHE = {"cache_size": 64}
 
 def test_two_methods_learn_and_are_not_trained_again(tournament, tmp_path, capsys):
     path = tmp_path / "results.jsonl"
+    places = tournament.running.Places(path)
     runs = [tournament.run_of(method) for method in ("in-batch", "cache")]
-    tournament.running.run_all([*runs, *runs], path, None, 1)
+    tournament.running.run_all([*runs, *runs], places)
     assert "2 runs, 2 of them to do" in capsys.readouterr().out
     before = path.read_text()
-    tournament.running.run_all(runs, path, None, 1)
+    tournament.running.run_all(runs, places)
     assert "2 runs, 0 of them to do" in capsys.readouterr().out
     assert path.read_text() == before
     for row in tournament.results.read(path):
@@ -50,14 +52,84 @@ def test_the_same_run_has_the_same_curve(tournament):
 def test_a_line_that_was_cut_short_is_run_again(tournament, tmp_path, cut):
     path = tmp_path / "results.jsonl"
     runs = [tournament.run_of(budget=100, seed=seed) for seed in (0, 1, 2)]
-    tournament.running.run_all(runs[:2], path, None, 1)
+    tournament.running.run_all(runs[:2], tournament.running.Places(path))
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
     # Only the end of the line is missing: nothing is lost.
     assert len(tournament.results.read(path)) == (2 if cut == 1 else 1)
-    tournament.running.run_all(runs, path, None, 1)
+    tournament.running.run_all(runs, tournament.running.Places(path))
     assert [row["seed"] for row in tournament.results.read(path)] == [0, 1, 2]
     assert path.read_bytes().endswith(b"\n")
+
+
+def test_a_file_of_runs_is_trained_once_and_by_processes(tournament, tmp_path, monkeypatch, capsys):
+    wanted, path, cached = (tmp_path / name for name in ("runs.jsonl", "found.jsonl", "tasks"))
+    runs = [
+        tournament.run_of(method, budget=100, options={"symmetric": 0.5}, seed=seed)
+        for method in ("in-batch", "cache")
+        for seed in (0, 1)
+    ]
+    wanted.write_text("".join(json.dumps(run._asdict()) + "\n" for run in runs))
+    # Other processes have no task of this name but by what is kept here.
+    tournament.keeping.save(cached / "tiny.npz", tournament.tiny())
+    arguments = ["", "run", "--runs", str(wanted), "--out", str(path), "--tasks-cache", str(cached)]
+
+    def run(*more):
+        monkeypatch.setattr("sys.argv", [*arguments, *more])
+        tournament.script.main()
+        return capsys.readouterr().out
+
+    assert "4 runs were not begun" in run("--stop-after", "0")
+    assert not path.exists()
+    run("--processes", "2")
+    found = tournament.results.read(path)
+    names = {tournament.results.name_of(row) for row in found}
+    assert names == {tournament.results.name_of(each) for each in runs}
+    assert len(path.read_text().splitlines()) == 4
+    alone = tournament.training.train(runs[-1], tournament.tiny())
+    (same,) = (row for row in found if (row["method"], row["seed"]) == ("cache", 1))
+    for mine, theirs in zip(alone["curve"], same["curve"], strict=True):
+        assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
+    assert "4 runs, 0 of them to do" in run()
+    with pytest.raises(SystemExit, match="leave them out"):
+        run("--methods", "cache")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "line 1 is no JSON"),
+        ('{"task": "tiny"}', "expected an object of"),
+        ("[1]", "expected an object of"),
+        ("method", "has method 'magic': expected one of"),
+        ("task", "has task 'magic': expected one of"),
+    ],
+)
+def test_a_file_of_runs_is_checked(tournament, tmp_path, line, words):
+    path = tmp_path / "runs.jsonl"
+    if line in {"method", "task"}:
+        line = json.dumps({**tournament.run_of()._asdict(), line: "magic"})
+    path.write_text(line + "\n")
+    with pytest.raises(SystemExit, match=words):
+        tournament.results.read_runs(path)
+
+
+def test_a_kept_task_is_the_task(tournament, tmp_path):
+    task = tournament.tiny()
+    more = tournament.task.Questions(np.arange(3), np.arange(70_000, 70_006).reshape(3, 2))
+    task = task._replace(test=more)
+    path = tmp_path / "deep" / "tiny.npz"
+    for _ in range(2):  # mined, then read
+        found = tournament.keeping.kept(path, lambda: task if not path.exists() else None)
+        for mine, theirs in zip(arrays_of(found), arrays_of(task), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+            assert mine.dtype == theirs.dtype
+    assert [each.name for each in path.parent.iterdir()] == ["tiny.npz"]
+
+
+def arrays_of(task):
+    parts = [part if isinstance(part, tuple) else (part,) for part in task]
+    return [np.asarray(array) for part in parts for array in part]
 
 
 def planted(method, batch, seed=0, options=(), **parts):

@@ -68,6 +68,11 @@ def spied(tournament, monkeypatch):
         ("cache", {"estimator": "shared", "in_batch_negatives": False}, 24, 0),
         ("cache", {"refresh": 5}, 24, 5),
         ("cache", {"max_staleness": None}, 24, 0),
+        ("in-batch", {"symmetric": 0.5, "hard_weight": 1.0}, 16, 0),
+        ("cache", {"symmetric": 0.5}, 24, 0),
+        ("cache", {"other_direction": 0.5}, 32, 0),
+        ("cache", {"other_direction": 0.5, "num_samples": 3, "refresh": 5}, 64, 10),
+        ("cache", {"residual_mix": True, "hard_weight": 1.0}, 24, 0),
         ("full-softmax", {}, 8, 0),  # its items have no price
     ],
 )
@@ -129,6 +134,28 @@ def test_a_map_that_is_held_at_zero_changes_nothing(tournament):
     for first, second in zip(plain["curve"], held["curve"], strict=True):
         for key in ("loss", "test MRR", "staleness", "calls"):
             assert first[key] == pytest.approx(second[key], rel=1e-4)
+
+
+def test_options_of_another_method_are_refused(tournament):
+    for method, option in [("in-batch", "prefill"), ("memory", "symmetric")]:
+        run = tournament.run_of(method, options={option: 0.5})
+        with pytest.raises(SystemExit, match=f"{method} takes the options .*, and not .'{option}'"):
+            tournament.training.train(run, tournament.tiny())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"symmetric": 1.0},
+        {"symmetric": -0.1},
+        {"symmetric": 0.5, "other_direction": 0.5},
+        {"hard_weight": -1.0},
+    ],
+)
+def test_weights_that_leave_nothing_are_refused(tournament, options):
+    method = "cache" if "other_direction" in options else "in-batch"
+    with pytest.raises(SystemExit, match=next(iter(options))):
+        tournament.training.train(tournament.run_of(method, options=options), tournament.tiny())
 
 
 @pytest.mark.parametrize("estimator", ["paper", "shared", "exact_query"])
