@@ -171,14 +171,16 @@ def _at_all_widths(step: Step, prefixes: Prefixes) -> ByQuery:
     embedded, usable, retrieval, scorer, backend = step[:5]
     xp, constant, shape = backend.xp, backend.stop_gradient, (-1, prefixes.number)
     pool: Any = retrieval.pool
-    training, log_odds, weights = _estimated(step.of_widths(prefixes))
+    queries = scorer.scaled(embedded.queries)
+    step = step._replace(embedded=embedded._replace(queries=queries)).of_widths(prefixes)
+    training, log_odds, weights = _estimated(step)
     training = prefixes.weighted_sum(xp.reshape(training, shape), xp)
     if retrieval.readout is not None:
         training = training + prefixes.weights[-1] * widest_term(
             weights,
             scorer,
             prefixes,
-            embedded.queries,
+            queries,
             readout=xp.where(usable.queries[:, None], retrieval.readout, 0.0),
             stale=pool.stale,
             constant=constant,

@@ -104,7 +104,7 @@ def widest_term(
     weights: Weights,
     scorer: Scorer,
     prefixes: Prefixes,
-    queries: Array,
+    scaled: Array,
     *,
     readout: Array,
     stale: Array,
@@ -112,7 +112,7 @@ def widest_term(
 ) -> Array:
     """Return (B,): what a readout at the last width adds to the drawn rows' term there.
 
-    queries (B, D) are differentiable; weights are of B * W queries, by query and width
+    scaled: (B, D + W) the queries, differentiable; weights are of B * W, by query and width
     readout: (B, w); stale (n, D): the drawn rows as the cache has them
 
     The drawn rows' term has the queries' gradient too, so here their stale part is taken from it:
@@ -124,9 +124,8 @@ def widest_term(
     rows = at_widest(cast(stale, scorer.dtype, xp), prefixes, xp)
     target = share * cast(readout, scorer.dtype, xp)
     target = target - xp.matmul(last_width(weights.stale, prefixes, xp), rows)
-    scaled = scorer.scaled(queries)
-    scaled = scaled[:, : prefixes.widest] * scaled[:, -1:]
-    return xp.sum(scaled * constant(target), axis=1)
+    unit = scaled[:, : prefixes.widest] * scaled[:, -1:]
+    return xp.sum(unit * constant(target), axis=1)
 
 
 def last_width(values: Any, prefixes: Prefixes, xp: Any) -> Any:

@@ -26,6 +26,8 @@ def weigh_blocks_by_width(
     """
     backend, dtype, xp = cache.backend, cache.scorer.dtype, cache.scorer.xp
     queries, factors = matryoshka.parted(cache.queries, prefixes)
+    parts = [queries[:, begin:end] for _, begin, end in prefixes.segments()]
+    by_place = [factors[:, place][None, :] for place in range(prefixes.number)]
 
     def weigh(
         readout: tuple[Array, ...], start: Any, size: int
@@ -40,10 +42,12 @@ def weigh_blocks_by_width(
             none = fill((short,), value=False, like=written, xp=xp)
             written = xp.concat([written, none], axis=0)
         for place, begin, end in prefixes.segments():
-            part: Any = xp.matmul_transposed(rows[:, begin:end], queries[:, begin:end])
-            products = part if products is None else products + part
+            part: Any = xp.matmul_transposed(rows[:, begin:end], parts[place])
+            if products is not None:
+                part += products  # in place, where a library's arrays can change
+            products = part
             scores = products * inverse[:, place][:, None]
-            scores *= factors[:, place][None, :]
+            scores *= by_place[place]
             if cache.own is not None:
                 scores = backend.exclude(scores, labels, at_width(cache.own, place))
             if bias is not None:
@@ -61,8 +65,8 @@ def weigh_blocks_by_width(
             found.append(weights)
         return readout, tuple(found)
 
-    readout, parts = cache.scan_tiles(weigh, readout, cache.slots, cache.tile)
-    return [xp.matrix_transpose(part) for part in parts], readout
+    readout, weights = cache.scan_tiles(weigh, readout, cache.slots, cache.tile)
+    return [xp.matrix_transpose(part) for part in weights], readout
 
 
 def score_blocks_at_width(

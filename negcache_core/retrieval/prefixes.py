@@ -65,7 +65,7 @@ def inverse_lengths(rows: Array, prefixes: Prefixes, xp: Any) -> Any:
 
     0 where the length is 0: such a row scores 0, and has no gradient there.
     """
-    squares, total, found = rows**2, None, []
+    squares, total, found = rows * rows, None, []
     for _, start, stop in prefixes.segments():
         part: Any = xp.sum(squares[..., start:stop], axis=-1)
         total = part if total is None else total + part

@@ -16,7 +16,8 @@ class Scorer(NamedTuple):
     dtype:     the dtype to compute in; half types are raised to float32 before the product
     prefixes:  None, or the widths at which scores are scale * cosine of the first coordinates, and
                then there is no transform. A query has W scores with an item: B queries (B, D) are
-               then B * W, by query and width; scaled queries are (B, D + W).
+               then B * W, by query and width. Scaled queries are (B, D + W), and as good as
+               queries for all methods.
     """
 
     scale: Any
@@ -29,7 +30,7 @@ class Scorer(NamedTuple):
         """Score each query (B, D) with its own items (B, D) or (B, S, D): (B,) or (B, S)."""
         if self.prefixes is not None:
             items = cast(items, self.dtype, self.xp)
-            return matryoshka.pairs(self.scaled(queries), items, self.prefixes, self.xp)
+            return matryoshka.pairs(self._wide(queries, items), items, self.prefixes, self.xp)
         queries = cast(queries, self.dtype, self.xp)
         if len(items.shape) == 3:
             queries = queries[:, None, :]
@@ -54,7 +55,7 @@ class Scorer(NamedTuple):
         """Score every query (B, D) with every item (n, D): (B, n)."""
         if self.prefixes is not None:
             items = cast(items, self.dtype, self.xp)
-            return matryoshka.cross(self.scaled(queries), items, self.prefixes, self.xp)
+            return matryoshka.cross(self._wide(queries, items), items, self.prefixes, self.xp)
         return self.xp.matrix_transpose(self.by_item(self.scaled(queries), items))
 
     def scaled(self, queries: Array) -> Array:
@@ -64,6 +65,10 @@ class Scorer(NamedTuple):
             scale = None if self.scale is None else self._scale()
             return matryoshka.with_factors(queries, scale, self.prefixes, self.xp)
         return queries if self.scale is None else queries * self._scale()
+
+    def _wide(self, queries: Array, items: Array) -> Array:
+        """Return scaled queries (B, D + W) of queries that may be scaled already."""
+        return self.scaled(queries) if queries.shape[1] == items.shape[-1] else queries
 
     def _transformed(self, scores: Array) -> Array:
         if self.transform is None:
