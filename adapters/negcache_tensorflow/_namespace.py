@@ -38,8 +38,10 @@ def zeros(shape: Any, *, dtype: tf.DType) -> tf.Tensor:
 
 
 def full(shape: Any, value: Any, *, dtype: tf.DType, device: Any = None) -> tf.Tensor:
-    del device
-    return tf.fill(shape, tf.cast(value, dtype))
+    del device  # a number that is cast would be rounded to float32 first
+    return tf.fill(
+        shape, tf.cast(value, dtype) if tf.is_tensor(value) else tf.constant(value, dtype)
+    )
 
 
 def full_like(like: tf.Tensor, value: Any, *, dtype: tf.DType) -> tf.Tensor:

@@ -6,7 +6,7 @@ many, chunks of queries go one after the other, and again in the backward pass.
 
 from typing import Any, NamedTuple
 
-from negcache_core.arrays._array import Array, arange_like, cast, positions
+from negcache_core.arrays._array import Array, arange_like, cast, length, positions
 from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.budget import budget_of, rows_at_a_time
 from negcache_core.arrays.exclusion import Exclusions, Labels
@@ -90,7 +90,7 @@ class Step(NamedTuple):
 
         pool: Any = known.pool
         pool = pool.computed(self.scorer, self.backend)
-        cross = xp.reshape(pool.cross_scores, (-1, pool.stale.shape[0]))
+        cross = xp.reshape(pool.cross_scores, (-1, length(pool.stale, xp)))
         others, own, hard = known.others, known.own, self.hard_labels
         return self._replace(
             usable=usable._replace(queries=some(usable.queries), hard=some(usable.hard)),

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from negcache_core.arrays._array import Array, cast
+from negcache_core.arrays._array import Array, cast, length
 from negcache_core.arrays.numerics import log_sum_exp, sigmoid
 from negcache_core.losses.estimators import SampledSoftmax, Weights
 from negcache_core.retrieval.prefixes import Prefixes, at_widest
@@ -130,4 +130,4 @@ def widest_term(
 
 def last_width(values: Any, prefixes: Prefixes, xp: Any) -> Any:
     """Return of values (B * W, n) those of the last width: (B, n)."""
-    return xp.reshape(values, (-1, prefixes.number, values.shape[1]))[:, -1, :]
+    return xp.reshape(values, (-1, prefixes.number, length(values, xp, 1)))[:, -1, :]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from negcache_core.arrays._array import Array, cast, fill
+from negcache_core.arrays._array import Array, cast, fill, length
 from negcache_core.arrays.numerics import log_sum_exp
 from negcache_core.errors import ShapeError
 
@@ -129,7 +129,7 @@ def pairs(scaled: Array, items: Array, prefixes: Prefixes, xp: Any) -> Any:
 def cross(scaled: Array, items: Array, prefixes: Prefixes, xp: Any) -> Any:
     """Return the scores of queries with items (n, D), by query and width: (B * W, n)."""
     parts = [xp.matrix_transpose(each) for each in by_item(scaled, items, prefixes, xp)]
-    return xp.reshape(beside(parts, xp), (-1, items.shape[0]))
+    return xp.reshape(beside(parts, xp), (-1, length(items, xp)))
 
 
 def beside(parts: list[Any], xp: Any) -> Any:

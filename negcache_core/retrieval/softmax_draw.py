@@ -161,12 +161,14 @@ def draw_given_blocks(
     if prefixes is not None:  # a block at a width is what is drawn first
         by_width = log_sum_exp(weights, xp=xp) if by_width is None else by_width
         lowered = of_parts(by_width, prefixes, xp)[:, :, None]
-        weights = xp.reshape(weights - lowered, (-1, prefixes.number * passed[-1]))
+        # By block and then by width, so that shards of a cache draw as the whole cache does.
+        weights = xp.matrix_transpose(weights - lowered)
+        weights = xp.reshape(weights, (-1, passed[-1] * prefixes.number))
 
     def scores_of(block: Array, caches: Sequence[CacheScores] = caches) -> Array:
         # Each block is in one cache, and scores -inf in the others.
         if prefixes is not None:
-            width, place = block // passed[-1], block % passed[-1]
+            place, width = block // prefixes.number, block % prefixes.number
             parts = [
                 score_blocks_at_width(cache, prefixes, place - first, width)
                 for cache, first in zip(caches, passed, strict=False)
@@ -193,10 +195,10 @@ def draw_given_blocks(
     )
     if prefixes is not None:
         log_partition = by_width
-        scores = scores - take_columns(by_width, block // passed[-1], xp)
+        scores = scores - take_columns(by_width, block % prefixes.number, xp)
         drawable = xp.isfinite(log_drawable(by_width, prefixes, xp))
         scores = xp.where(drawable[:, None], scores, -float("inf"))
-        block = block % passed[-1]
+        block = block // prefixes.number
     slots = inside
     for cache, first in zip(caches, passed, strict=False):
         own = block - first

@@ -140,7 +140,7 @@ class Problem:
     def outcomes(self):
         """Yield every outcome of the draw: noise (B, 1, 2), and its probability.
 
-        Each query draws a width and a block, and then a slot: blocks are caches here.
+        Each query draws a block and a width, and then a slot: blocks are caches here.
         """
         blocks = [slice(CUT), slice(CUT, None)] if self.split else [slice(None)]
         weights = np.asarray([weight for _, weight in self.per_width()])
@@ -154,7 +154,7 @@ class Problem:
                 continue
             joint /= np.where(usable, joint.sum(axis=1), 1.0)[:, None]
             joint *= (weights / weights[usable].sum())[:, None]
-            cells = [(w, block) for w in range(len(weights)) for block in blocks]
+            cells = [(w, block) for block in blocks for w in range(len(weights))]
             ends = np.cumsum([joint[w, block].sum() for w, block in cells])
             mine = []
             for (w, block), end in zip(cells, ends, strict=True):
@@ -185,7 +185,7 @@ class Problem:
             **more,
         )
         rows = {
-            "chosen": np.eye(C),
+            "chosen": np.eye(C, dtype=self.fresh.dtype),
             "id": IDS["cache"],
             "group": IDS["cache"] % 2,
             "frequency": self.frequency[0],
@@ -199,7 +199,7 @@ class Problem:
         cache = cache if self.split else cache["a"]
         given = {
             "pos_features": {
-                "chosen": np.zeros((B, C)),
+                "chosen": np.zeros((B, C), self.fresh.dtype),
                 "id": IDS["batch"],
                 "group": IDS["batch"] % 2,
                 "frequency": self.frequency[1],
@@ -259,3 +259,123 @@ def assert_unbiased(backend, problem, estimator, **more):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_expected_gradient_is_that_of_the_full_losses_of_all_widths(options, estimator, stale):
     assert_unbiased(BACKENDS["torch"], Problem(OPTIONS[options], stale=stale), estimator)
+
+
+@pytest.mark.parametrize("name", [name for name in GRADIENTS if name != "torch"])
+@pytest.mark.parametrize("estimator", ["shared", "exact_query"])
+def test_so_it_is_in_every_library(name, estimator):
+    options = {**EVERYTHING, "margin": 1.0, "dims": (3, 1)}
+    assert_unbiased(BACKENDS[name], Problem(options), estimator)
+
+
+def test_so_it_is_with_several_draws_of_a_query():
+    problem = Problem({"dims": (2, 4)})
+    one = list(problem.outcomes())
+
+    def twice():
+        for (first, p), (second, q) in itertools.product(one, one):
+            yield np.concatenate([first, second], axis=1), p * q
+
+    problem.outcomes = twice
+    assert_unbiased(BACKENDS["torch"], problem, "shared", num_samples=2)
+
+
+def test_on_a_fresh_cache_the_staleness_correction_changes_nothing():
+    problem = Problem(EVERYTHING, stale=False)
+    assert_unbiased(BACKENDS["torch"], problem, "exact_query", staleness_correction=True)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("estimator", ["shared", "exact_query"])
+def test_one_dim_that_is_the_whole_width_is_the_plain_loss_of_unit_embeddings(name, estimator):
+    backend = BACKENDS[name]
+    found = []
+    for dims in ((D,), None):
+        problem = Problem({"in_batch_negatives": True, "dims": dims, "weights": None})
+        for key in ("query", "positive", "fresh", "table"):
+            rows = getattr(problem, key)
+            setattr(problem, key, rows / np.linalg.norm(rows, axis=1, keepdims=True))
+        result = problem.losses(backend, estimator)
+        noise = backend.to_native(np.random.default_rng(0).random((B, 1, 2)))
+        out = backend.numpy(result(*problem.arrays(backend), noise))
+        found.append(out)
+    ours, plain = found
+    for what in ("interpretable_loss", "staleness", "updated_item_indices"):
+        np.testing.assert_allclose(getattr(ours, what), getattr(plain, what), **EXACT)
+    assert ours.metrics.keys() == plain.metrics.keys()
+    for key, value in plain.metrics.items():
+        np.testing.assert_allclose(ours.metrics[key], value, err_msg=key, **EXACT)
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_what_has_no_length_at_a_width_scores_nothing_there_and_has_a_gradient_all_the_same(width):
+    problem = Problem(EVERYTHING)
+    for rows in (problem.query, problem.positive, problem.fresh, problem.table, problem.hard):
+        rows[..., :width] = 0.0
+    for name, backend in GRADIENTS.items():
+        if name in {"tf.function+xla", "jax"}:
+            continue  # as the others
+        result, xp = problem.losses(backend, "exact_query"), backend.module.CacheManager.backend.xp
+        noise = backend.to_native(np.full((B, 1, 2), 0.9))
+        arrays = problem.arrays(backend)
+
+        def value(*given, result=result, xp=xp):
+            return xp.sum(result(*given).loss)
+
+        for gradient in backend.gradients(value, arrays, noise):
+            assert np.isfinite(gradient).all()
+        loss = np.asarray(backend.to_numpy(result(*arrays, noise).interpretable_loss))
+        assert np.isfinite(loss).all()
+    problem.dims, problem.weights = (width,), None
+    loss = problem.losses(BACKENDS["numpy"], "shared")(*problem.arrays(BACKENDS["numpy"]), noise_())
+    counts = [1 + (IDS["cache"][AGE != EMPTY] != own).sum() + 1 for own in IDS["batch"]]
+    counts = [n + (HARD_IDS[row] != IDS["batch"][row]).sum() for row, n in enumerate(counts)]
+    np.testing.assert_allclose(loss.interpretable_loss, np.log(counts), **EXACT)
+
+
+def noise_(rows=B, draws=1):
+    return np.random.default_rng(5).random((rows, draws, 2))
+
+
+@pytest.mark.parametrize("estimator", ["shared", "exact_query"])
+@pytest.mark.parametrize("tile_bytes", [1, None])
+@pytest.mark.parametrize("dims", [(2, D), (2, 4)])
+def test_a_poisoned_query_reaches_no_other(estimator, tile_bytes, dims):
+    """Also where only its last coordinate is not finite, so that narrow widths could be scored."""
+    backend, found = BACKENDS["torch"], []
+    for poison in (False, True):
+        problem = Problem({"dims": dims, "in_batch_negatives": True})
+        result = problem.losses(backend, estimator, tile_bytes=tile_bytes)
+        if poison:
+            problem.query[1, -1] = np.nan
+        arrays = [each.clone().requires_grad_() for each in problem.arrays(backend)]
+        noise = backend.to_native(noise_())
+        out = result(*arrays, noise)
+        out.loss[0].backward()
+        assert torch.isnan(out.loss[1]) == poison
+        found.append((out, arrays))
+        if poison:
+            assert out.metrics["masked_count"] == (dims[-1] == D)  # else it can draw
+            assert all(torch.isfinite(each.grad).all() for each in arrays[:4])
+    assert float(found[0][0].interpretable_loss[0].detach()) == pytest.approx(
+        float(found[1][0].interpretable_loss[0].detach()), rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_half_storage_is_scored_at_every_width_as_what_it_was_rounded_to(name):
+    backend, found = BACKENDS[name], []
+    rounded = Problem({}, stale=True).table.astype(np.float16)
+    if "float16" not in backend.dtypes:
+        pytest.skip("no float16")
+    for table in (rounded, rounded.astype(np.float32)):
+        problem = Problem(EVERYTHING)
+        problem.table = table
+        for key in ("query", "positive", "fresh", "hard", "scale"):
+            setattr(problem, key, getattr(problem, key).astype(np.float32))
+        result = problem.losses(backend, "exact_query")
+        noise = backend.to_native(noise_())
+        out = result(*problem.arrays(backend), noise)
+        found.append(np.asarray(backend.to_numpy(out.interpretable_loss)))
+        assert found[-1].dtype == np.float32
+    np.testing.assert_allclose(*found, rtol=1e-6)
