@@ -25,13 +25,12 @@ def weigh_blocks_by_width(
     readout: as of CacheScores.block_weights; it is at the last width: (B,) and (B, w)
     """
     backend, dtype, xp = cache.backend, cache.scorer.dtype, cache.scorer.xp
-    queries, factors = matryoshka.parted(cache.queries, prefixes)
-    parts = [queries[:, begin:end] for _, begin, end in prefixes.segments()]
-    by_place = [factors[:, place][None, :] for place in range(prefixes.number)]
 
     def weigh(
         readout: tuple[Array, ...], start: Any, size: int
     ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        # In the loop, as torch.compile takes no two views of one tensor into it.
+        queries, factors = matryoshka.parted(cache.queries, prefixes)
         rows = cast(backend.slice_rows(cache.table, start, size), dtype, xp)
         written = is_written(backend.slice_rows(cache.age, start, size))
         labels = cache.labels.each(lambda field: backend.slice_rows(field, start, size))
@@ -42,12 +41,12 @@ def weigh_blocks_by_width(
             none = fill((short,), value=False, like=written, xp=xp)
             written = xp.concat([written, none], axis=0)
         for place, begin, end in prefixes.segments():
-            part: Any = xp.matmul_transposed(rows[:, begin:end], parts[place])
+            part: Any = xp.matmul_transposed(rows[:, begin:end], queries[:, begin:end])
             if products is not None:
                 part += products  # in place, where a library's arrays can change
             products = part
             scores = products * inverse[:, place][:, None]
-            scores *= by_place[place]
+            scores *= factors[:, place][None, :]
             if cache.own is not None:
                 scores = backend.exclude(scores, labels, at_width(cache.own, place))
             if bias is not None:
