@@ -88,7 +88,7 @@ HALF = {
         ),
         ("aot_eager", step, {"top_k": 2}),  # groups wider than a tile: a fold in a fold
         (
-            "inductor",
+            "aot_eager",
             step,
             {
                 "estimator": "exact_query",
