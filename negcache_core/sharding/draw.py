@@ -53,7 +53,7 @@ def draw_from_shards(
     weights, mean = weigh_blocks(caches, readout=readout)
     noise = cast(noise, weights.dtype, xp)
     own = log_sum_exp(weights, xp=xp)
-    (every,) = replicas.gather((own[None, :],), (1,) * replicas.count)
+    (every,) = replicas.gather((own[None, ...],), (1,) * replicas.count)
     log_partition, parts, prefixes = log_sum_exp(every, 0, xp=xp), every, caches[0].scorer.prefixes
     if prefixes is not None:  # of each shard what it weighs at all widths together
         parts = log_sum_exp(every - of_parts(log_partition, prefixes, xp)[None, :, :], xp=xp)
