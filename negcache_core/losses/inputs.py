@@ -47,6 +47,8 @@ def check_request(
     table = cache.data[wanted.embedding_key]
     what = f"field {wanted.embedding_key!r}"
     check_floating(check_shape(table, ("C", "D"), what, "Embeddings are vectors."), what)
+    if wanted.prefixes is not None:
+        wanted.prefixes.check(table.shape[1])
     try:
         queries = embeddings_of(
             query_embeddings, ("B", table.shape[1]), "query_embeddings", backend, like=table
