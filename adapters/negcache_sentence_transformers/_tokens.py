@@ -148,8 +148,9 @@ class TokenRows(NamedTuple):
 
     def _kinds(self, words: Tensor) -> dict[str, Tensor | None]:
         """Return the rows of each kind; None where all are of one."""
-        distinct, which = words.unique(dim=0, return_inverse=True)
-        kinds = decode(distinct)
+        keys, which = text_ids(words, torch.ones_like(words)).unique(return_inverse=True)
+        of_each = torch.empty_like(keys).scatter_(0, which, torch.arange(len(which)).to(which))
+        kinds = decode(words[of_each])
         if not _leaves_prompts_out(self.model):
             kinds = [without_prompt(kind) for kind in kinds]
         if len(set(kinds)) == 1:
@@ -161,8 +162,9 @@ class TokenRows(NamedTuple):
     def _features(self, rows: Mapping[str, Tensor], kind: str) -> dict[str, Any]:
         """Return what the model takes for rows of one kind."""
         form, facts = parse(kind)
-        taken = {key: rows[key].to(dtype) for key, dtype in self.dtypes.items()}
-        return {**facts, **to_features(taken, form)}
+        features = to_features(rows, form)
+        dtypes = self.dtypes.items()
+        return {**facts, **features, **{k: features[k].to(d) for k, d in dtypes if k in features}}
 
 
 def text_ids(tokens: Tensor, mask: Tensor) -> Tensor:

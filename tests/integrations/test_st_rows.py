@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.modules import (
     LSTM,
+    BoW,
     Pooling,
     StaticEmbedding,
     WordEmbeddings,
@@ -358,6 +359,8 @@ def test_a_slot_is_as_long_as_given_else_as_the_model_allows(tmp_path, caplog):
     with pytest.raises(negcache.OptionError, match="give max_length"):
         own(model)
     assert not caplog.records
+    with pytest.raises(negcache.KindError, match=r"the model makes \[\] of a text"):
+        own(SentenceTransformer(modules=[BoW(WORDS)], device="cpu"))
 
 
 def test_long_slots_are_told_before_they_take_memory(tmp_path, caplog, monkeypatch):
@@ -417,19 +420,37 @@ def test_datasets_with_prompts_of_their_own_in_the_trainer(tmp_path, checkpointe
 
 
 @pytest.mark.parametrize("default", [None, "document"])
-def test_a_router_in_the_trainer(tmp_path, default):
-    model, texts = routed(tmp_path / "model", prompt=False, default=default), make_texts(32)
-    data = Dataset.from_dict(
-        {"anchor": [text[:5] for text in texts], "positive": texts, "negative": texts[::-1]}
+def test_a_router_in_the_trainer_and_after_a_checkpoint(tmp_path, default):
+    texts = make_texts(64)
+    data = DatasetDict(
+        {
+            name: Dataset.from_dict({"anchor": [text[:5] for text in part], "positive": part})
+            for name, part in (("one", texts[:32]), ("two", texts[32:]))
+        }
     )
-    loss = NegativeCacheLoss(model, 16, generator=3, max_length=TOKENS)
-    routes = {"anchor": "query", "positive": "document", "negative": "query"}
-    options = {"router_mapping": routes, "prompts": {"positive": "w1 "}, "learning_rate": 0.0}
-    trainer = make_trainer(tmp_path, model, loss, data, max_steps=8, **options)
-    trainer.train()
-    found = [row["cache_staleness"] for row in trainer.state.log_history if "loss" in row]
-    assert len(found) == 8
-    assert max(found) < 1e-10
+    routes = {
+        "one": {"anchor": "query", "positive": "document"},
+        "two": {"anchor": "document", "positive": "query"},
+    }
+    for resume in (None, str(tmp_path / "checkpoint-6")):
+        model = routed(tmp_path / "model", prompt=False, default=default)
+        loss = NegativeCacheLoss(model, 16, generator=3, max_length=TOKENS)
+        trainer = make_trainer(
+            tmp_path,
+            model,
+            loss,
+            data,
+            max_steps=12,
+            learning_rate=0.0,
+            router_mapping=routes,
+            prompts={"one": {"positive": "w1 "}},
+            save_strategy="steps",
+            save_steps=6,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        found = [row["cache_staleness"] for row in trainer.state.log_history if "loss" in row]
+        assert len(found) == 12
+        assert max(found) < 1e-10
 
 
 def test_two_processes_make_the_same_calls_of_a_wrapped_model(tmp_path):
