@@ -7,6 +7,8 @@ import torch
 from negcache_torch import KindError
 from torch import Tensor
 
+from ._facts import PROMPT
+
 TOKENS, MASK = "input_ids", "attention_mask"
 _OFFSETS, _COUNTS = "offsets", "sentence_lengths"
 _ENDS = ("cu_seq_lens_q", "cu_seq_lens_k")  # 0, and where each text ends
@@ -17,11 +19,9 @@ _RESULTS = {"sentence_embedding", "token_embeddings", "all_layer_embeddings"}  #
 
 
 def to_rows(
-    features: Mapping[str, Any], facts: frozenset[str]
+    features: Mapping[str, Any],
 ) -> tuple[dict[str, Tensor], list[Any], dict[str, Any]]:
     """Return what is (texts, tokens), the form that it had, and all else.
-
-    facts: names of what is about texts, and not about tokens, even where it is a tensor
 
     A form is its name, the number of a text's first position, and the names of what it lacks of all
     that its kind may have. Raises KindError for features that are not tokens.
@@ -43,7 +43,7 @@ def to_rows(
         del given[_COUNTS]  # the mask has it
         form = ["counted", 0]
     shape = getattr(given.get(TOKENS), "shape", None)
-    rows = {k: v for k, v in given.items() if isinstance(v, Tensor) and k not in facts}
+    rows = {k: v for k, v in given.items() if isinstance(v, Tensor) and k != PROMPT}
     if MASK not in rows or any(value.shape != shape for value in rows.values()):
         raise KindError(
             f"the model makes {sorted(given)} of a text: expected {TOKENS!r} and {MASK!r} of shape "

@@ -115,7 +115,7 @@ class TokenRows(NamedTuple):
 
     def _column(self, column: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the rows of a column, each (texts, …)."""
-        rows, form, given = to_rows(column, frozenset({PROMPT}))
+        rows, form, given = to_rows(column)
         unknown = sorted(rows.keys() - self.dtypes.keys())
         if unknown:
             raise KeysError(
@@ -223,7 +223,7 @@ def _tasks(model: Any) -> list[str | None]:
 def _sample(model: Any, text: str, task: str | None) -> tuple[dict[str, Tensor], Tensor]:
     """Return the rows of one text, and its tokens."""
     options = {} if task is None else {"task": task}
-    rows, _, _ = to_rows(model.preprocess([text], **options), frozenset({PROMPT}))
+    rows, _, _ = to_rows(model.preprocess([text], **options))
     return rows, rows[TOKENS][rows[MASK].bool()]
 
 

@@ -11,8 +11,7 @@ from test_st_rows import TOKENS, make_texts, own, routed
 from torch.nn.parallel import DistributedDataParallel
 
 
-def main():
-    folder = Path(sys.argv[1])
+def train(folder):
     rank = int(os.environ["RANK"])
     # Once the processes are joined, transformers saves in the first one alone.
     model = routed(folder / str(rank), prompt=False)
@@ -39,6 +38,10 @@ def main():
             copies = [torch.empty_like(weights.grad) for _ in range(2)]
             dist.all_gather(copies, weights.grad)
             torch.testing.assert_close(*copies, rtol=0, atol=0)
+
+
+def main():
+    train(Path(sys.argv[1]))  # what wraps the model goes before the group that it talks through
     dist.barrier()
     dist.destroy_process_group()
 
