@@ -11,6 +11,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ._slots import tell_cost
 from ._tokens import ID, TokenRows
 
 _EMBEDDING = "embedding"
@@ -26,7 +27,8 @@ class NegativeCacheLoss(nn.Module):
     num_samples:        S, cached texts that each anchor draws and the model embeds anew, a step
     in_batch_negatives: whether the batch's other positives compete too, exactly, with gradients
     max_staleness, staleness_correction: see `CacheClassificationLoss`
-    max_length:         tokens to store of a text; by default the model's max_seq_length
+    max_length:         the most tokens of a text, or those of each task, as training arguments may
+                        have them; by default the model's max_seq_length
     dtype:              in which the cache stores embeddings
     generator:          None, an int seed, or a torch.Generator
     own_loop:           True in a training loop of your own, which saves `loss.state_dict()`
@@ -68,7 +70,7 @@ class NegativeCacheLoss(nn.Module):
         in_batch_negatives: bool = True,
         max_staleness: float | None = 0.2,
         staleness_correction: bool = False,
-        max_length: int | None = None,
+        max_length: int | Mapping[str, int] | None = None,
         dtype: torch.dtype = torch.float32,
         generator: Any = None,
         own_loop: bool = False,
@@ -79,6 +81,8 @@ class NegativeCacheLoss(nn.Module):
         fields = self.rows.specs()
         width: Any = model.get_embedding_dimension()  # the manager refuses None
         specs = {**fields, _EMBEDDING: negcache.FieldSpec((width,), dtype)}
+        if max_length is None:
+            tell_cost(specs, cache_size, self.rows.length)
         data_keys = tuple(key for key in fields if key != ID)
         self.sharded = _processes() > 1
         kind = "DistributedCacheClassificationLoss" if self.sharded else "CacheClassificationLoss"
@@ -133,13 +137,13 @@ class NegativeCacheLoss(nn.Module):
                 "of your own make the loss with own_loop=True, and save loss.state_dict()."
             )
         queries = self._embed(anchor)
-        rows, facts = self.rows.pack(columns)
+        rows = self.rows.pack(columns)
         count = len(queries)
         ids = rows[ID].reshape(-1, count).T
         positives = {key: value[:count] for key, value in rows.items()}
         told = _alike(ids) if len(columns) > 1 else None
         if not learning:
-            items = self._embed(self.rows.unpack(rows, facts))
+            items = self.rows.embed(self._embed, rows)
             result = self.handler.evaluate(
                 None,
                 queries,
@@ -152,9 +156,9 @@ class NegativeCacheLoss(nn.Module):
             return result.loss
         found = self.handler.retrieve(queries, positives, positive_ids=ids)
         keys = self.handler.data_keys
-        # One forward pass for all texts but the anchors, which are shorter.
+        # One call of the model for all texts but the anchors, which are shorter: one a kind.
         inputs = {key: torch.cat([rows[key], found.features[key]]) for key in keys}
-        embedded = self._embed(self.rows.unpack(inputs, facts))
+        embedded = self.rows.embed(self._embed, inputs)
         items, drawn = embedded.tensor_split([ids.numel()])
         hard = _hard(items, count, len(columns))
         result = self.handler.compute_loss(

@@ -172,17 +172,18 @@ def test_evaluation_is_against_the_cache_and_changes_nothing(model):
 def test_padding_changes_nothing(model):
     loss, texts = own(model), make_texts(9)
     model.eval()
-    rows, facts = loss.rows.pack(columns(model, texts))
+    rows = loss.rows.pack(columns(model, texts))
     assert rows["input_ids"].shape == (9, TOKENS)
-    torch.testing.assert_close(
-        loss._embed({**facts, **{key: rows[key].long() for key in loss.rows.dtypes}}),
-        loss._embed(model.preprocess(texts)),
-    )
+    whole = {key: rows[key].long() for key in loss.rows.dtypes}
+    expected = loss._embed(model.preprocess(texts))
+    torch.testing.assert_close(loss._embed({**model.preprocess(texts), **whole}), expected)
+    torch.testing.assert_close(loss.rows.embed(loss._embed, rows), expected)
     short = {key: value[:1] for key, value in rows.items()}
-    back = loss.rows.unpack(short, facts)
-    assert {key: back[key].shape for key in loss.rows.dtypes} == dict.fromkeys(
-        loss.rows.dtypes, model.preprocess(texts[:1])["input_ids"].shape
-    )
+    given = []
+    loss.rows.embed(lambda features: given.append(features) or loss._embed(features), short)
+    given, expected = given[0], dict(model.preprocess(texts[:1]))
+    assert given.pop("modality") == expected.pop("modality") == "text"
+    torch.testing.assert_close(given, expected)
     left = model.preprocess(texts)
     mask = left["attention_mask"].flip(1)
     tokens = torch.zeros_like(left["input_ids"])
@@ -198,9 +199,12 @@ def test_a_static_model_takes_texts_without_padding():
     with pytest.raises(negcache.OptionError, match="give max_length"):
         own(model)
     loss, texts = own(model, max_length=12), make_texts(6)
-    rows, facts = loss.rows.pack(columns(model, texts))
-    back = loss.rows.unpack(rows, facts)
-    torch.testing.assert_close(back, model.preprocess(texts))
+    given = []
+    loss.rows.embed(
+        lambda features: given.append(features) or loss._embed(features),
+        loss.rows.pack(columns(model, texts)),
+    )
+    torch.testing.assert_close(given, [model.preprocess(texts)])
     batch = columns(model, texts[:3], texts[3:])
     torch.testing.assert_close(loss(batch), MultipleNegativesRankingLoss(model)(batch, None))
     assert loss(batch) > 0
@@ -298,9 +302,6 @@ def test_bad_input_is_refused_and_changes_nothing(model):
         loss(columns(model, texts))
     with pytest.raises(negcache.ShapeError, match="a text has 12 tokens and the cache stores 8"):
         own(model, max_length=8)(columns(model, texts[:1], ["w1 " * 10]))
-    prompted = model.preprocess(texts[:1], prompt="w1 w2: ")
-    with pytest.raises(negcache.OptionError, match="the same prompt and task"):
-        loss([*columns(model, texts[:1], texts[:1]), prompted])
     anchor, positive = columns(model, texts[:2], texts[2:4])
     with pytest.raises(negcache.KindError, match="as a Transformer makes them"):
         loss([anchor, {**positive, "pixel_values": torch.zeros(2, 3)}])
