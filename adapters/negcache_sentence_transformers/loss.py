@@ -11,7 +11,10 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ._tokens import ID, TokenRows
+from ._contents import Contents
+from ._known import KNOWN_FIELDS, NO_TEXT, RING, TEXT, Ids, Known, enters, known_of
+from ._tokens import ID, MASK, TokenRows, _as_rows
+from ._wrappers import bare, refuse_wrappers
 
 _EMBEDDING = "embedding"
 
@@ -26,6 +29,9 @@ class NegativeCacheLoss(nn.Module):
     num_samples:        S, cached texts that each anchor draws and the model embeds anew, a step
     in_batch_negatives: whether the batch's other positives compete too, exactly, with gradients
     max_staleness, staleness_correction: see `CacheClassificationLoss`
+    mini_batch_size:    texts that the model takes at a time, as in the cached losses: activations
+                        of so many are in memory, and are computed again in the backward pass;
+                        loss and gradient are those of the whole batch, to rounding. None: all
     max_length:         tokens to store of a text; by default the model's max_seq_length
     dtype:              in which the cache stores embeddings
     generator:          None, an int seed, or a torch.Generator
@@ -33,8 +39,15 @@ class NegativeCacheLoss(nn.Module):
 
     Columns are those of MultipleNegativesRankingLoss: anchor, positive, and any number of negatives
     of the anchor. Negatives compete with their own anchor, exactly, and enter the cache beside the
-    positives; so later batches meet them too. Texts are told apart by their tokens: one that
-    equals an anchor's positive is no negative of it, and has one slot however often it comes.
+    positives; so later batches meet them too. Texts are told apart by their tokens, and each has
+    one slot however often it comes. No text opposes an anchor, from the batch or from the cache,
+    that is one of its positives, in this batch or one before, or the anchor itself: symmetric data
+    and anchors with several positives need no batch sampler. A row knows the last four anchors
+    whose positive it was (a fifth makes it forget the first). An explicit negative that is
+    a positive of its anchor, or the anchor, does not count; one that is there twice counts once.
+    A text without content, such as a pad for negatives that there are not, is no item: it neither
+    counts nor enters the cache. A row whose anchor or positive is empty has no loss; the mean is
+    over the others, and `cache_empty` in the log is how many of a step's rows had none.
 
     With an empty cache and pairs, loss and gradient are those of MultipleNegativesRankingLoss. In
     evaluation the loss is against the cache as it is; nothing is drawn or written.
@@ -42,8 +55,9 @@ class NegativeCacheLoss(nn.Module):
     Call `keep_cache(trainer)` before `trainer.train()`: a trainer saves its model, not its loss. In
     several processes the cache is in shards, one for each, and negatives are those of all.
 
-    Raises OptionError where it trains and nothing would save its cache, or where it is made in one
-    of several processes before they are joined; KindError for a model that takes no tokens.
+    Raises OptionError where it trains and nothing would save its cache, where it is made in one of
+    several processes before they are joined, or where MatryoshkaLoss or AdaptiveLayerLoss wraps it;
+    KindError for a model that is no SentenceTransformer or takes no tokens.
     Source: the paper, sections 3.1 and 3.2.
 
     >>> from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -68,17 +82,26 @@ class NegativeCacheLoss(nn.Module):
         in_batch_negatives: bool = True,
         max_staleness: float | None = 0.2,
         staleness_correction: bool = False,
+        mini_batch_size: int | None = None,
         max_length: int | None = None,
         dtype: torch.dtype = torch.float32,
         generator: Any = None,
         own_loop: bool = False,
     ) -> None:
         super().__init__()
-        self.model = model
-        self.rows = TokenRows.of(model, max_length)
+        if not isinstance(model, SentenceTransformer):
+            raise negcache.KindError(
+                f"the model is a {type(model).__name__}: expected a SentenceTransformer, whose "
+                "texts have one dense embedding each."
+            )
+        if mini_batch_size is not None:
+            negcache.in_chunks(self._embed, mini_batch_size)  # raises where it is no such number
+        self.model, self.mini_batch_size = model, mini_batch_size
+        self.rows, self.contents = TokenRows.of(model, max_length), Contents.of(model)
         fields = self.rows.specs()
         width: Any = model.get_embedding_dimension()  # the manager refuses None
-        specs = {**fields, _EMBEDDING: negcache.FieldSpec((width,), dtype)}
+        embedding = negcache.FieldSpec((width,), dtype)
+        specs = {**fields, **KNOWN_FIELDS, _EMBEDDING: embedding}
         data_keys = tuple(key for key in fields if key != ID)
         self.sharded = _processes() > 1
         kind = "DistributedCacheClassificationLoss" if self.sharded else "CacheClassificationLoss"
@@ -91,20 +114,24 @@ class NegativeCacheLoss(nn.Module):
                 estimator=estimator,
                 num_samples=num_samples,
                 in_batch_negatives=in_batch_negatives,
-                id_key=ID,
+                id_keys=(TEXT, *RING),
                 max_staleness=max_staleness,
                 staleness_correction=staleness_correction,
                 generator=generator,
             ),
             _EMBEDDING,
             data_keys,
+            new_items_filter=enters,
         )
         self.own_loop = own_loop
         self.report: Callable[[dict[str, Tensor]], None] | None = None  # set by keep_cache
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """The last training step's scalars; see `negcache_core.losses.metrics.step_metrics`."""
+        """The last training step's scalars; see `negcache_core.losses.metrics.step_metrics`.
+
+        And `empty`: how many rows had an empty anchor or positive.
+        """
         return self.handler.metrics
 
     @property
@@ -125,47 +152,52 @@ class NegativeCacheLoss(nn.Module):
             raise negcache.KeysError(
                 "the data has one column: expected anchor, positive, and any number of negatives."
             )
-        learning = self._bare_model().training and torch.is_grad_enabled()
+        learning = bare(self.model).training and torch.is_grad_enabled()
         if learning and self.report is None and not self.own_loop:
             raise negcache.OptionError(
                 "a trainer saves its model and not its loss, so the cache would be lost with its "
                 "checkpoints: call keep_cache(trainer) before trainer.train(). In a training loop "
                 "of your own make the loss with own_loop=True, and save loss.state_dict()."
             )
-        queries = self._embed(anchor)
+        refuse_wrappers(self.model)
         rows, facts = self.rows.pack(columns)
+        texts = torch.cat([self.contents.ids(column) for column in columns])
+        handler = self.handler
+        known = known_of(
+            Ids(self.contents.ids(anchor), rows[ID], texts),
+            handler.cache,
+            handler.cache_loss.placement,
+            handler.backend.xp,
+        )
+        queries = self._embed_anchors(anchor)
         count = len(queries)
-        ids = rows[ID].reshape(-1, count).T
+        rows |= known.labels
         positives = {key: value[:count] for key, value in rows.items()}
-        told = _alike(ids) if len(columns) > 1 else None
+        weight = known.weight(queries.dtype)
         if not learning:
-            items = self._embed(self.rows.unpack(rows, facts))
-            result = self.handler.evaluate(
+            items = self._embed_rows(rows, facts)
+            hard = _hard(items, count, len(columns), known)
+            result = handler.evaluate(
                 None,
                 queries,
                 items[:count],
                 positives,
-                positive_ids=ids,
-                hard_negative_embeddings=_hard(items, count, len(columns)),
-                hard_negative_features=told,
+                positive_ids=known.own,
+                sample_weight=weight,
+                **hard,
             )
             return result.loss
-        found = self.handler.retrieve(queries, positives, positive_ids=ids)
-        keys = self.handler.data_keys
+        found = handler.retrieve(queries, positives, positive_ids=known.own)
         # One forward pass for all texts but the anchors, which are shorter.
-        inputs = {key: torch.cat([rows[key], found.features[key]]) for key in keys}
-        embedded = self._embed(self.rows.unpack(inputs, facts))
-        items, drawn = embedded.tensor_split([ids.numel()])
-        hard = _hard(items, count, len(columns))
-        result = self.handler.compute_loss(
-            queries,
-            items[:count],
-            drawn,
-            found,
-            hard_negative_embeddings=hard,
-            hard_negative_features=told,
+        inputs = {key: torch.cat([rows[key], found.features[key]]) for key in handler.data_keys}
+        embedded = self._embed_rows(inputs, facts)
+        items, drawn = embedded.tensor_split([len(texts)])
+        hard = _hard(items, count, len(columns), known)
+        result = handler.compute_loss(
+            queries, items[:count], drawn, found, sample_weight=weight, **hard
         )
-        self.handler.commit(result, items, rows)
+        handler.commit(result, items, rows)
+        handler.metrics["empty"] = (~known.sound).sum().to(queries.dtype)
         if self.report is not None:
             self.report(self._logged())
         return result.loss
@@ -181,6 +213,7 @@ class NegativeCacheLoss(nn.Module):
             "cache_size": self.handler.cache_manager.cache_size,
             **{name: getattr(loss, name) for name in names},
             "similarity_fct": "cos_sim",
+            "mini_batch_size": self.mini_batch_size,
             "max_length": self.rows.length,
         }
 
@@ -203,9 +236,27 @@ class NegativeCacheLoss(nn.Module):
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         return functional.normalize(rows, dim=1)
 
-    def _bare_model(self) -> SentenceTransformer:
-        """Return the model without what the trainer has put around it."""
-        return next(each for each in self.model.modules() if isinstance(each, SentenceTransformer))
+    def _embed_anchors(self, features: Mapping[str, Any]) -> Tensor:
+        if self.mini_batch_size is None:
+            return self._embed(features)
+        return self._in_chunks(*_as_rows(features))
+
+    def _embed_rows(self, rows: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Tensor:
+        """Return embeddings (n, D) of rows as they are stored; of texts without content zeros."""
+        rows = {key: rows[key] for key in self.handler.data_keys}
+        (live,) = torch.nonzero(self.contents.ids({**rows, **facts}) != NO_TEXT, as_tuple=True)
+        count = len(rows[MASK])
+        if len(live) in {0, count}:  # a model takes one text at least
+            return self._in_chunks(rows, facts)
+        found = self._in_chunks({key: value[live] for key, value in rows.items()}, facts)
+        return found.new_zeros((count, found.shape[1])).index_copy(0, live, found)
+
+    def _in_chunks(self, rows: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Tensor:
+        def network(rows: Mapping[str, Tensor]) -> Tensor:
+            return self._embed(self.rows.unpack(rows, facts))
+
+        size = self.mini_batch_size
+        return network(rows) if size is None else negcache.in_chunks(network, size)(rows)
 
     def _logged(self) -> dict[str, Tensor]:
         return {
@@ -215,22 +266,12 @@ class NegativeCacheLoss(nn.Module):
         }
 
 
-def _hard(items: Tensor, count: int, columns: int) -> Tensor | None:
-    """Return the explicit negatives (B, H, D) among a batch's items, column after column."""
-    return items.unflatten(0, (-1, count))[1:].transpose(0, 1) if columns > 1 else None
-
-
-def _alike(ids: Tensor) -> dict[str, Tensor]:
-    """Return the ids (B, H) of explicit negatives where they equal the positive's, else of no text.
-
-    ids: (B, 1 + H). From the cache no text of a row is drawn for its anchor; in the row, the
-    negatives are to count that the positive is not among.
-    """
-    positive, negatives = ids[:, :1], ids[:, 1:]
-    return {ID: torch.where(negatives == positive, negatives, _NO_TEXT)}
-
-
-_NO_TEXT = torch.iinfo(torch.int64).min
+def _hard(items: Tensor, count: int, columns: int, known: Known) -> dict[str, Any]:
+    """Return explicit negatives (B, H, D), among items column after column, and their labels."""
+    if columns == 1:
+        return {}
+    rows = items.unflatten(0, (columns, count))[1:].transpose(0, 1)
+    return {"hard_negative_embeddings": rows, "hard_negative_features": known.hard}
 
 
 def _processes() -> int:

@@ -83,7 +83,9 @@ def test_expected_gradient_is_that_of_the_full_softmax(tmp_path, estimator):
     query, positive, negative, item = map(embed, (anchors, positives, negatives, cached))
     scores = 4.0 * torch.cat([query @ positive.T, (query * negative).sum(1, keepdim=True)], 1)
     stale = 4.0 * query @ item.T
-    stale = stale.masked_fill(torch.tensor([[True, False, False], [False] * 3]), -torch.inf)
+    # Each anchor's own positive, of this step or of the one before.
+    mine = torch.tensor([[True, False, False], [False, True, False]])
+    stale = stale.masked_fill(mine, -torch.inf)
     everything = torch.cat([scores, stale], 1)
     full = nn.functional.cross_entropy(everything, torch.arange(2))
     expected = gradients(model, full)
@@ -165,7 +167,8 @@ def test_evaluation_is_against_the_cache_and_changes_nothing(model):
     vectors = torch.from_numpy(model.encode(texts, normalize_embeddings=True))
     scores = 4.0 * vectors[:2] @ vectors[3:7].T
     one = nn.functional.cross_entropy(scores[:1, :3], torch.tensor([0]))  # the last is not cached
-    other = nn.functional.cross_entropy(scores[1:], torch.tensor([3]))
+    # A positive of before, scores[1, 1], is none of the other's negatives.
+    other = nn.functional.cross_entropy(scores[1:, [0, 2, 3]], torch.tensor([2]))
     torch.testing.assert_close(values, [(one + other) / 2] * 2)
 
 
@@ -324,6 +327,7 @@ def test_the_model_card_and_a_dict_of_losses(model, tmp_path):
         "max_staleness": 0.2,
         "staleness_correction": False,
         "similarity_fct": "cos_sim",
+        "mini_batch_size": None,
         "max_length": TOKENS,
     }
     assert losses["b"].temperature == 0.1
