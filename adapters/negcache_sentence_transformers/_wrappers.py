@@ -1,9 +1,10 @@
-"""Losses that wrap another one and change what its model returns: refused, with the way out."""
+"""What may be around a model: the trainer's wrappers, and those of losses, which are refused."""
 
 from negcache_torch import OptionError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import adaptive_layer, matryoshka
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 _CUTS = (matryoshka.ForwardDecorator,)
 _LAYERS = (adaptive_layer.ForwardDecorator, adaptive_layer.TransformerDecorator)
@@ -12,6 +13,13 @@ _LAYERS = (adaptive_layer.ForwardDecorator, adaptive_layer.TransformerDecorator)
 def bare(model: nn.Module) -> SentenceTransformer:
     """Return the model without what the trainer has put around it."""
     return next(each for each in model.modules() if isinstance(each, SentenceTransformer))
+
+
+def local(model: nn.Module) -> nn.Module:
+    """Return what DistributedDataParallel is around, if it is; that asks no other process."""
+    parallel = (each for each in model.modules() if isinstance(each, DistributedDataParallel))
+    found = next(parallel, None)
+    return model if found is None else found.module
 
 
 def refuse_wrappers(model: nn.Module) -> None:

@@ -1,20 +1,19 @@
 """The loss: MultipleNegativesRankingLoss against everything in a cache."""
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import negcache_torch as negcache
 import torch
-import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ._contents import Contents
 from ._known import KNOWN_FIELDS, NO_TEXT, RING, TEXT, Ids, Known, enters, known_of
+from ._options import checked_scale, processes
 from ._tokens import ID, MASK, TokenRows, _as_rows
-from ._wrappers import bare, refuse_wrappers
+from ._wrappers import bare, local, refuse_wrappers
 
 _EMBEDDING = "embedding"
 
@@ -103,14 +102,14 @@ class NegativeCacheLoss(nn.Module):
         embedding = negcache.FieldSpec((width,), dtype)
         specs = {**fields, **KNOWN_FIELDS, _EMBEDDING: embedding}
         data_keys = tuple(key for key in fields if key != ID)
-        self.sharded = _processes() > 1
+        self.sharded = processes() > 1
         kind = "DistributedCacheClassificationLoss" if self.sharded else "CacheClassificationLoss"
         self.handler = negcache.CacheLossHandler(
             negcache.CacheManager(specs, cache_size, unique_key=ID),
             getattr(negcache, kind)(
                 _EMBEDDING,
                 data_keys,
-                scale=_checked_scale(scale),
+                scale=checked_scale(scale),
                 estimator=estimator,
                 num_samples=num_samples,
                 in_batch_negatives=in_batch_negatives,
@@ -230,16 +229,28 @@ class NegativeCacheLoss(nn.Module):
 }
 """
 
-    def _embed(self, features: Mapping[str, Any]) -> Tensor:
+    def _embed(self, features: Mapping[str, Any], model: Any = None) -> Tensor:
         """Return normalised embeddings (n, D), at least as wide as float32."""
-        rows = self.model(dict(features))["sentence_embedding"]  # modules write into what they get
+        model = self.model if model is None else model
+        rows = model(dict(features))["sentence_embedding"]  # modules write into what they get
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         return functional.normalize(rows, dim=1)
 
     def _embed_anchors(self, features: Mapping[str, Any]) -> Tensor:
-        if self.mini_batch_size is None:
+        size = self.mini_batch_size
+        if size is None:
             return self._embed(features)
-        return self._in_chunks(*_as_rows(features))
+        rows, facts = _as_rows(features)
+        if local(self.model) is self.model:
+            return self._in_chunks(rows, facts)
+        # The processes may have other numbers of chunks: each is to call the whole once, which
+        # readies the exchange of gradients.
+        first = self.rows.unpack({key: value[:size] for key, value in rows.items()}, facts)
+        parts = [self._embed(first)]
+        if len(rows[MASK]) > size:
+            rest = {key: value[size:] for key, value in rows.items()}
+            parts.append(self._in_chunks(rest, facts))
+        return torch.cat(parts)
 
     def _embed_rows(self, rows: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Tensor:
         """Return embeddings (n, D) of rows as they are stored; of texts without content zeros."""
@@ -252,11 +263,15 @@ class NegativeCacheLoss(nn.Module):
         return found.new_zeros((count, found.shape[1])).index_copy(0, live, found)
 
     def _in_chunks(self, rows: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Tensor:
-        def network(rows: Mapping[str, Tensor]) -> Tensor:
-            return self._embed(self.rows.unpack(rows, facts))
-
         size = self.mini_batch_size
-        return network(rows) if size is None else negcache.in_chunks(network, size)(rows)
+        if size is None:
+            return self._embed(self.rows.unpack(rows, facts))
+        model = local(self.model)
+
+        def network(rows: Mapping[str, Tensor]) -> Tensor:
+            return self._embed(self.rows.unpack(rows, facts), model)
+
+        return negcache.in_chunks(network, size)(rows)
 
     def _logged(self) -> dict[str, Tensor]:
         return {
@@ -272,21 +287,3 @@ def _hard(items: Tensor, count: int, columns: int, known: Known) -> dict[str, An
         return {}
     rows = items.unflatten(0, (columns, count))[1:].transpose(0, 1)
     return {"hard_negative_embeddings": rows, "hard_negative_features": known.hard}
-
-
-def _processes() -> int:
-    """Return how many processes train together; raise if they are not joined yet."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise negcache.OptionError(
-            "the loss is made in one of several processes before they are joined: make the "
-            "SentenceTransformerTrainingArguments, which join them, before the loss."
-        )
-    return 1
-
-
-def _checked_scale(scale: Any) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
-        raise negcache.OptionError(f"scale is {scale!r}: expected a positive number.")
-    return float(scale)
