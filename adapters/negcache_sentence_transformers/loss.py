@@ -11,6 +11,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ._datasets import DATASET, of_dataset
 from ._tokens import ID, TokenRows
 
 _EMBEDDING = "embedding"
@@ -29,6 +30,7 @@ class NegativeCacheLoss(nn.Module):
     max_length:         tokens to store of a text; by default the model's max_seq_length
     dtype:              in which the cache stores embeddings
     generator:          None, an int seed, or a torch.Generator
+    group_by_dataset:   whether only texts of an anchor's own data set compete with it
     own_loop:           True in a training loop of your own, which saves `loss.state_dict()`
 
     Columns are those of MultipleNegativesRankingLoss: anchor, positive, and any number of negatives
@@ -71,6 +73,7 @@ class NegativeCacheLoss(nn.Module):
         max_length: int | None = None,
         dtype: torch.dtype = torch.float32,
         generator: Any = None,
+        group_by_dataset: bool = False,
         own_loop: bool = False,
     ) -> None:
         super().__init__()
@@ -78,7 +81,8 @@ class NegativeCacheLoss(nn.Module):
         self.rows = TokenRows.of(model, max_length)
         fields = self.rows.specs()
         width: Any = model.get_embedding_dimension()  # the manager refuses None
-        specs = {**fields, _EMBEDDING: negcache.FieldSpec((width,), dtype)}
+        groups = {DATASET: negcache.FieldSpec((), torch.int64)} if group_by_dataset else {}
+        specs = {**fields, **groups, _EMBEDDING: negcache.FieldSpec((width,), dtype)}
         data_keys = tuple(key for key in fields if key != ID)
         self.sharded = _processes() > 1
         kind = "DistributedCacheClassificationLoss" if self.sharded else "CacheClassificationLoss"
@@ -92,6 +96,7 @@ class NegativeCacheLoss(nn.Module):
                 num_samples=num_samples,
                 in_batch_negatives=in_batch_negatives,
                 id_key=ID,
+                group_key=DATASET if group_by_dataset else None,
                 max_staleness=max_staleness,
                 staleness_correction=staleness_correction,
                 generator=generator,
@@ -99,7 +104,8 @@ class NegativeCacheLoss(nn.Module):
             _EMBEDDING,
             data_keys,
         )
-        self.own_loop = own_loop
+        self.own_loop, self.group_by_dataset = own_loop, group_by_dataset
+        self.dataset_name: str | None = None  # of the next batch; set by keep_cache
         self.report: Callable[[dict[str, Tensor]], None] | None = None  # set by keep_cache
 
     @property
@@ -134,10 +140,13 @@ class NegativeCacheLoss(nn.Module):
             )
         queries = self._embed(anchor)
         rows, facts = self.rows.pack(columns)
+        if self.group_by_dataset:
+            rows = of_dataset(rows, self._named_dataset())
         count = len(queries)
         ids = rows[ID].reshape(-1, count).T
         positives = {key: value[:count] for key, value in rows.items()}
-        told = _alike(ids) if len(columns) > 1 else None
+        told = _told(rows, count) if len(columns) > 1 else None
+        known = self._as_wide_as_others(ids)
         if not learning:
             items = self._embed(self.rows.unpack(rows, facts))
             result = self.handler.evaluate(
@@ -145,12 +154,12 @@ class NegativeCacheLoss(nn.Module):
                 queries,
                 items[:count],
                 positives,
-                positive_ids=ids,
+                positive_ids=known,
                 hard_negative_embeddings=_hard(items, count, len(columns)),
                 hard_negative_features=told,
             )
             return result.loss
-        found = self.handler.retrieve(queries, positives, positive_ids=ids)
+        found = self.handler.retrieve(queries, positives, positive_ids=known)
         keys = self.handler.data_keys
         # One forward pass for all texts but the anchors, which are shorter.
         inputs = {key: torch.cat([rows[key], found.features[key]]) for key in keys}
@@ -182,6 +191,7 @@ class NegativeCacheLoss(nn.Module):
             **{name: getattr(loss, name) for name in names},
             "similarity_fct": "cos_sim",
             "max_length": self.rows.length,
+            "group_by_dataset": self.group_by_dataset,
         }
 
     @property
@@ -203,6 +213,27 @@ class NegativeCacheLoss(nn.Module):
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         return functional.normalize(rows, dim=1)
 
+    def _as_wide_as_others(self, ids: Tensor) -> Tensor:
+        """Repeat the positive's id in ids (B, P) up to the largest P of any process.
+
+        In a step one may be at pairs and another at triplets.
+        """
+        if not self.sharded:
+            return ids
+        widest = torch.tensor(ids.shape[1], device=ids.device)
+        dist.all_reduce(widest, dist.ReduceOp.MAX)
+        spare = int(widest) - ids.shape[1]
+        return torch.cat([ids, ids[:, :1].expand(-1, spare)], dim=1)
+
+    def _named_dataset(self) -> str:
+        if self.dataset_name is None:
+            raise negcache.OptionError(
+                "the loss has group_by_dataset=True, and the batch does not say of which data set "
+                "it is: give the trainer a DatasetDict, before keep_cache(trainer), also to "
+                "evaluate; in a training loop of your own set loss.dataset_name."
+            )
+        return self.dataset_name
+
     def _bare_model(self) -> SentenceTransformer:
         """Return the model without what the trainer has put around it."""
         return next(each for each in self.model.modules() if isinstance(each, SentenceTransformer))
@@ -220,14 +251,17 @@ def _hard(items: Tensor, count: int, columns: int) -> Tensor | None:
     return items.unflatten(0, (-1, count))[1:].transpose(0, 1) if columns > 1 else None
 
 
-def _alike(ids: Tensor) -> dict[str, Tensor]:
-    """Return the ids (B, H) of explicit negatives where they equal the positive's, else of no text.
+def _told(rows: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Return by what explicit negatives (B, H) are told apart.
 
-    ids: (B, 1 + H). From the cache no text of a row is drawn for its anchor; in the row, the
-    negatives are to count that the positive is not among.
+    Their ids are those of the positive where they equal it, else of no text. From the cache no text
+    of a row is drawn for its anchor; in the row, the negatives are to count that the positive is
+    not among.
     """
-    positive, negatives = ids[:, :1], ids[:, 1:]
-    return {ID: torch.where(negatives == positive, negatives, _NO_TEXT)}
+    columns = {key: rows[key].reshape(-1, count).T for key in (ID, DATASET) if key in rows}
+    positive, negatives = columns[ID][:, :1], columns[ID][:, 1:]
+    told = {key: column[:, 1:] for key, column in columns.items()}
+    return {**told, ID: torch.where(negatives == positive, negatives, _NO_TEXT)}
 
 
 _NO_TEXT = torch.iinfo(torch.int64).min
