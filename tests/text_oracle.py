@@ -23,8 +23,10 @@ def _texts(loss, features):
     with torch.no_grad():
         rows = loss.model(dict(features))["sentence_embedding"]
     live = features["attention_mask"].bool()
-    texts = [tuple(row[kept].tolist()) for row, kept in zip(features["input_ids"], live)]
-    return list(zip(texts, nn.functional.normalize(rows, dim=1).double()))
+    texts = [
+        tuple(row[kept].tolist()) for row, kept in zip(features["input_ids"], live, strict=True)
+    ]
+    return list(zip(texts, nn.functional.normalize(rows, dim=1).double(), strict=True))
 
 
 def expected_losses(steps, scale=20.0, grouped=False):

@@ -170,8 +170,9 @@ class _Keeper(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Go back to the best model's caches; let go of the losses, which need keeping anew."""
         del control
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._load_best(Path(state.best_model_checkpoint))
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if best is not None and not state.is_hyper_param_search:  # whose models go as they came
+            self._load_best(Path(best))
         for loss in self.losses().values():
             loss.report = None
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from datasets import Dataset, DatasetDict
 from negcache_sentence_transformers import NegativeCacheLoss, keep_cache
 from programs import main
@@ -14,7 +15,6 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from text_oracle import Recorder, expected_losses
 from tiny_transformer import BATCH, make_model, make_pairs, make_texts, make_trainer, weights
-
 
 with tempfile.TemporaryDirectory() as made:  # once processes are joined, the first one alone saves
     MODEL = make_model(made)
@@ -111,8 +111,39 @@ def a_dict_of_losses(folder, sampler):
     torch.testing.assert_close(again, whole, rtol=0, atol=0)
 
 
+def an_older_checkpoint(folder):
+    """Saved without a window of ages: it opens alike in all processes, for the oldest row."""
+    out = Path(folder) / "out"
+
+    def run(steps, resume=None):
+        model = prepare(folder)
+        loss = NegativeCacheLoss(model, 32, max_staleness=0.2, generator=0)
+        run = {"max_steps": steps, "save_strategy": "steps", "save_steps": 2}
+        trainer = make_trainer(out, model, loss, make_pairs(24), **run)
+        found = []
+        loss.register_forward_pre_hook(lambda *_: found.append(weights(loss.handler)))
+        trainer.train(resume_from_checkpoint=resume)
+        return loss, found[0]
+
+    loss, _ = run(2)
+    if dist.get_rank() == 1:
+        loss.handler.cache.age[0] = 100
+    state = {f"loss.{key}": row for key, row in loss.handler.distributed_state_dict().items()}
+    window = state.pop("loss.tables.window.state")
+    (saved,) = (out / "checkpoint-2").glob("negcache-*")
+    dcp.save(state, checkpoint_id=saved)
+    window.fill_(3.0)
+    _, first = run(4, str(out / "checkpoint-2"))
+    assert first["tables.window.state"].tolist() == [100.0, 0, 0, 0, 0, 0]
+    ages = [age for part in every(first["tables.cache_cache.age"].tolist()) for age in part]
+    assert ages.count(100) == 1
+    assert sum(age <= 100 for age in ages) == 4 * BATCH
+
+
+CASES = (pairs_beside_triplets, a_dict_of_losses, an_older_checkpoint)
+
 if __name__ == "__main__":
     main(
-        {function.__name__: function for function in (pairs_beside_triplets, a_dict_of_losses)},
+        {each.__name__: each for each in CASES},
         sys.argv[1:],
     )
