@@ -6,6 +6,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from negcache_torch import OptionError
 from sentence_transformers.base.sampler import SetEpochMixin
 from torch import Tensor
 from torch.utils.data import BatchSampler
@@ -70,10 +71,22 @@ class SameDataset(SetEpochMixin, BatchSampler):
         batch_samplers: Sequence[BatchSampler],
         **options: Any,
     ) -> None:
-        """Put groups of batches in the order that `choose` makes of batches."""
-        batch_samplers = [_Groups(each, count) for each in batch_samplers]
-        self.groups = choose(dataset=dataset, batch_samplers=batch_samplers, **options)
-        super().__init__(dataset, batch_samplers[0].batch_size, batch_samplers[0].drop_last)
+        """Put groups of `count` batches in the order that `choose` makes of batches.
+
+        Raises OptionError for a data set of fewer batches than processes: none would be trained on.
+        """
+        few = [place for place, each in enumerate(batch_samplers) if len(each) < count]
+        if few:
+            rows = [len(each) for each in dataset.datasets]
+            raise OptionError(
+                f"the data sets have {rows} rows, and number {few[0]} of them makes "
+                f"{len(batch_samplers[few[0]])} batches: with a dict of losses all {count} "
+                "processes are at one data set in a step, each at a batch of its own. Lower "
+                "per_device_train_batch_size, or leave out this data set."
+            )
+        grouped = [_Groups(each, count) for each in batch_samplers]
+        self.groups = choose(dataset=dataset, batch_samplers=grouped, **options)
+        super().__init__(dataset, grouped[0].batch_size, grouped[0].drop_last)
         self.count = count
 
     def set_epoch(self, epoch: int) -> None:

@@ -140,7 +140,38 @@ def an_older_checkpoint(folder):
     assert sum(age <= 100 for age in ages) == 4 * BATCH
 
 
-CASES = (pairs_beside_triplets, a_dict_of_losses, an_older_checkpoint)
+def the_best_model(folder):
+    """Its cache is in all processes that of its checkpoint."""
+    model = prepare(folder)
+    loss = NegativeCacheLoss(model, 32, generator=0)
+    kept = {}
+    loss.register_forward_pre_hook(
+        lambda *_: kept.update({trainer.state.global_step: weights(loss.handler)})
+    )
+    trainer = make_trainer(
+        Path(folder) / "out",
+        model,
+        loss,
+        make_pairs(24),
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_eval_batch_size=BATCH,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+        save_total_limit=1,
+    )
+    trainer.train()
+    best = trainer.state.best_global_step
+    assert best < 6, trainer.state.log_history
+    torch.testing.assert_close(weights(loss.handler), kept[best], rtol=0, atol=0)
+    assert [each.name for each in (Path(folder) / "out").glob("check*")] == [f"checkpoint-{best}"]
+
+
+CASES = (pairs_beside_triplets, a_dict_of_losses, an_older_checkpoint, the_best_model)
 
 if __name__ == "__main__":
     main(

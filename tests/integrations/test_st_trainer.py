@@ -1,9 +1,11 @@
 """The trainer around the loss: several data sets, old and new checkpoints, what else it can do."""
 
+import bisect
 import copy
 import logging
 import shutil
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import negcache_torch as negcache
@@ -12,13 +14,20 @@ import torch
 import torch.distributed.checkpoint as dcp
 from datasets import Dataset, DatasetDict
 from negcache_sentence_transformers import NegativeCacheLoss, keep_cache
+from negcache_sentence_transformers._datasets import SameDataset
 from programs import torchrun, words_of
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.sampler import (
+    DefaultBatchSampler,
+    ProportionalBatchSampler,
+    RoundRobinBatchSampler,
+)
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from text_oracle import Recorder, expected_losses
 from tiny_transformer import BATCH, make_model, make_pairs, make_texts, make_trainer, weights
 from torch import nn
+from torch.utils.data import ConcatDataset, RandomSampler
 from transformers import TrainerCallback, TrainerState
 
 RANKS = Path(__file__).with_name("st_trainer_ranks.py")
@@ -74,8 +83,53 @@ def test_several_data_sets_on_two_processes(tmp_path):
         ("a_dict_of_losses", tmp_path / "proportional", "proportional"),
         ("a_dict_of_losses", tmp_path / "turns", "round_robin"),
         ("an_older_checkpoint", tmp_path / "older"),
+        ("the_best_model", tmp_path / "best"),
     ]
     torchrun(2, RANKS, *words_of(cases))
+
+
+@pytest.mark.parametrize("sampler", [RoundRobinBatchSampler, ProportionalBatchSampler])
+def test_batches_of_one_data_set_follow_each_other(sampler):
+    """Each once an epoch, in another order in each; what is left over is too little for a step."""
+    sizes, size, count = [14, 9, 25], 2, 3
+    generator = torch.Generator()
+    data = ConcatDataset([range(each) for each in sizes])
+
+    def samplers(*, drop_last):
+        return [
+            DefaultBatchSampler(RandomSampler(each, generator=generator), size, drop_last)
+            for each in data.datasets
+        ]
+
+    for drop_last in (True, False):
+        options = {"generator": generator, "seed": 5}
+        batches = SameDataset(
+            sampler, count, dataset=data, batch_samplers=samplers(drop_last=drop_last), **options
+        )
+        epochs = []
+        for epoch in (0, 1, 0):
+            batches.set_epoch(epoch)
+            epochs.append(list(batches))
+        assert epochs[0] == epochs[2] != epochs[1]
+        for found in epochs:
+            assert len(found) == len(batches)
+            steps = list(zip(*[iter(found)] * count, strict=True))
+            of = [
+                {bisect.bisect(data.cumulative_sizes, row) for batch in step for row in batch}
+                for step in steps
+            ]
+            assert all(len(each) == 1 for each in of)
+            each = Counter(place for (place,) in of)
+            # Of 7, 4 (or 5) and 12 (or 13) batches, by threes.
+            steps_of = [1, 1, 1] if sampler is RoundRobinBatchSampler else [2, 1, 4]
+            assert [each[place] for place in range(3)] == steps_of
+            rows = [row for batch in found for row in batch]
+            assert len(set(rows)) == len(rows)
+            assert all(batch for batch in found)
+    with pytest.raises(
+        negcache.OptionError, match=r"have \[14, 9, 25\] rows, and number 1 of them"
+    ):
+        SameDataset(sampler, 5, dataset=data, batch_samplers=samplers(drop_last=True), **options)
 
 
 @pytest.mark.parametrize("grouped", [False, True])
