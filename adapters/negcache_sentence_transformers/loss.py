@@ -42,12 +42,13 @@ class NegativeCacheLoss(nn.Module):
     evaluation the loss is against the cache as it is; nothing is drawn or written.
 
     Call `keep_cache(trainer)` before `trainer.train()`: a trainer saves its model, not its loss. In
-    several processes the cache is in shards, one for each, and negatives are those of all; in a step
-    one may be at pairs and another at triplets. With `group_by_dataset` a text that two data sets
-    have is stored once for each; their names decide what belongs together, also after a resume.
+    several processes the cache is in shards, one for each, and negatives are those of all; in one
+    step some may be at pairs and others at triplets. With `group_by_dataset` a text that two data
+    sets have is stored once for each; names decide what belongs together, also after a resume.
 
     Raises OptionError where it trains and nothing would save its cache, where it is made in one of
-    several processes before they are joined, or where a batch does not say of which data set it is; KindError for a model that takes no tokens.
+    several processes before they are joined, or where a batch does not say of which data set it
+    is; KindError for a model that takes no tokens.
     Source: the paper, sections 3.1 and 3.2.
 
     >>> from sentence_transformers.sentence_transformer.modules import StaticEmbedding
