@@ -25,7 +25,8 @@ def split(
     Raises KindError for what is no text, number or None.
     """
     facts = dict(given)
-    lengths = facts.pop(PROMPT, None)
+    lengths = prompt_lengths(given, count, device)
+    told = facts.pop(PROMPT, None) is not None
     for key, value in facts.items():
         if not _is_plain(value):
             raise KindError(
@@ -33,16 +34,22 @@ def split(
                 "masks a row stores strings, numbers and None. Leave it out of what the model's "
                 "preprocess returns, or say it in these."
             )
-    if lengths is None:
-        return [facts], torch.zeros(count, dtype=torch.int64, device=device)
-    lengths = torch.as_tensor(lengths, device=device)
+    if not told:
+        return [facts], lengths
+    distinct, which = lengths.unique(return_inverse=True)
+    return [{**facts, PROMPT: length} for length in distinct.tolist()], which
+
+
+def prompt_lengths(given: Mapping[str, Any], count: int, device: torch.device) -> Tensor:
+    """Return int64 (n,): how many tokens the prompt of each text has; 0 where nothing is said."""
+    lengths = given.get(PROMPT)
+    lengths = torch.as_tensor(0 if lengths is None else lengths, device=device)
     if lengths.is_floating_point() or (lengths.numel() != 1 and lengths.shape != (count,)):
         raise KindError(
             f"{PROMPT!r} is {lengths.dtype} of shape {tuple(lengths.shape)}: expected an integer, "
             f"or one for each of the {count} texts."
         )
-    distinct, which = lengths.long().reshape(-1).expand(count).unique(return_inverse=True)
-    return [{**facts, PROMPT: length} for length in distinct.tolist()], which
+    return lengths.long().reshape(-1).expand(count)
 
 
 def encode(form: list[Any], facts: Mapping[str, Any]) -> Tensor:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from negcache_sentence_transformers import NegativeCacheLoss
+from negcache_sentence_transformers._calls import Calls
+from negcache_sentence_transformers._contents import NO_TEXT
 from programs import torchrun
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router, Transformer
@@ -200,7 +202,7 @@ def test_routes_may_give_other_fields(tmp_path):
     )
     assert "token_type_ids" in loss.rows.dtypes
     calls = []
-    loss.rows.embed(lambda features: calls.append(features) or loss._embed(features), rows)
+    Calls(loss.rows).embed(lambda features: calls.append(features) or loss._embed(features), rows)
     assert {each["task"]: "token_type_ids" in each for each in calls} == {
         "query": True,
         "document": False,
@@ -227,17 +229,17 @@ def test_rows_come_back_in_order_and_as_the_model_made_them(tmp_path, kind):
         return loss._embed(features)
 
     rows = loss.rows.pack(columns)
-    torch.testing.assert_close(loss.rows.embed(embed, rows), expected)
+    torch.testing.assert_close(Calls(loss.rows).embed(embed, rows), expected)
     if isinstance(model[0], Packing) or not model[1].include_prompt:
         assert len(calls) == len(PROMPTS)  # of a class of the user's nothing is known
     else:
         assert len(calls) == 1
     order = torch.randperm(len(expected))
     mixed = {key: value[order] for key, value in rows.items()}
-    torch.testing.assert_close(loss.rows.embed(embed, mixed), expected[order])
+    torch.testing.assert_close(Calls(loss.rows).embed(embed, mixed), expected[order])
     alone = {key: value[3:6] for key, value in rows.items()}
     calls.clear()
-    loss.rows.embed(embed, alone)
+    Calls(loss.rows).embed(embed, alone)
     (found,), given = calls, dict(columns[1])
     assert found.keys() | {"prompt_length"} == given.keys() | {"prompt_length"}
     for key, value in given.items():
@@ -265,7 +267,7 @@ def test_prompt_lengths_may_be_tensors_one_for_all_or_one_for_each_text(tmp_path
     both = {key: torch.cat([one[key]] * 2) for key in loss.rows.dtypes}
     both |= {"modality": "text", "prompt_length": torch.tensor([2, 3])}
     rows = loss.rows.pack([both])
-    torch.testing.assert_close(loss.rows.embed(loss._embed, rows), expected)
+    torch.testing.assert_close(Calls(loss.rows).embed(loss._embed, rows), expected)
     assert rows["id"].tolist() == loss.rows.pack([one, other])["id"].tolist()
     assert len(set(rows["id"].tolist())) == 2
     for length in (torch.tensor(2), torch.tensor([2])):
@@ -295,12 +297,12 @@ def test_an_empty_text_is_known_as_one(tmp_path):
         loss = own(model)
         for prompt in PROMPTS:
             rows = loss.rows.pack([model.preprocess(texts, prompt=prompt)])
-            assert loss.rows.empty(rows).tolist() == empty, (options, prompt)
+            assert (rows["text"] == NO_TEXT).tolist() == empty, (options, prompt)
     model = routed(tmp_path)
     loss = own(model, max_length=TOKENS)
     for task in ("query", "document"):
         rows = loss.rows.pack([model.preprocess(texts, task=task)])
-        assert loss.rows.empty(rows).tolist() == empty
+        assert (rows["text"] == NO_TEXT).tolist() == empty
 
 
 def test_a_loss_is_made_whether_or_not_a_text_without_a_task_has_a_route(tmp_path, monkeypatch):
@@ -370,8 +372,8 @@ def test_long_slots_are_told_before_they_take_memory(tmp_path, caplog, monkeypat
     with caplog.at_level(logging.WARNING, "negcache_sentence_transformers"):
         own(model, 4)
     (record,) = caplog.records
-    # tokens 4, mask 1; facts 96, id 8, 16 numbers of 4.
-    slot = 8_192 * 5 + 96 + 8 + 16 * 4
+    # tokens 4, mask 1; facts 96; id, text and 4 anchors of 8; 16 numbers of 4.
+    slot = 8_192 * 5 + 96 + 6 * 8 + 16 * 4
     assert record.getMessage().startswith(
         f"The model allows 8,192 tokens, so a slot takes {slot:,} bytes, 40,960 of them for tokens"
     )
