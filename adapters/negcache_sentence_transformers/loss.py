@@ -1,7 +1,6 @@
 """The loss: MultipleNegativesRankingLoss against everything in a cache."""
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -9,16 +8,15 @@ import negcache_torch as negcache
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
-from torch.nn import functional
 
-from ._calls import Calls
+from ._calls import Embedder, embed
 from ._contents import TEXT
 from ._datasets import DATASET, dataset_number
 from ._known import RING, RING_FIELDS, Ids, Known, enters, known_of
 from ._options import checked_scale, processes
 from ._slots import tell_cost
 from ._tokens import ID, TokenRows
-from ._wrappers import bare, found_behind, may_route, parallel, refuse_wrappers
+from ._wrappers import bare, may_route, refuse_wrappers
 
 _EMBEDDING = "embedding"
 
@@ -106,9 +104,11 @@ class NegativeCacheLoss(nn.Module):
                 "texts have one dense embedding each."
             )
         if mini_batch_size is not None:
-            negcache.in_chunks(self._embed, mini_batch_size)  # raises where it is no such number
+            negcache.in_chunks(
+                partial(embed, model), mini_batch_size
+            )  # raises where it is no such number
         self.model, self.mini_batch_size = model, mini_batch_size
-        self.rows = TokenRows.of(model, max_length)
+        self.rows, self.routes = TokenRows.of(model, max_length), may_route(model)
         fields = self.rows.specs()
         width: Any = model.get_embedding_dimension()  # the manager refuses None
         groups = {DATASET: negcache.FieldSpec((), torch.int64)} if group_by_dataset else {}
@@ -178,13 +178,14 @@ class NegativeCacheLoss(nn.Module):
         refuse_wrappers(self.model)
         handler, rows = self.handler, self.rows.pack(columns)
         known = self._known_of(anchor, rows)
-        queries = self._embed_anchors(anchor)
+        embedder = self._embedder()
+        queries = embedder.anchors(anchor)
         count = len(queries)
         rows |= known.labels
         positives = {key: value[:count] for key, value in rows.items()}
         weight = known.weight(queries.dtype)
         if not learning:
-            items = self._embed_rows(rows, queries)
+            items = embedder.items(rows, queries)
             hard = _hard(items, count, len(columns), known)
             result = handler.evaluate(
                 None,
@@ -199,7 +200,7 @@ class NegativeCacheLoss(nn.Module):
         found = handler.retrieve(queries, positives, positive_ids=known.own)
         # One call of the model for all texts but the anchors, which are shorter: one a kind.
         inputs = {key: torch.cat([rows[key], found.features[key]]) for key in handler.data_keys}
-        embedded = self._embed_rows(inputs, queries)
+        embedded = embedder.items(inputs, queries)
         items, drawn = embedded.tensor_split([len(rows[ID])])
         hard = _hard(items, count, len(columns), known)
         result = handler.compute_loss(
@@ -256,42 +257,10 @@ class NegativeCacheLoss(nn.Module):
         placement, xp = handler.cache_loss.placement, handler.backend.xp
         return known_of(ids, labels, handler.cache, placement, xp)
 
-    def _embed(self, features: Mapping[str, Any], model: Any = None) -> Tensor:
-        """Return normalised embeddings (n, D), at least as wide as float32."""
-        model = self.model if model is None else model
-        rows = model(dict(features))["sentence_embedding"]  # modules write into what they get
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        return functional.normalize(rows, dim=1)
-
-    def _calls(self) -> Calls:
-        apart = parallel(self.model) is None
-        joint = self.sharded and (apart or may_route(self.model))
-        return Calls(self.rows, self.mini_batch_size, joint, joint and apart)
-
-    def _embed_anchors(self, anchor: Mapping[str, Any]) -> Tensor:
-        calls, wrapped = self._calls(), parallel(self.model)
-        if calls.size is None and not calls.joint:
-            return self._embed(anchor)
-        model = self.model if wrapped is None else wrapped.module
-        return calls.embed(partial(self._embed, model=model), self.rows.unstored(anchor))
-
-    def _embed_rows(self, rows: Mapping[str, Tensor], queries: Tensor) -> Tensor:
-        """Return embeddings (n, D) of rows as they are stored.
-
-        Processes may have other numbers of calls, and each call of DistributedDataParallel waits
-        for all of them. So each makes one such call, the last one, which readies the exchange of
-        gradients; and the others of what is in it.
-        """
-        calls, wrapped = self._calls(), parallel(self.model)
-        if wrapped is None:
-            return calls.embed(self._embed, rows)
-
-        def last(features: dict[str, Any], others: list[Tensor]) -> Tensor:
-            behind = wrapped.find_unused_parameters and may_route(self.model)
-            with found_behind(wrapped, [queries, *others]) if behind else nullcontext():
-                return self._embed(features)
-
-        return calls.embed(partial(self._embed, model=wrapped.module), rows, last)
+    def _embedder(self) -> Embedder:
+        return Embedder.of(
+            self.model, self.rows, self.mini_batch_size, sharded=self.sharded, routes=self.routes
+        )
 
     def _logged(self) -> dict[str, Tensor]:
         return {
