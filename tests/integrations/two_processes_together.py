@@ -16,7 +16,7 @@ from test_st_together import TEXTS, batch_of, columns_of, make_loss
 from tiny_transformer import BATCH
 from torch.nn.parallel import DistributedDataParallel
 
-STEPS = 12
+STEPS = 8
 
 
 def wrapped(model, find):
