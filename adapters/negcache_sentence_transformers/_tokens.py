@@ -115,11 +115,11 @@ class TokenRows(NamedTuple):
 
         Rows of one form, task and, where the model leaves prompts out, prompt length are of a kind.
         """
+        if (words == words[:1]).all():  # as most often: no need to sort
+            return {self._named(words[:1])[0]: None}
         keys, which = text_ids(words, torch.ones_like(words)).unique(return_inverse=True)
         of_each = torch.empty_like(keys).scatter_(0, which, torch.arange(len(which)).to(which))
-        kinds = decode(words[of_each])
-        if not _leaves_prompts_out(self.model):
-            kinds = [without_prompt(kind) for kind in kinds]
+        kinds = self._named(words[of_each])
         if len(set(kinds)) == 1:
             return {kinds[0]: None}
         numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
@@ -132,6 +132,12 @@ class TokenRows(NamedTuple):
         features = to_features({key: rows[key] for key in self.dtypes}, form)
         dtypes = self.dtypes.items()
         return {**facts, **features, **{k: features[k].to(d) for k, d in dtypes if k in features}}
+
+    def _named(self, words: Tensor) -> list[str]:
+        kinds = decode(words)
+        return (
+            kinds if _leaves_prompts_out(self.model) else [without_prompt(kind) for kind in kinds]
+        )
 
     def _column(self, column: Mapping[str, Any], length: int | None) -> dict[str, Tensor]:
         """Return the rows of a column, each (texts, …); tokens (texts, length)."""
