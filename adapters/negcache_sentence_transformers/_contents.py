@@ -1,8 +1,10 @@
 """What a text says, apart from the prompt before it and the tokens around it."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
+from negcache_torch import KindError
 from torch import Tensor
 
 TEXT = "text"
@@ -12,17 +14,24 @@ _MIX = 0xBF58476D1CE4E5B9 - 2**64
 
 
 class Around(NamedTuple):
-    """The tokens that a model puts before and after each text, such as [CLS] and [SEP]."""
+    """The tokens that a route puts before and after each text, such as [CLS] and [SEP].
+
+    words: a hash of what it makes of one text, by which tokenizers are told apart: where routes
+           have different ones, equal numbers are other words
+    """
 
     head: Tensor
     tail: Tensor
+    words: int = 0
 
     @classmethod
     def of(cls, blank: Tensor, text: Tensor) -> "Around":
-        """Compare the tokens of an empty text with those of another."""
+        """Compare the tokens of an empty text with those of another, the same for all routes."""
         same = min(len(blank), len(text))
         first = int((blank[:same] == text[:same]).long().cumprod(0).sum())
-        return cls(blank[:first], blank[first:])
+        said = text[None, first : len(text) - len(blank) + first]
+        words = text_ids(said, torch.ones_like(said))
+        return cls(blank[:first], blank[first:], int(words))
 
     def contents(self, tokens: Tensor, live: Tensor, prompts: Tensor) -> Tensor:
         """Return int64 (n,): equal for equal texts, whatever their prompts; NO_TEXT for none.
@@ -41,10 +50,25 @@ class Around(NamedTuple):
             expected = tail[(len(tail) - from_end).clamp(0, len(tail) - 1)]
             left_out |= (from_end <= len(tail)) & (tokens == expected)
         said = live & ~left_out
-        return torch.where(said.any(1), text_ids(tokens, said), NO_TEXT)
+        return torch.where(said.any(1), text_ids(tokens, said) ^ self.words, NO_TEXT)
 
 
 NOTHING_AROUND = Around(torch.empty(0), torch.empty(0))
+
+
+def ids_of_others(features: Mapping[str, Any]) -> Tensor:
+    """Return int64 (B,): equal for equal images or whatever else is no text.
+
+    Raises KindError where no tensor has a row for each of them.
+    """
+    given = [value for value in features.values() if isinstance(value, Tensor) and value.dim() > 1]
+    if not given or any(len(value) != len(given[0]) for value in given):
+        raise KindError(
+            f"the anchors are {sorted(features)}: expected tokens, or tensors of B rows each, by "
+            "which equal anchors are known."
+        )
+    words = torch.cat([value.flatten(1).double() for value in given], 1).view(torch.int64)
+    return text_ids(words, torch.ones_like(words))
 
 
 def text_ids(tokens: Tensor, mask: Tensor) -> Tensor:

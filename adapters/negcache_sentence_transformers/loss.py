@@ -24,7 +24,7 @@ _EMBEDDING = "embedding"
 class NegativeCacheLoss(nn.Module):
     """Cross-entropy of each anchor's positive against a cache of texts; for the trainer's `loss`.
 
-    model:              a SentenceTransformer whose inputs are tokens
+    model:              a SentenceTransformer that takes positives and negatives as tokens
     cache_size:         C, texts that the cache holds; of all processes together
     scale:              factor on the cosine similarities, the inverse of the temperature
     estimator:          "exact_query", "shared" or "paper", see `negcache_core.losses.estimators`
@@ -46,13 +46,13 @@ class NegativeCacheLoss(nn.Module):
     positives; so later batches meet them too. A text has one slot however often it comes, and one
     more for each other prompt or task that it comes with. No text opposes an anchor, from the batch
     or from the cache, that is one of its positives, in this batch or one before, or the anchor
-    itself, whatever their prompts: symmetric data and anchors with several positives need no batch
-    sampler. A row knows the last four anchors whose positive it was (a fifth makes it forget the
-    first). An explicit negative that is a positive of its anchor, or the anchor, does not count;
-    one that is there twice counts once. A text without content, such as a pad for negatives that
-    there are not, is no item: it neither counts nor enters the cache. A row whose anchor or
-    positive is empty has no loss; the mean is over the others, and `cache_empty` in the log is how
-    many of a step's rows had none.
+    itself: symmetric data and anchors with several positives need no batch sampler. Prompts do not
+    hide that texts are equal. A row knows the last four anchors whose positive it was, with its own
+    prompt (a fifth makes it forget the first). An explicit negative that is a positive of its
+    anchor, or the anchor, does not count; one that is there twice counts once. A text without
+    content, such as a pad for negatives that there are not, is no item: it neither counts nor
+    enters the cache. A row whose anchor or positive is empty has no loss; the mean is over the
+    others, and `cache_empty` in the log is how many of a step's rows had none.
 
     With an empty cache and pairs, loss and gradient are those of MultipleNegativesRankingLoss. In
     evaluation the loss is against the cache as it is; nothing is drawn or written.

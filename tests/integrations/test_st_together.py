@@ -2,15 +2,21 @@
 
 from pathlib import Path
 
+import negcache_torch as negcache
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from negcache_sentence_transformers import NegativeCacheLoss
+from negcache_sentence_transformers._calls import embed
 from programs import torchrun
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from st_trainings import told
-from test_st_rows import PROMPTS, routed, transformer
-from tiny_transformer import TOKENS, make_texts, make_trainer, weights
+from test_st_rows import PROMPTS, routed, static, transformer
+from tiny_transformer import TOKENS, make_texts, make_tokenizer, make_trainer, weights
+from torch import nn
 
 TEXTS = make_texts(60, seed=2)
 TASKS = ("query", "document")
@@ -76,6 +82,56 @@ def test_nothing_is_stale_whatever_the_options(tmp_path, routes, size, grouped):
         found.append(loss.metrics["staleness"].item())
     assert loss.metrics["fill"] == 1.0
     assert max(found) < 1e-10
+
+
+class Sees(StaticEmbedding):
+    """Takes images of four numbers too."""
+
+    def forward(self, features, **options):
+        if "pixel_values" not in features:
+            return super().forward(features, **options)
+        mixed = features["pixel_values"].flatten(1)
+        return {**features, "sentence_embedding": mixed @ self.embedding.weight[:4]}
+
+
+def test_anchors_may_be_images_of_which_equal_ones_are_one():
+    torch.manual_seed(1)
+    sees = Sees(make_tokenizer(), embedding_dim=16)
+    model = SentenceTransformer(modules=[sees], device="cpu")
+    images = torch.randn(2, 1, 2, 2)
+    anchor = {"pixel_values": images[[0, 0, 1]], "modality": "image"}
+    loss = make_loss(model)
+    assert len(set(loss.rows.contents(anchor).tolist())) == 2
+    value = loss([anchor, model.preprocess(TEXTS[:3])])
+    value.backward()
+    expected = []
+    for row, texts in enumerate(([0, 2], [1, 2], [2, 0, 1])):
+        with torch.no_grad():
+            query = embed(model, {"pixel_values": anchor["pixel_values"][row : row + 1]})
+            items = embed(model, model.preprocess([TEXTS[text] for text in texts]))
+        scores = 20.0 * query @ items.T
+        expected.append(nn.functional.cross_entropy(scores, torch.tensor([0])))
+    torch.testing.assert_close(value.detach(), torch.stack(expected).mean())
+    with pytest.raises(negcache.KindError, match=r"the anchors are \['grid', 'pixel_values'\]"):
+        loss([{"pixel_values": images, "grid": torch.ones(3, 2)}, model.preprocess(TEXTS[:2])])
+
+
+def test_equal_numbers_of_two_tokenizers_are_other_words(tmp_path):
+    model = routed(tmp_path, query=[static()])
+    document = model.preprocess(TEXTS[:1], task="document")
+    loss = make_loss(model)
+    tokens = document["input_ids"][0, 1:-1]  # without <s> and </s>
+    query = {"input_ids": tokens, "offsets": torch.tensor([0]), "task": "query"}
+    assert loss.rows.contents(query) != loss.rows.contents(document)
+    assert loss.rows.contents({**query, "task": "document"}) == loss.rows.contents(document)
+    one = [static(), static()]
+    router = Router({"query": one[:1], "document": one[1:]}, default_route="query")
+    model = SentenceTransformer(modules=[router], device="cpu")
+    loss = make_loss(model)
+    query, document = (
+        loss.rows.contents(model.preprocess(TEXTS[:3], task=task)).tolist() for task in TASKS
+    )
+    assert query == document
 
 
 def test_two_processes_wait_for_each_other_in_the_same_places(tmp_path):

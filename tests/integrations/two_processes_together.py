@@ -4,6 +4,7 @@ import copy
 import itertools
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,17 @@ from test_st_together import TEXTS, batch_of, columns_of, make_loss
 from tiny_transformer import BATCH
 from torch.nn.parallel import DistributedDataParallel
 
-STEPS = 12
+STEPS = 8
 
 
 def wrapped(model, find):
-    """Return a model as a trainer has it: how it finds weights without a gradient, or bare."""
+    """Return a model as a trainer has it.
+
+    find: whether DistributedDataParallel finds weights without a gradient; None: as where weights
+          are in shards, each call waits for all processes
+    """
     if find is None:
+        model.register_forward_pre_hook(lambda *_: dist.all_reduce(torch.ones(1)))
         return model
     return DistributedDataParallel(model, find_unused_parameters=find, bucket_cap_mb=1e-3)
 
@@ -87,7 +93,7 @@ def main():
     for model in models:
         for name, weights in model.named_parameters():
             weights.requires_grad_(".pooler." not in name)  # no text goes through it
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     for model, find, size in itertools.product(models, (True, False, None), (None, 2)):
         stays_fresh(
             copy.deepcopy(model), find, mini_batch_size=size, group_by_dataset=size is not None
