@@ -166,6 +166,19 @@ def check_hard_labels(
     return Labels(tuple(ids), group[0] if group else None)
 
 
+def check_competing(scores: Any, retrieval: Retrieval, backend: Backend) -> Array:
+    """Return the scores (B, n) of what else competes with each query's positive."""
+    what, advice = "competing_scores", "One row for each query, -inf for no candidate."
+    rows = retrieval.drawn.shape[0]
+    array = array_of(scores, (rows, "n"), what, backend, advice)
+    if dtype_kind(array.dtype) != "floating":
+        raise DTypeError(
+            f"competing_scores has dtype {dtype_name(array.dtype)}: expected floating scores, "
+            "scale included."
+        )
+    return check_device(array, retrieval.stale_embeddings, what, backend)
+
+
 def check_weight(sample_weight: Any, retrieval: Retrieval, dtype: Any, backend: Backend) -> Any:
     """Return the weights (B,) of the queries in `dtype`, or None."""
     if sample_weight is None:

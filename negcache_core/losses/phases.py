@@ -13,6 +13,7 @@ from negcache_core.cache.state import NegativeCache
 from negcache_core.losses.callbacks import reduced, scale_for, transformed
 from negcache_core.losses.estimators import ESTIMATORS
 from negcache_core.losses.inputs import (
+    check_competing,
     check_embeddings,
     check_hard_labels,
     check_request,
@@ -124,6 +125,7 @@ def loss_of(
     retrieval: Retrieval,
     hard_negative_embeddings: Array | None,
     hard_negative_features: Mapping[str, Any] | None,
+    competing_scores: Array | None,
     sample_weight: Array | None,
     constant: Iterable[str] | None = None,
 ) -> CacheLossReturn:
@@ -146,6 +148,9 @@ def loss_of(
         hard_labels = check_hard_labels(
             hard_negative_features, embedded.hard, retrieval, loss.id_keys, loss.group_key, backend
         )
+    if competing_scores is not None:
+        competing = check_competing(competing_scores, retrieval, backend)
+        embedded = embedded._replace(competing=competing)
     if constant is not None:
         embedded = learning_alike(embedded, constant, backend)
     scorer = _scorer(loss, *embedded[:3], retrieval.stale_embeddings)
