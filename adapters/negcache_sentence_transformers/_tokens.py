@@ -1,18 +1,31 @@
 """Texts as rows of one length, which a cache can store, and back as what a model takes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from negcache_torch import FieldSpec, KeysError, KindError, OptionError, ShapeError
+from negcache_torch import FieldSpec, KeysError, KindError, ShapeError
 from torch import Tensor
 from torch.nn import functional
 
-TOKENS, MASK, OFFSETS, ID = "input_ids", "attention_mask", "offsets", "id"
-_RESULTS = {"sentence_embedding", "token_embeddings", "all_layer_embeddings"}  # of a pass before
-_BATCH_FACTS = {"prompt_length"}  # a tensor, perhaps, that is about a batch and not about its rows
-_GAMMA = 0x9E3779B97F4A7C15 - 2**64  # odd 64-bit constants, as int64
-_MIX = 0xBF58476D1CE4E5B9 - 2**64
+from ._contents import NOTHING_AROUND, TEXT, Around, text_ids
+from ._facts import (
+    FACTS,
+    WORDS,
+    decode,
+    encode,
+    parse,
+    prompt_lengths,
+    signature,
+    split,
+    without_prompt,
+)
+from ._forms import MASK, TOKENS, to_features, to_rows
+from ._slots import slot_length
+
+ID = "id"
+_SMALL = {MASK, "token_type_ids"}  # a byte is enough
+_USUAL = (TOKENS, MASK, "token_type_ids")
 
 
 class TokenRows(NamedTuple):
@@ -20,121 +33,177 @@ class TokenRows(NamedTuple):
 
     length: T, tokens of a row; shorter texts end in zeros
     dtypes: field -> what the model takes, each (rows, tokens)
-    flat:   whether the model takes all texts' tokens in one row, and where each begins
+    around: task -> the tokens before and after each text
+    model:  the SentenceTransformer
 
-    Tokens are stored as int32 and the masks and types beside them as int8: a quarter of int64.
+    Tokens are stored as int32 and the masks and types beside them as int8: a quarter of int64. With
+    each row is stored what decides its embedding beside its tokens: the length of its prompt, its
+    task, the form in which the model takes it. So a row never depends on the batch that draws it.
     """
 
     length: int
     dtypes: dict[str, torch.dtype]
-    flat: bool
+    around: dict[str | None, Around]
+    model: Any
 
     @classmethod
-    def of(cls, model: Any, max_length: int | None) -> "TokenRows":
-        """Ask the model what it makes of a text."""
-        length = model.max_seq_length if max_length is None else max_length
-        if not isinstance(length, int) or length < 1:
-            raise OptionError(
-                f"the model's max_seq_length is {length}, and a cache stores rows of one length: "
-                "give max_length, the most tokens that a text may have."
-            )
-        sample = model.preprocess(["text"])
-        flat = OFFSETS in sample
-        rows, _ = _as_rows(sample)
-        return cls(length, {key: value.dtype for key, value in rows.items()}, flat)
+    def of(cls, model: Any, max_length: int | Mapping[str, int] | None) -> "TokenRows":
+        """Ask the model what it makes of a text, on each of its routes that answers.
+
+        Raises OptionError where no length is known, and KindError for a model without tokens.
+        """
+        dtypes: dict[str, torch.dtype] = {}
+        around: dict[str | None, Around] = {}
+        refused = None
+        for task in _tasks(model):
+            try:
+                rows, text = _sample(model, "text", task)
+                dtypes |= {key: value.dtype for key, value in rows.items()}
+                around[task] = Around.of(_sample(model, "", task)[1], text)
+            except KindError as error:
+                refused = error
+            except Exception:  # noqa: BLE001, S110  # a route for images, or none: a batch will tell
+                pass
+        if not dtypes and refused is not None:
+            raise refused
+        if not dtypes:
+            dtypes = dict.fromkeys(_USUAL, torch.int64)
+        token_bytes = sum(_stored(key, dtype).itemsize for key, dtype in dtypes.items())
+        return cls(slot_length(model, max_length, token_bytes), dtypes, around, model)
 
     def specs(self) -> dict[str, FieldSpec]:
-        """Return the fields to store: the tokens, what goes with them, and the text's id."""
-        stored = {key: FieldSpec((self.length,), _stored(key)) for key in self.dtypes}
-        return {**stored, ID: FieldSpec((), torch.int64)}
+        """Return the fields to store: the tokens, what goes with them, and the text's ids."""
+        stored = {
+            key: FieldSpec((self.length,), _stored(key, dtype))
+            for key, dtype in self.dtypes.items()
+        }
+        number = FieldSpec((), torch.int64)
+        return {**stored, FACTS: FieldSpec((WORDS,), torch.int64), TEXT: number, ID: number}
 
-    def pack(
-        self, columns: Iterable[Mapping[str, Any]]
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return rows to store, column by column, and what is not by row, equal in all columns."""
-        parts, facts = [], []
-        for column in columns:
-            rows, fact = _as_rows(column)
-            parts.append({key: self._padded(key, rows.get(key)) for key in self.dtypes})
-            facts.append(fact)
-        if any(not _equal(fact, facts[0]) for fact in facts):
-            raise OptionError(
-                f"positives and negatives were made differently, {facts}: give their columns the "
-                "same prompt and task."
+    def pack(self, columns: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return rows to store, column by column.
+
+        `id` says which item a row is: equal tokens, prompts and tasks. `text` is what it says,
+        whatever its prompt; NO_TEXT where that is nothing.
+
+        Raises KindError, KeysError, ShapeError or OptionError for what a row cannot store.
+        """
+        parts = [self._column(column, self.length) for column in columns]
+        return {key: torch.cat([part[key] for part in parts]) for key in self.specs()}
+
+    def unstored(self, column: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return rows of a column that no cache stores, such as anchors: as long as they are.
+
+        Raises KindError, KeysError or OptionError for what a row cannot say.
+        """
+        return self._column(column, None)
+
+    def contents(self, column: Mapping[str, Any]) -> Tensor:
+        """Return int64 (n,), the `text` of a column's rows. Raises KindError for no tokens."""
+        rows, _, given = to_rows(column)
+        lengths = prompt_lengths(given, len(rows[TOKENS]), rows[TOKENS].device)
+        return self._contents(rows, given, lengths)
+
+    def kinds(self, words: Tensor) -> dict[str, Tensor | None]:
+        """Return the rows of each kind, by their facts; None where all are of one.
+
+        Rows of one form, task and, where the model leaves prompts out, prompt length are of a kind.
+        """
+        keys, which = text_ids(words, torch.ones_like(words)).unique(return_inverse=True)
+        of_each = torch.empty_like(keys).scatter_(0, which, torch.arange(len(which)).to(which))
+        kinds = decode(words[of_each])
+        if not _leaves_prompts_out(self.model):
+            kinds = [without_prompt(kind) for kind in kinds]
+        if len(set(kinds)) == 1:
+            return {kinds[0]: None}
+        numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+        of = torch.tensor([numbers[kind] for kind in kinds], device=which.device)[which]
+        return {kind: (of == number).nonzero()[:, 0] for kind, number in numbers.items()}
+
+    def features(self, rows: Mapping[str, Tensor], kind: str) -> dict[str, Any]:
+        """Return what the model takes for rows of one kind."""
+        form, facts = parse(kind)
+        features = to_features({key: rows[key] for key in self.dtypes}, form)
+        dtypes = self.dtypes.items()
+        return {**facts, **features, **{k: features[k].to(d) for k, d in dtypes if k in features}}
+
+    def _column(self, column: Mapping[str, Any], length: int | None) -> dict[str, Tensor]:
+        """Return the rows of a column, each (texts, …); tokens (texts, length)."""
+        rows, form, given = to_rows(column)
+        unknown = sorted(rows.keys() - self.dtypes.keys())
+        if unknown:
+            raise KeysError(
+                f"a column has {unknown}, and the cache was made for {sorted(self.dtypes)}: what "
+                "the model gave for a text when the loss was made. Make the loss anew."
             )
-        packed = {key: torch.cat([part[key] for part in parts]) for key in self.dtypes}
-        return {**packed, ID: text_ids(packed[TOKENS], packed[MASK])}, facts[0]
-
-    def unpack(self, rows: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the model's features, without the zeros that no row needs."""
-        mask = rows[MASK].bool()
-        if self.flat:
-            sizes = mask.sum(1)
-            tokens = rows[TOKENS][mask].to(self.dtypes[TOKENS])
-            return {**facts, TOKENS: tokens, OFFSETS: sizes.cumsum(0) - sizes}
-        width = int(mask.any(0).nonzero().max()) + 1 if mask.any() else 1
+        tokens, live = rows[TOKENS], rows[MASK].bool()
+        count, width = tokens.shape
+        length = width if length is None else length
+        if width > length:
+            raise ShapeError(
+                f"a text has {width} tokens and the cache stores {length}: make the loss with "
+                "a larger max_length, or lower the model's max_seq_length."
+            )
+        if form[0] in {"padded", "counted"}:
+            form += sorted(self.dtypes.keys() - rows.keys())
+        distinct, which = split(given, count, tokens.device)
+        facts = torch.stack([encode(form, each) for each in distinct]).to(tokens.device)
+        signs = torch.tensor([signature(each) for each in distinct], device=tokens.device)
+        lengths = prompt_lengths(given, count, tokens.device)
+        packed = {
+            key: functional.pad(rows[key].to(_stored(key, dtype)), (0, length - width))
+            if key in rows
+            else tokens.new_zeros((count, length), dtype=_stored(key, dtype))
+            for key, dtype in self.dtypes.items()
+        }
         return {
-            **facts,
-            **{key: rows[key][:, :width].to(dtype) for key, dtype in self.dtypes.items()},
+            **packed,
+            FACTS: facts[which],
+            TEXT: self._contents(rows, given, lengths),
+            ID: text_ids(tokens, live) ^ signs[which],
         }
 
-    def _padded(self, key: str, rows: Tensor | None) -> Tensor:
-        if rows is None:
-            raise KeysError(f"a column has no {key!r}: the loss was made when the model gave one.")
-        if rows.shape[1] > self.length:
-            raise ShapeError(
-                f"a text has {rows.shape[1]} tokens and the cache stores {self.length}: make the "
-                "loss with a larger max_length, or lower the model's max_seq_length."
-            )
-        return functional.pad(rows.to(_stored(key)), (0, self.length - rows.shape[1]))
+    def _contents(
+        self, rows: Mapping[str, Tensor], given: Mapping[str, Any], prompts: Tensor
+    ) -> Tensor:
+        around = self.around.get(given.get("task"), self.around.get(None, NOTHING_AROUND))
+        return around.contents(rows[TOKENS], rows[MASK].bool(), prompts)
 
 
-def text_ids(tokens: Tensor, mask: Tensor) -> Tensor:
-    """Return int64 (n,): a hash of each text's tokens (n, T), wherever its padding is.
-
-    Two texts with the same tokens are one item to the model. Different ones have the same hash with
-    probability 2 ** -64.
-    """
-    live = mask.bool()
-    mixed = tokens.long() + live.cumsum(1) * _GAMMA
-    for _ in range(2):
-        mixed = (mixed ^ (mixed >> 29)) * _MIX
-    return torch.where(live, mixed ^ (mixed >> 32), 0).sum(1)
+def _tasks(model: Any) -> list[str | None]:
+    """Return the tasks that a model may know: none, its routes, and the usual ones."""
+    mapped = [task for task, _ in getattr(model[0], "route_mappings", {})]
+    routes = getattr(model[0], "sub_modules", {})
+    return list(dict.fromkeys((None, *routes, *mapped, "query", "document")))
 
 
-def _as_rows(features: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return features that are (rows, tokens), and all others; refuse a model without tokens."""
-    given = {key: value for key, value in features.items() if key not in _RESULTS}
-    if OFFSETS in given:
-        tokens, starts = given.pop(TOKENS), given.pop(OFFSETS)
-        ends = torch.cat([starts[1:], starts.new_tensor([len(tokens)])])
-        sizes = ends - starts
-        live = torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None]
-        rows = tokens.new_zeros(live.shape)
-        rows[live] = tokens
-        given |= {TOKENS: rows, MASK: live}
-    shape = getattr(given.get(TOKENS), "shape", None)
-    by_row = {
-        key: value
-        for key, value in given.items()
-        if isinstance(value, Tensor) and key not in _BATCH_FACTS
-    }
-    if MASK not in by_row or any(value.shape != shape for value in by_row.values()):
-        raise KindError(
-            f"the model makes {sorted(given)} of a text: expected {TOKENS!r} and {MASK!r} of shape "
-            "(rows, tokens), as a Transformer makes them, or those of a StaticEmbedding."
-        )
-    return by_row, {key: value for key, value in given.items() if key not in by_row}
+def _sample(model: Any, text: str, task: str | None) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the rows of one text, and its tokens."""
+    options = {} if task is None else {"task": task}
+    rows, _, _ = to_rows(model.preprocess([text], **options))
+    return rows, rows[TOKENS][rows[MASK].bool()]
 
 
-def _stored(key: str) -> torch.dtype:
-    return torch.int32 if key == TOKENS else torch.int8
-
-
-def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.equal(torch.as_tensor(value), torch.as_tensor(other[key]))
-        if isinstance(value, Tensor | int)
-        else value == other[key]
-        for key, value in one.items()
+def _leaves_prompts_out(model: Any) -> bool:
+    """Return whether a module may leave prompts out: a pooling that does, or one of the user's."""
+    return any(
+        not getattr(each, "include_prompt", True)
+        or not type(each).__module__.startswith("sentence_transformers.")
+        for each in _parts(model)
     )
+
+
+def _parts(modules: Iterable[Any]) -> Iterator[Any]:
+    """Yield modules, those of a router's routes instead of the router."""
+    for each in modules:
+        if hasattr(each, "sub_modules"):
+            for route in each.sub_modules.values():
+                yield from _parts(route)
+        else:
+            yield each
+
+
+def _stored(key: str, dtype: torch.dtype) -> torch.dtype:
+    if key in _SMALL or dtype == torch.bool:
+        return torch.int8
+    return dtype if dtype.is_floating_point else torch.int32

@@ -1,17 +1,24 @@
 """The loss: MultipleNegativesRankingLoss against everything in a cache."""
 
-import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import negcache_torch as negcache
 import torch
-import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ._calls import Calls
+from ._contents import TEXT
+from ._datasets import DATASET, dataset_number
+from ._known import RING, RING_FIELDS, Ids, Known, enters, known_of
+from ._options import checked_scale, processes
+from ._slots import tell_cost
 from ._tokens import ID, TokenRows
+from ._wrappers import bare, found_behind, may_route, parallel, refuse_wrappers
 
 _EMBEDDING = "embedding"
 
@@ -26,24 +33,41 @@ class NegativeCacheLoss(nn.Module):
     num_samples:        S, cached texts that each anchor draws and the model embeds anew, a step
     in_batch_negatives: whether the batch's other positives compete too, exactly, with gradients
     max_staleness, staleness_correction: see `CacheClassificationLoss`
-    max_length:         tokens to store of a text; by default the model's max_seq_length
+    mini_batch_size:    texts that the model takes at a time, as in the cached losses: activations
+                        of so many are in memory, and are computed again in the backward pass;
+                        loss and gradient are those of the whole batch, to rounding. None: all
+    max_length:         the most tokens of a text, or those of each task, as training arguments may
+                        have them; by default the model's max_seq_length
     dtype:              in which the cache stores embeddings
     generator:          None, an int seed, or a torch.Generator
+    group_by_dataset:   whether only texts of an anchor's own data set compete with it
     own_loop:           True in a training loop of your own, which saves `loss.state_dict()`
 
     Columns are those of MultipleNegativesRankingLoss: anchor, positive, and any number of negatives
     of the anchor. Negatives compete with their own anchor, exactly, and enter the cache beside the
-    positives; so later batches meet them too. Texts are told apart by their tokens: one that
-    equals an anchor's positive is no negative of it, and has one slot however often it comes.
+    positives; so later batches meet them too. A text has one slot however often it comes, and one
+    more for each other prompt or task that it comes with. No text opposes an anchor, from the batch
+    or from the cache, that is one of its positives, in this batch or one before, or the anchor
+    itself, whatever their prompts: symmetric data and anchors with several positives need no batch
+    sampler. A row knows the last four anchors whose positive it was (a fifth makes it forget the
+    first). An explicit negative that is a positive of its anchor, or the anchor, does not count;
+    one that is there twice counts once. A text without content, such as a pad for negatives that
+    there are not, is no item: it neither counts nor enters the cache. A row whose anchor or
+    positive is empty has no loss; the mean is over the others, and `cache_empty` in the log is how
+    many of a step's rows had none.
 
     With an empty cache and pairs, loss and gradient are those of MultipleNegativesRankingLoss. In
     evaluation the loss is against the cache as it is; nothing is drawn or written.
 
     Call `keep_cache(trainer)` before `trainer.train()`: a trainer saves its model, not its loss. In
-    several processes the cache is in shards, one for each, and negatives are those of all.
+    several processes the cache is in shards, one for each, and negatives are those of all; in one
+    step some may be at pairs and others at triplets. With `group_by_dataset` a text that two data
+    sets have is stored once for each; names decide what belongs together, also after a resume.
 
-    Raises OptionError where it trains and nothing would save its cache, or where it is made in one
-    of several processes before they are joined; KindError for a model that takes no tokens.
+    Raises OptionError where it trains and nothing would save its cache, where it is made in one of
+    several processes before they are joined, where a batch does not say of which data set it is, or
+    where MatryoshkaLoss or AdaptiveLayerLoss wraps it; KindError for a model that is no
+    SentenceTransformer or takes no tokens.
     Source: the paper, sections 3.1 and 3.2.
 
     >>> from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -68,43 +92,62 @@ class NegativeCacheLoss(nn.Module):
         in_batch_negatives: bool = True,
         max_staleness: float | None = 0.2,
         staleness_correction: bool = False,
-        max_length: int | None = None,
+        mini_batch_size: int | None = None,
+        max_length: int | Mapping[str, int] | None = None,
         dtype: torch.dtype = torch.float32,
         generator: Any = None,
+        group_by_dataset: bool = False,
         own_loop: bool = False,
     ) -> None:
         super().__init__()
-        self.model = model
+        if not isinstance(model, SentenceTransformer):
+            raise negcache.KindError(
+                f"the model is a {type(model).__name__}: expected a SentenceTransformer, whose "
+                "texts have one dense embedding each."
+            )
+        if mini_batch_size is not None:
+            negcache.in_chunks(self._embed, mini_batch_size)  # raises where it is no such number
+        self.model, self.mini_batch_size = model, mini_batch_size
         self.rows = TokenRows.of(model, max_length)
         fields = self.rows.specs()
         width: Any = model.get_embedding_dimension()  # the manager refuses None
-        specs = {**fields, _EMBEDDING: negcache.FieldSpec((width,), dtype)}
+        groups = {DATASET: negcache.FieldSpec((), torch.int64)} if group_by_dataset else {}
+        embedding = negcache.FieldSpec((width,), dtype)
+        specs = {**fields, **RING_FIELDS, **groups, _EMBEDDING: embedding}
+        if max_length is None:
+            tell_cost(specs, cache_size, self.rows.length)
         data_keys = tuple(key for key in fields if key != ID)
-        self.sharded = _processes() > 1
+        self.sharded = processes() > 1
         kind = "DistributedCacheClassificationLoss" if self.sharded else "CacheClassificationLoss"
         self.handler = negcache.CacheLossHandler(
             negcache.CacheManager(specs, cache_size, unique_key=ID),
             getattr(negcache, kind)(
                 _EMBEDDING,
                 data_keys,
-                scale=_checked_scale(scale),
+                scale=checked_scale(scale),
                 estimator=estimator,
                 num_samples=num_samples,
                 in_batch_negatives=in_batch_negatives,
-                id_key=ID,
+                id_keys=(TEXT, *RING),
+                group_key=DATASET if group_by_dataset else None,
                 max_staleness=max_staleness,
                 staleness_correction=staleness_correction,
                 generator=generator,
             ),
             _EMBEDDING,
             data_keys,
+            new_items_filter=enters,
         )
-        self.own_loop = own_loop
+        self.own_loop, self.group_by_dataset = own_loop, group_by_dataset
+        self.dataset_name: str | None = None  # of the next batch; set by keep_cache
         self.report: Callable[[dict[str, Tensor]], None] | None = None  # set by keep_cache
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """The last training step's scalars; see `negcache_core.losses.metrics.step_metrics`."""
+        """The last training step's scalars; see `negcache_core.losses.metrics.step_metrics`.
+
+        And `empty`: how many rows had an empty anchor or positive.
+        """
         return self.handler.metrics
 
     @property
@@ -125,47 +168,45 @@ class NegativeCacheLoss(nn.Module):
             raise negcache.KeysError(
                 "the data has one column: expected anchor, positive, and any number of negatives."
             )
-        learning = self._bare_model().training and torch.is_grad_enabled()
+        learning = bare(self.model).training and torch.is_grad_enabled()
         if learning and self.report is None and not self.own_loop:
             raise negcache.OptionError(
                 "a trainer saves its model and not its loss, so the cache would be lost with its "
                 "checkpoints: call keep_cache(trainer) before trainer.train(). In a training loop "
                 "of your own make the loss with own_loop=True, and save loss.state_dict()."
             )
-        queries = self._embed(anchor)
-        rows, facts = self.rows.pack(columns)
+        refuse_wrappers(self.model)
+        handler, rows = self.handler, self.rows.pack(columns)
+        known = self._known_of(anchor, rows)
+        queries = self._embed_anchors(anchor)
         count = len(queries)
-        ids = rows[ID].reshape(-1, count).T
+        rows |= known.labels
         positives = {key: value[:count] for key, value in rows.items()}
-        told = _alike(ids) if len(columns) > 1 else None
+        weight = known.weight(queries.dtype)
         if not learning:
-            items = self._embed(self.rows.unpack(rows, facts))
-            result = self.handler.evaluate(
+            items = self._embed_rows(rows, queries)
+            hard = _hard(items, count, len(columns), known)
+            result = handler.evaluate(
                 None,
                 queries,
                 items[:count],
                 positives,
-                positive_ids=ids,
-                hard_negative_embeddings=_hard(items, count, len(columns)),
-                hard_negative_features=told,
+                positive_ids=known.own,
+                sample_weight=weight,
+                **hard,
             )
             return result.loss
-        found = self.handler.retrieve(queries, positives, positive_ids=ids)
-        keys = self.handler.data_keys
-        # One forward pass for all texts but the anchors, which are shorter.
-        inputs = {key: torch.cat([rows[key], found.features[key]]) for key in keys}
-        embedded = self._embed(self.rows.unpack(inputs, facts))
-        items, drawn = embedded.tensor_split([ids.numel()])
-        hard = _hard(items, count, len(columns))
-        result = self.handler.compute_loss(
-            queries,
-            items[:count],
-            drawn,
-            found,
-            hard_negative_embeddings=hard,
-            hard_negative_features=told,
+        found = handler.retrieve(queries, positives, positive_ids=known.own)
+        # One call of the model for all texts but the anchors, which are shorter: one a kind.
+        inputs = {key: torch.cat([rows[key], found.features[key]]) for key in handler.data_keys}
+        embedded = self._embed_rows(inputs, queries)
+        items, drawn = embedded.tensor_split([len(rows[ID])])
+        hard = _hard(items, count, len(columns), known)
+        result = handler.compute_loss(
+            queries, items[:count], drawn, found, sample_weight=weight, **hard
         )
-        self.handler.commit(result, items, rows)
+        handler.commit(result, items, rows)
+        handler.metrics["empty"] = (~known.sound).sum().to(queries.dtype)
         if self.report is not None:
             self.report(self._logged())
         return result.loss
@@ -181,7 +222,9 @@ class NegativeCacheLoss(nn.Module):
             "cache_size": self.handler.cache_manager.cache_size,
             **{name: getattr(loss, name) for name in names},
             "similarity_fct": "cos_sim",
+            "mini_batch_size": self.mini_batch_size,
             "max_length": self.rows.length,
+            "group_by_dataset": self.group_by_dataset,
         }
 
     @property
@@ -197,15 +240,58 @@ class NegativeCacheLoss(nn.Module):
 }
 """
 
-    def _embed(self, features: Mapping[str, Any]) -> Tensor:
+    def _known_of(self, anchor: Mapping[str, Any], rows: Mapping[str, Tensor]) -> Known:
+        ids, labels = Ids(self.rows.contents(anchor), rows[ID], rows[TEXT]), {}
+        if self.group_by_dataset:
+            if self.dataset_name is None:
+                raise negcache.OptionError(
+                    "the loss has group_by_dataset=True, and the batch does not say of which data "
+                    "set it is: give the trainer a DatasetDict, before keep_cache(trainer), also "
+                    "to evaluate; in a training loop of your own set loss.dataset_name."
+                )
+            number = dataset_number(self.dataset_name)
+            ids = ids.of_dataset(number)
+            labels = {ID: ids.slots, DATASET: torch.full_like(ids.slots, number)}
+        handler = self.handler
+        placement, xp = handler.cache_loss.placement, handler.backend.xp
+        return known_of(ids, labels, handler.cache, placement, xp)
+
+    def _embed(self, features: Mapping[str, Any], model: Any = None) -> Tensor:
         """Return normalised embeddings (n, D), at least as wide as float32."""
-        rows = self.model(dict(features))["sentence_embedding"]  # modules write into what they get
+        model = self.model if model is None else model
+        rows = model(dict(features))["sentence_embedding"]  # modules write into what they get
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         return functional.normalize(rows, dim=1)
 
-    def _bare_model(self) -> SentenceTransformer:
-        """Return the model without what the trainer has put around it."""
-        return next(each for each in self.model.modules() if isinstance(each, SentenceTransformer))
+    def _calls(self) -> Calls:
+        apart = parallel(self.model) is None
+        joint = self.sharded and (apart or may_route(self.model))
+        return Calls(self.rows, self.mini_batch_size, joint, joint and apart)
+
+    def _embed_anchors(self, anchor: Mapping[str, Any]) -> Tensor:
+        calls, wrapped = self._calls(), parallel(self.model)
+        if calls.size is None and not calls.joint:
+            return self._embed(anchor)
+        model = self.model if wrapped is None else wrapped.module
+        return calls.embed(partial(self._embed, model=model), self.rows.unstored(anchor))
+
+    def _embed_rows(self, rows: Mapping[str, Tensor], queries: Tensor) -> Tensor:
+        """Return embeddings (n, D) of rows as they are stored.
+
+        Processes may have other numbers of calls, and each call of DistributedDataParallel waits
+        for all of them. So each makes one such call, the last one, which readies the exchange of
+        gradients; and the others of what is in it.
+        """
+        calls, wrapped = self._calls(), parallel(self.model)
+        if wrapped is None:
+            return calls.embed(self._embed, rows)
+
+        def last(features: dict[str, Any], others: list[Tensor]) -> Tensor:
+            behind = wrapped.find_unused_parameters and may_route(self.model)
+            with found_behind(wrapped, [queries, *others]) if behind else nullcontext():
+                return self._embed(features)
+
+        return calls.embed(partial(self._embed, model=wrapped.module), rows, last)
 
     def _logged(self) -> dict[str, Tensor]:
         return {
@@ -215,37 +301,9 @@ class NegativeCacheLoss(nn.Module):
         }
 
 
-def _hard(items: Tensor, count: int, columns: int) -> Tensor | None:
-    """Return the explicit negatives (B, H, D) among a batch's items, column after column."""
-    return items.unflatten(0, (-1, count))[1:].transpose(0, 1) if columns > 1 else None
-
-
-def _alike(ids: Tensor) -> dict[str, Tensor]:
-    """Return the ids (B, H) of explicit negatives where they equal the positive's, else of no text.
-
-    ids: (B, 1 + H). From the cache no text of a row is drawn for its anchor; in the row, the
-    negatives are to count that the positive is not among.
-    """
-    positive, negatives = ids[:, :1], ids[:, 1:]
-    return {ID: torch.where(negatives == positive, negatives, _NO_TEXT)}
-
-
-_NO_TEXT = torch.iinfo(torch.int64).min
-
-
-def _processes() -> int:
-    """Return how many processes train together; raise if they are not joined yet."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise negcache.OptionError(
-            "the loss is made in one of several processes before they are joined: make the "
-            "SentenceTransformerTrainingArguments, which join them, before the loss."
-        )
-    return 1
-
-
-def _checked_scale(scale: Any) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
-        raise negcache.OptionError(f"scale is {scale!r}: expected a positive number.")
-    return float(scale)
+def _hard(items: Tensor, count: int, columns: int, known: Known) -> dict[str, Any]:
+    """Return explicit negatives (B, H, D), among items column after column, and their labels."""
+    if columns == 1:
+        return {}
+    rows = items.unflatten(0, (columns, count))[1:].transpose(0, 1)
+    return {"hard_negative_embeddings": rows, "hard_negative_features": known.hard}

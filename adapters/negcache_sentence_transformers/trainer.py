@@ -1,105 +1,199 @@
 """Save a loss's cache with the trainer's checkpoints, go on from there, and log its metrics."""
 
+import json
 import logging
 import secrets
-import warnings
+import shutil
+from collections.abc import Callable
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from accelerate.utils import broadcast_object_list
-from negcache_torch import KindError, OptionError
+from datasets import DatasetDict
+from negcache_torch import EMPTY, CheckpointError, KindError, OptionError
 from sentence_transformers import SentenceTransformerTrainer
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
+from ._datasets import SameDataset
+from ._saved import load, save
 from .loss import NegativeCacheLoss
 
 logger = logging.getLogger(__name__)
 _NOTE = "negcache"  # where in trainer_state.json a checkpoint says which folder has its caches
+_FOLDER = "negcache-"
 
 
 def keep_cache(
-    trainer: SentenceTransformerTrainer, *, checkpoint: str | Path | None = None
+    trainer: SentenceTransformerTrainer,
+    *,
+    checkpoint: str | Path | None = None,
+    start_empty: bool = False,
 ) -> SentenceTransformerTrainer:
     """Keep the caches of a trainer's losses with its checkpoints; return the trainer.
 
-    trainer:    one whose loss is a NegativeCacheLoss, or a dict or a wrapper of some
-    checkpoint: the folder to go on from, if it was moved since it was saved
+    trainer:     one whose loss is a NegativeCacheLoss, or a dict or a wrapper of some
+    checkpoint:  the folder to go on from, if it was moved since it was saved
+    start_empty: whether a training that resumes starts with empty caches: the saved ones are lost,
+                 or do not fit any more
 
     `trainer.train(resume_from_checkpoint=…)` then goes on with the caches as they were, on any
     number of processes. A cache is saved in its checkpoint as a folder `negcache-…`, whose name
     the checkpoint's trainer_state.json has: so no other run's cache can be taken for it, and
-    OptionError is raised where it is missing. The metrics of the cache are logged beside the loss,
-    as `cache_fill`, `cache_effective_negatives`, `cache_staleness`, …, averaged over the steps.
+    OptionError is raised where it is missing. With `load_best_model_at_end` the best checkpoint's
+    cache comes back with its model. A new model that the trainer's `model_init` makes starts with
+    an empty cache. The metrics of the cache are logged beside the loss, as `cache_fill`,
+    `cache_effective_negatives`, `cache_staleness`, …, averaged over the steps.
 
-    Raises KindError for a trainer without such a loss, and OptionError for a dict of losses in
-    several processes.
+    With a dict of losses in several processes, all of them are at the same data set in a step.
+    A loss with `group_by_dataset` is told the data set of each batch.
+
+    Raises KindError for a trainer without such a loss; OptionError where `group_by_dataset` has no
+    DatasetDict to take names from. Resuming raises CheckpointError for a cache that does not fit.
     """
-    callbacks = trainer.callback_handler.callbacks
-    for old in [each for each in callbacks if isinstance(each, _CacheKeeper)]:
+    for old in [each for each in trainer.callback_handler.callbacks if isinstance(each, _Keeper)]:
         trainer.remove_callback(old)
-    keeper = _CacheKeeper(trainer, checkpoint)
+        old.unhook()
+    keeper = _Keeper(trainer, checkpoint, start_empty=start_empty)
     losses = keeper.losses()
-    if isinstance(trainer.loss, nn.Module | dict) and not losses:  # and no function that makes one
+    if not losses:
         raise KindError("the trainer has no NegativeCacheLoss: expected one among its losses.")
-    if isinstance(trainer.loss, dict) and any(loss.sharded for loss in losses.values()):
-        raise OptionError(
-            "the trainer has a dict of losses and several processes, which may be at different "
-            "datasets in one step, and a cache in shards needs all of them: use one loss for all."
-        )
+    grouped = [name for name, loss in losses.items() if loss.group_by_dataset]
+    if grouped:
+        _check_names(trainer, grouped)
+        keeper.hook("should_dataset_name_column_be_added", _is_dict)
+        trainer.train_dataset = trainer.preprocess_dataset(trainer.train_dataset, "train")
+        trainer.eval_dataset = trainer.preprocess_dataset(trainer.eval_dataset, "eval")
+        keeper.hook("compute_loss", _naming(trainer.compute_loss, losses))
+    if isinstance(trainer.loss, dict):
+        sharded = [loss for loss in losses.values() if loss.sharded]
+        if sharded:
+            choose = trainer.get_multi_dataset_batch_sampler
+            count = trainer.accelerator.num_processes
+            keeper.hook("get_multi_dataset_batch_sampler", partial(SameDataset, choose, count))
     trainer.add_callback(keeper)
     return trainer
 
 
-class _CacheKeeper(TrainerCallback):
+class _Keeper(TrainerCallback):
     """Does what `keep_cache` says, on the trainer's events; every process has one."""
 
-    def __init__(self, trainer: SentenceTransformerTrainer, checkpoint: str | Path | None) -> None:
+    def __init__(
+        self,
+        trainer: SentenceTransformerTrainer,
+        checkpoint: str | Path | None,
+        *,
+        start_empty: bool,
+    ) -> None:
         self.trainer, self.checkpoint, self.folder = trainer, checkpoint, ""
+        self.start_empty = start_empty
+        self.hooked: dict[str, Any] = {}
 
     def losses(self) -> dict[str, NegativeCacheLoss]:
-        """Return the losses that have a cache, by where they are in the trainer's."""
+        """Return the losses that have a cache, by where they are in the trainer's; each once."""
         given = self.trainer.loss
         named = given if isinstance(given, dict) else {"loss": given}
-        return {
-            f"{name}.{place}".rstrip("."): module
-            for name, each in named.items()
+        found = {
+            module: f"{name}.{place}".rstrip(".")
+            for name, each in reversed(named.items())
             if isinstance(each, nn.Module)
             for place, module in each.named_modules()
             if isinstance(module, NegativeCacheLoss)
         }
+        return {name: loss for loss, name in reversed(found.items())}
+
+    def hook(self, name: str, function: Any) -> None:
+        """Put a function in the place of this one trainer's method."""
+        self.hooked[name] = vars(self.trainer).get(name)
+        setattr(self.trainer, name, function)
+
+    def unhook(self) -> None:
+        """Give the trainer its methods back."""
+        for name, before in self.hooked.items():
+            delattr(self.trainer, name)
+            if before is not None:
+                setattr(self.trainer, name, before)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Restore the caches if the trainer resumes, and name the folder to save to from now on."""
         del control
-        note = state.stateful_callbacks.get(_NOTE)
-        if note is not None:
-            _exchange(dcp.load, self._state(), self._find(args, state, note))
+        losses, note = self.losses(), state.stateful_callbacks.get(_NOTE)
+        if state.global_step > 0 and self.start_empty:
+            self._empty("The training goes on with empty caches: start_empty=True.")
+        elif note is not None:
+            load(losses, self._find(args, state, note))
         elif state.global_step > 0:
             logger.warning(
                 "The checkpoint was saved by a training without a negative cache: it starts empty."
             )
-        (self.folder,) = broadcast_object_list([f"negcache-{secrets.token_hex(8)}"])
+        elif self.trainer.model_init is not None:
+            self._empty("The trainer's model_init made a new model: its cache starts empty.")
+        if args.push_to_hub and args.hub_strategy in {
+            HubStrategy.CHECKPOINT,
+            HubStrategy.ALL_CHECKPOINTS,
+        }:
+            logger.warning(
+                "Checkpoints are pushed to the hub before the cache is saved into them: to go on "
+                "from one that was pushed, upload its folder %s… too.",
+                _FOLDER,
+            )
+        (self.folder,) = broadcast_object_list([_FOLDER + secrets.token_hex(8)])
         run = str(Path(args.output_dir).resolve())
         state.stateful_callbacks[_NOTE] = {"folder": self.folder, "run": run}
-        for loss in self.losses().values():
+        for loss in losses.values():
             loss.report = self.trainer.track_loss_components
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Forget metrics that were logged: else the trainer divides by 0 steps where none follow.
+
+        So it does in a time of logging in which all batches are of data sets with other losses.
+        """
+        del args, state, control
+        if logs is not None and "loss" in logs:
+            self.trainer.accum_loss_components["train"].clear()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save the caches into the checkpoint that the trainer has just written."""
         del control
         if args.save_only_model or state.is_hyper_param_search:
             return  # such checkpoints are not to go on from; one that is tried says what it lacks
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        _exchange(dcp.save, self._state(), folder / self.folder)
+        checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        save(self.losses(), checkpoint / self.folder)
+        if args.should_save:  # what another run left there, whose checkpoint was written over
+            for old in checkpoint.glob(f"{_FOLDER}*"):
+                if old.name != self.folder:
+                    shutil.rmtree(old, ignore_errors=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Let go of the losses: another trainer has to keep them anew."""
-        del args, state, control
+        """Go back to the best model's caches; let go of the losses, which need keeping anew."""
+        del control
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if best is not None and not state.is_hyper_param_search:  # whose models go as they came
+            self._load_best(Path(best))
         for loss in self.losses().values():
             loss.report = None
+
+    def _load_best(self, checkpoint: Path) -> None:
+        try:
+            told = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+            load(self.losses(), checkpoint / told["stateful_callbacks"][_NOTE]["folder"])
+        except (OSError, KeyError, CheckpointError) as error:
+            logger.warning(
+                "The trainer is back at its best model, of %s, and the cache is that of the last "
+                "step: none was saved there, or not one that fits (%s). Before this model trains "
+                "on, call loss.handler.reset().",
+                checkpoint,
+                error,
+            )
+
+    def _empty(self, reason: str) -> None:
+        for loss in self.losses().values():
+            if (loss.handler.cache.age != EMPTY).any():
+                logger.warning(reason)
+            loss.handler.reset()
 
     def _find(self, args: Any, state: Any, note: dict[str, str]) -> Path:
         step = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -111,22 +205,45 @@ class _CacheKeeper(TrainerCallback):
         raise OptionError(
             f"the trainer resumes at step {state.global_step}, and the cache of that checkpoint, "
             f"{note['folder']}, is in none of {[str(each) for each in checkpoints]}: name the "
-            "checkpoint, keep_cache(trainer, checkpoint=…)."
+            "checkpoint, keep_cache(trainer, checkpoint=…). Where it is lost, or was never saved, "
+            "as with save_only_model, go on with an empty one: keep_cache(trainer, "
+            "start_empty=True)."
         )
 
-    def _state(self) -> dict[str, Tensor]:
-        """Return the live tables and generators by name; shards as parts of whole tables."""
-        return {
-            f"{name}.{key}": value
-            for name, loss in self.losses().items()
-            for key, value in (
-                loss.handler.distributed_state_dict() if loss.sharded else loss.handler.state_dict()
-            ).items()
-        }
+
+def _check_names(trainer: SentenceTransformerTrainer, grouped: list[str]) -> None:
+    """Raise OptionError unless all data sets have names, those to evaluate the names of others."""
+    train: Any = trainer.train_dataset
+    evaluated: Any = trainer.eval_dataset
+    for what, given in (("train_dataset", train), ("eval_dataset", evaluated)):
+        if given is not None and not isinstance(given, DatasetDict):
+            raise OptionError(
+                f"the losses {grouped} have group_by_dataset=True, and {what} is a "
+                f"{type(given).__name__}: expected a DatasetDict, whose names tell data sets apart."
+            )
+    unknown = [] if train is None or evaluated is None else sorted(set(evaluated) - set(train))
+    if unknown:
+        raise OptionError(
+            f"eval_dataset has {unknown}, which train_dataset has not: with group_by_dataset=True "
+            "no row of the cache would compete there. Give them the names of data sets in training."
+        )
 
 
-def _exchange(verb: Any, state: dict[str, Tensor], folder: Path) -> None:
-    """Save to a folder or load from it, all processes together."""
-    with warnings.catch_warnings():  # one process alone is no reason to warn
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        verb(state, checkpoint_id=folder)
+def _is_dict(dataset: Any, args: Any, loss: Any) -> bool:
+    """Say of every dict of data sets that its batches tell their names."""
+    del args, loss
+    return isinstance(dataset, DatasetDict)
+
+
+def _naming(
+    compute_loss: Callable[..., Any], losses: dict[str, NegativeCacheLoss]
+) -> Callable[..., Any]:
+    """Return `compute_loss` so that it tells losses of which data set a batch is."""
+
+    @wraps(compute_loss)
+    def named(model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        for loss in losses.values():
+            loss.dataset_name = inputs.get("dataset_name")
+        return compute_loss(model, inputs, *arguments, **options)
+
+    return named

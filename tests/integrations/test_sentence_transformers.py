@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from negcache_sentence_transformers import NegativeCacheLoss, keep_cache
-from negcache_sentence_transformers._tokens import text_ids
+from negcache_sentence_transformers._calls import Calls
+from negcache_sentence_transformers._contents import text_ids
 from programs import torchrun
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -83,7 +84,9 @@ def test_expected_gradient_is_that_of_the_full_softmax(tmp_path, estimator):
     query, positive, negative, item = map(embed, (anchors, positives, negatives, cached))
     scores = 4.0 * torch.cat([query @ positive.T, (query * negative).sum(1, keepdim=True)], 1)
     stale = 4.0 * query @ item.T
-    stale = stale.masked_fill(torch.tensor([[True, False, False], [False] * 3]), -torch.inf)
+    # Each anchor's own positive, of this step or of the one before.
+    mine = torch.tensor([[True, False, False], [False, True, False]])
+    stale = stale.masked_fill(mine, -torch.inf)
     everything = torch.cat([scores, stale], 1)
     full = nn.functional.cross_entropy(everything, torch.arange(2))
     expected = gradients(model, full)
@@ -165,24 +168,26 @@ def test_evaluation_is_against_the_cache_and_changes_nothing(model):
     vectors = torch.from_numpy(model.encode(texts, normalize_embeddings=True))
     scores = 4.0 * vectors[:2] @ vectors[3:7].T
     one = nn.functional.cross_entropy(scores[:1, :3], torch.tensor([0]))  # the last is not cached
-    other = nn.functional.cross_entropy(scores[1:], torch.tensor([3]))
+    # A positive of before, scores[1, 1], is none of the other's negatives.
+    other = nn.functional.cross_entropy(scores[1:, [0, 2, 3]], torch.tensor([2]))
     torch.testing.assert_close(values, [(one + other) / 2] * 2)
 
 
 def test_padding_changes_nothing(model):
     loss, texts = own(model), make_texts(9)
     model.eval()
-    rows, facts = loss.rows.pack(columns(model, texts))
+    rows = loss.rows.pack(columns(model, texts))
     assert rows["input_ids"].shape == (9, TOKENS)
-    torch.testing.assert_close(
-        loss._embed({**facts, **{key: rows[key].long() for key in loss.rows.dtypes}}),
-        loss._embed(model.preprocess(texts)),
-    )
+    whole = {key: rows[key].long() for key in loss.rows.dtypes}
+    expected = loss._embed(model.preprocess(texts))
+    torch.testing.assert_close(loss._embed({**model.preprocess(texts), **whole}), expected)
+    torch.testing.assert_close(Calls(loss.rows).embed(loss._embed, rows), expected)
     short = {key: value[:1] for key, value in rows.items()}
-    back = loss.rows.unpack(short, facts)
-    assert {key: back[key].shape for key in loss.rows.dtypes} == dict.fromkeys(
-        loss.rows.dtypes, model.preprocess(texts[:1])["input_ids"].shape
-    )
+    given = []
+    Calls(loss.rows).embed(lambda features: given.append(features) or loss._embed(features), short)
+    given, expected = given[0], dict(model.preprocess(texts[:1]))
+    assert given.pop("modality") == expected.pop("modality") == "text"
+    torch.testing.assert_close(given, expected)
     left = model.preprocess(texts)
     mask = left["attention_mask"].flip(1)
     tokens = torch.zeros_like(left["input_ids"])
@@ -198,9 +203,12 @@ def test_a_static_model_takes_texts_without_padding():
     with pytest.raises(negcache.OptionError, match="give max_length"):
         own(model)
     loss, texts = own(model, max_length=12), make_texts(6)
-    rows, facts = loss.rows.pack(columns(model, texts))
-    back = loss.rows.unpack(rows, facts)
-    torch.testing.assert_close(back, model.preprocess(texts))
+    given = []
+    Calls(loss.rows).embed(
+        lambda features: given.append(features) or loss._embed(features),
+        loss.rows.pack(columns(model, texts)),
+    )
+    torch.testing.assert_close(given, [model.preprocess(texts)])
     batch = columns(model, texts[:3], texts[3:])
     torch.testing.assert_close(loss(batch), MultipleNegativesRankingLoss(model)(batch, None))
     assert loss(batch) > 0
@@ -298,9 +306,6 @@ def test_bad_input_is_refused_and_changes_nothing(model):
         loss(columns(model, texts))
     with pytest.raises(negcache.ShapeError, match="a text has 12 tokens and the cache stores 8"):
         own(model, max_length=8)(columns(model, texts[:1], ["w1 " * 10]))
-    prompted = model.preprocess(texts[:1], prompt="w1 w2: ")
-    with pytest.raises(negcache.OptionError, match="the same prompt and task"):
-        loss([*columns(model, texts[:1], texts[:1]), prompted])
     anchor, positive = columns(model, texts[:2], texts[2:4])
     with pytest.raises(negcache.KindError, match="as a Transformer makes them"):
         loss([anchor, {**positive, "pixel_values": torch.zeros(2, 3)}])
@@ -313,8 +318,6 @@ def test_the_model_card_and_a_dict_of_losses(model, tmp_path):
     trainer.loss = losses
     (keeper,) = [each for each in trainer.callback_handler.callbacks if hasattr(each, "losses")]
     assert keeper.losses() == losses
-    keys = {key.partition(".")[0] for key in keeper._state()}
-    assert keys == {"a", "b"}
     assert losses["b"].get_config_dict() == {
         "cache_size": 16,
         "scale": 10.0,
@@ -324,7 +327,9 @@ def test_the_model_card_and_a_dict_of_losses(model, tmp_path):
         "max_staleness": 0.2,
         "staleness_correction": False,
         "similarity_fct": "cos_sim",
+        "mini_batch_size": None,
         "max_length": TOKENS,
+        "group_by_dataset": False,
     }
     assert losses["b"].temperature == 0.1
     assert "cache_size" in model.model_card_data.train_datasets[0]["loss"]["config_code"]

@@ -1,0 +1,113 @@
+"""Which calls of the model embed rows: kinds, mini-batches, and what processes must have alike."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from negcache_torch import in_chunks
+from torch import Tensor
+
+from ._contents import NO_TEXT, TEXT
+from ._facts import FACTS
+from ._tokens import TokenRows
+
+Rows = dict[str, Tensor]
+
+
+class Calls(NamedTuple):
+    """How rows are embedded.
+
+    rows:   what the model takes for rows
+    size:   the most rows of a call; None: all
+    joint:  whether each process makes calls for the kinds of all of them: then all have gradients
+            of the same weights
+    evenly: whether it also makes as many calls as the others for each kind
+    """
+
+    rows: TokenRows
+    size: int | None = None
+    joint: bool = False
+    evenly: bool = False
+
+    def embed(
+        self,
+        embed: Callable[[dict[str, Any]], Tensor],
+        rows: Mapping[str, Tensor],
+        last: Callable[[dict[str, Any], list[Tensor]], Tensor] | None = None,
+    ) -> Tensor:
+        """Return embeddings (n, D) of rows; of texts without content zeros.
+
+        embed: features -> embeddings
+        last:  takes the place of the last call; is given the embeddings of the others too
+        """
+        taken = {key: rows[key] for key in (*self.rows.dtypes, FACTS)}
+        (live,) = torch.nonzero(rows[TEXT] != NO_TEXT, as_tuple=True)
+        count = len(rows[TEXT])
+        if len(live) in {0, count}:  # a model takes one text at least
+            return self._kind_by_kind(embed, taken, last)
+        found = self._kind_by_kind(embed, _at(taken, live), last)
+        return found.new_zeros((count, found.shape[1])).index_copy(0, live, found)
+
+    def _kind_by_kind(self, embed: Any, rows: Rows, last: Any) -> Tensor:
+        kinds = self.rows.kinds(rows[FACTS])
+        calls = {kind: rows if index is None else _at(rows, index) for kind, index in kinds.items()}
+        if self.joint:
+            calls = self._calls_of_all(calls)
+        count, device = len(rows[FACTS]), rows[FACTS].device
+        parts: list[Tensor] = []
+        place, start = torch.zeros(count, dtype=torch.int64, device=device), 0
+        for number, (kind, own) in enumerate(sorted(calls.items()), 1):
+            final = last if number == len(calls) else None
+            parts += self._in_chunks(embed, kind, own, final, parts)
+            if kind in kinds:  # else another process's, and nobody's embedding
+                index = kinds[kind]
+                size = count if index is None else len(index)
+                there = torch.arange(start, start + size, device=device)
+                place[slice(None) if index is None else index] = there
+            start += len(own[FACTS])
+        if len(parts) == 1:
+            return parts[0][:count]
+        return torch.cat(parts)[place]
+
+    def _in_chunks(
+        self, embed: Any, kind: str, rows: Rows, last: Any, before: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return the embeddings of rows of one kind, in one or more parts."""
+
+        def network(rows: Rows) -> Tensor:
+            found: Tensor = embed(self.rows.features(rows, kind))
+            return found
+
+        chunked = network if self.size is None else in_chunks(network, self.size)
+        if last is None:
+            return [chunked(rows)]
+        count = len(rows[FACTS])
+        cut = 0 if self.size is None else (count - 1) // self.size * self.size
+        parts = [chunked({key: value[:cut] for key, value in rows.items()})] if cut else []
+        final = self.rows.features({key: value[cut:] for key, value in rows.items()}, kind)
+        return [*parts, last(final, [*before, *parts])]
+
+    def _calls_of_all(self, own: dict[str, Rows]) -> dict[str, Rows]:
+        """Return the calls of this process, and a row for each kind that only others have."""
+        told: list[Any] = [None] * dist.get_world_size()
+        examples = {
+            kind: (len(rows[FACTS]), {key: value[:1].cpu() for key, value in rows.items()})
+            for kind, rows in own.items()
+        }
+        dist.all_gather_object(told, examples)
+        device = next(iter(own.values()))[FACTS].device
+        calls = dict(own)
+        for kind in {kind for each in told for kind in each}:
+            (most, one) = max((each[kind] for each in told if kind in each), key=lambda it: it[0])
+            if kind not in calls:
+                calls[kind] = {key: value.to(device) for key, value in one.items()}
+            if self.evenly and self.size is not None:
+                rows, least = calls[kind], (most - 1) // self.size * self.size + 1
+                spare = torch.arange(least, device=device).clamp(max=len(rows[FACTS]) - 1)
+                calls[kind] = rows if len(rows[FACTS]) >= least else _at(rows, spare)
+        return calls
+
+
+def _at(rows: Mapping[str, Tensor], index: Tensor) -> Rows:
+    return {key: value[index] for key, value in rows.items()}

@@ -1,0 +1,66 @@
+"""What may be around a model: the trainer's wrappers, and those of losses, which are refused."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from negcache_torch import OptionError
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import adaptive_layer, matryoshka
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+_CUTS = (matryoshka.ForwardDecorator,)
+_LAYERS = (adaptive_layer.ForwardDecorator, adaptive_layer.TransformerDecorator)
+
+
+def bare(model: nn.Module) -> SentenceTransformer:
+    """Return the model without what the trainer has put around it."""
+    return next(each for each in model.modules() if isinstance(each, SentenceTransformer))
+
+
+def parallel(model: nn.Module) -> DistributedDataParallel | None:
+    """Return the DistributedDataParallel in or around a model; what is in it asks no process."""
+    found = (each for each in model.modules() if isinstance(each, DistributedDataParallel))
+    return next(found, None)
+
+
+def may_route(model: nn.Module) -> bool:
+    """Return whether some texts may go through other weights than others."""
+    return any(hasattr(each, "sub_modules") for each in bare(model).modules())
+
+
+@contextmanager
+def found_behind(wrapped: DistributedDataParallel, others: list[Tensor]) -> Iterator[None]:
+    """Let a call of what is wrapped return other embeddings too.
+
+    DistributedDataParallel takes weights for unused that are not behind what its call returns.
+    """
+
+    def beside(_: nn.Module, __: Any, output: dict[str, Any]) -> dict[str, Any]:
+        return {**output, "others": others}
+
+    hook = wrapped.module.register_forward_hook(beside)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def refuse_wrappers(model: nn.Module) -> None:
+    """Raise OptionError where a wrapping loss has replaced how the model, or a part, is called."""
+    inner = bare(model)
+    for module in (model, inner, *inner.children()):
+        forward = vars(module).get("forward")
+        if isinstance(forward, _LAYERS):
+            raise OptionError(
+                "AdaptiveLayerLoss or Matryoshka2dLoss is around NegativeCacheLoss: they take "
+                "embeddings from earlier layers, which the cache does not hold. Use "
+                "NegativeCacheLoss alone; for embeddings that may be cut, "
+                "NegativeCacheLoss(matryoshka_dims=…)."
+            )
+        if isinstance(forward, _CUTS):
+            raise OptionError(
+                "MatryoshkaLoss is around NegativeCacheLoss: it cuts the embeddings that the cache "
+                "holds whole. Use NegativeCacheLoss(matryoshka_dims=…) instead of wrapping it."
+            )
