@@ -1,16 +1,20 @@
 """Which calls of the model embed rows: kinds, mini-batches, and what processes must have alike."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from negcache_torch import in_chunks
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from ._contents import NO_TEXT, TEXT
 from ._facts import FACTS
 from ._tokens import TokenRows
+from ._wrappers import found_behind, may_route, parallel
 
 Rows = dict[str, Tensor]
 
@@ -111,3 +115,50 @@ class Calls(NamedTuple):
 
 def _at(rows: Mapping[str, Tensor], index: Tensor) -> Rows:
     return {key: value[index] for key, value in rows.items()}
+
+
+def embedded(model: nn.Module, features: Mapping[str, Any]) -> Tensor:
+    """Return normalised embeddings (n, D), at least as wide as float32."""
+    rows = model(dict(features))["sentence_embedding"]  # modules write into what they get
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return functional.normalize(rows, dim=1)
+
+
+class Encoder(NamedTuple):
+    """A model, perhaps in a trainer's wrapper, and how it is called."""
+
+    model: nn.Module
+    calls: Calls
+
+    @classmethod
+    def of(cls, model: nn.Module, rows: TokenRows, size: int | None, *, sharded: bool) -> "Encoder":
+        """Return that of one process, or of one of several."""
+        apart = parallel(model) is None
+        joint = sharded and (apart or may_route(model))
+        return cls(model, Calls(rows, size, joint, joint and apart))
+
+    def anchors(self, anchor: Mapping[str, Any]) -> Tensor:
+        """Return embeddings (B, D) of a column that is not stored."""
+        calls, wrapped = self.calls, parallel(self.model)
+        if calls.size is None and not calls.joint:
+            return embedded(self.model, anchor)
+        model = self.model if wrapped is None else wrapped.module
+        return calls.embed(partial(embedded, model), calls.rows.unstored(anchor))
+
+    def rows_of(self, rows: Mapping[str, Tensor], queries: Tensor) -> Tensor:
+        """Return embeddings (n, D) of rows as they are stored.
+
+        Processes may have other numbers of calls, and each call of DistributedDataParallel waits
+        for all of them. So each makes one such call, the last one, which readies the exchange of
+        gradients; and the others of what is in it.
+        """
+        wrapped = parallel(self.model)
+        if wrapped is None:
+            return self.calls.embed(partial(embedded, self.model), rows)
+
+        def last(features: dict[str, Any], others: list[Tensor]) -> Tensor:
+            behind = wrapped.find_unused_parameters and may_route(self.model)
+            with found_behind(wrapped, [queries, *others]) if behind else nullcontext():
+                return embedded(self.model, features)
+
+        return self.calls.embed(partial(embedded, wrapped.module), rows, last)

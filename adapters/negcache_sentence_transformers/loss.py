@@ -1,7 +1,6 @@
 """The loss: MultipleNegativesRankingLoss against everything in a cache."""
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -9,16 +8,16 @@ import negcache_torch as negcache
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
-from torch.nn import functional
 
-from ._calls import Calls
+from ._calls import Encoder, Rows, embedded
 from ._contents import TEXT
 from ._datasets import DATASET, dataset_number
+from ._directions import ANCHOR, DOCUMENT, Batch, Directions, reverse
 from ._known import RING, RING_FIELDS, Ids, Known, enters, known_of
-from ._options import checked_scale, processes
+from ._options import CITATION, checked_scale, processes
 from ._slots import tell_cost
 from ._tokens import ID, TokenRows
-from ._wrappers import bare, found_behind, may_route, parallel, refuse_wrappers
+from ._wrappers import bare, refuse_wrappers
 
 _EMBEDDING = "embedding"
 
@@ -41,6 +40,8 @@ class NegativeCacheLoss(nn.Module):
     dtype:              in which the cache stores embeddings
     generator:          None, an int seed, or a torch.Generator
     group_by_dataset:   whether only texts of an anchor's own data set compete with it
+    directions, partition_mode: as in MultipleNegativesRankingLoss, what competes beside an anchor's
+                        documents, and in which softmax; see below
     own_loop:           True in a training loop of your own, which saves `loss.state_dict()`
 
     Columns are those of MultipleNegativesRankingLoss: anchor, positive, and any number of negatives
@@ -56,7 +57,16 @@ class NegativeCacheLoss(nn.Module):
     positive is empty has no loss; the mean is over the others, and `cache_empty` in the log is how
     many of a step's rows had none.
 
-    With an empty cache and pairs, loss and gradient are those of MultipleNegativesRankingLoss. In
+    Further directions have further negatives, from the batch, and from the cache, where anchors
+    then share the slots with documents: "query_to_query" other anchors; "doc_to_query" other
+    anchors, for the document; "doc_to_doc" other documents, for the document. No anchor opposes one
+    that has a positive in common with it, nor a document that is a positive of it; no document one
+    of the same anchor. All negatives of the batch then compete, with every anchor. Each step embeds
+    num_samples cached texts for each anchor, and, with "doc_to_query" or "doc_to_doc", as many for
+    each document.
+
+    With an empty cache and pairs, loss and gradient are those of MultipleNegativesRankingLoss; with
+    further directions also with explicit negatives. In
     evaluation the loss is against the cache as it is; nothing is drawn or written.
 
     Call `keep_cache(trainer)` before `trainer.train()`: a trainer saves its model, not its loss. In
@@ -65,8 +75,9 @@ class NegativeCacheLoss(nn.Module):
     sets have is stored once for each; names decide what belongs together, also after a resume.
 
     Raises OptionError where it trains and nothing would save its cache, where it is made in one of
-    several processes before they are joined, where a batch does not say of which data set it is, or
-    where MatryoshkaLoss or AdaptiveLayerLoss wraps it; KindError for a model that is no
+    several processes before they are joined, where a batch does not say of which data set it is,
+    where MatryoshkaLoss or AdaptiveLayerLoss wraps it, for directions without "query_to_doc", and
+    for more than that in several processes; KindError for a model that is no
     SentenceTransformer or takes no tokens.
     Source: the paper, sections 3.1 and 3.2.
 
@@ -97,6 +108,8 @@ class NegativeCacheLoss(nn.Module):
         dtype: torch.dtype = torch.float32,
         generator: Any = None,
         group_by_dataset: bool = False,
+        directions: Iterable[str] = ("query_to_doc",),
+        partition_mode: str = "joint",
         own_loop: bool = False,
     ) -> None:
         super().__init__()
@@ -108,16 +121,21 @@ class NegativeCacheLoss(nn.Module):
         if mini_batch_size is not None:
             negcache.in_chunks(self._embed, mini_batch_size)  # raises where it is no such number
         self.model, self.mini_batch_size = model, mini_batch_size
+        self.sharded, self.in_batch_negatives = processes() > 1, in_batch_negatives
+        self.directions = Directions.of(
+            directions, partition_mode, correction=staleness_correction, sharded=self.sharded
+        )
+        plain = self.directions.plain
         self.rows = TokenRows.of(model, max_length)
         fields = self.rows.specs()
         width: Any = model.get_embedding_dimension()  # the manager refuses None
         groups = {DATASET: negcache.FieldSpec((), torch.int64)} if group_by_dataset else {}
         embedding = negcache.FieldSpec((width,), dtype)
-        specs = {**fields, **RING_FIELDS, **groups, _EMBEDDING: embedding}
+        kinds = self.directions.fields()
+        specs = {**fields, **RING_FIELDS, **kinds, **groups, _EMBEDDING: embedding}
         if max_length is None:
             tell_cost(specs, cache_size, self.rows.length)
         data_keys = tuple(key for key in fields if key != ID)
-        self.sharded = processes() > 1
         kind = "DistributedCacheClassificationLoss" if self.sharded else "CacheClassificationLoss"
         self.handler = negcache.CacheLossHandler(
             negcache.CacheManager(specs, cache_size, unique_key=ID),
@@ -127,8 +145,9 @@ class NegativeCacheLoss(nn.Module):
                 scale=checked_scale(scale),
                 estimator=estimator,
                 num_samples=num_samples,
-                in_batch_negatives=in_batch_negatives,
-                id_keys=(TEXT, *RING),
+                in_batch_negatives=in_batch_negatives and plain,
+                id_keys=(TEXT, *RING, *kinds),
+                **({} if plain else {"reducer": None}),
                 group_key=DATASET if group_by_dataset else None,
                 max_staleness=max_staleness,
                 staleness_correction=staleness_correction,
@@ -177,15 +196,20 @@ class NegativeCacheLoss(nn.Module):
             )
         refuse_wrappers(self.model)
         handler, rows = self.handler, self.rows.pack(columns)
-        known = self._known_of(anchor, rows)
-        queries = self._embed_anchors(anchor)
-        count = len(queries)
+        known = self._known_of(Ids(self.rows.contents(anchor), rows[ID], rows[TEXT]))
+        encoder = self._encoder()
+        queries = encoder.anchors(anchor)
+        if not self.directions.plain:
+            return self._in_directions(
+                queries, self.rows.pack([anchor]), rows, known, learning=learning
+            )
         rows |= known.labels
+        count = len(queries)
         positives = {key: value[:count] for key, value in rows.items()}
         weight = known.weight(queries.dtype)
         if not learning:
-            items = self._embed_rows(rows, queries)
-            hard = _hard(items, count, len(columns), known)
+            items = encoder.rows_of(rows, queries)
+            hard = known.negatives(items)
             result = handler.evaluate(
                 None,
                 queries,
@@ -199,28 +223,25 @@ class NegativeCacheLoss(nn.Module):
         found = handler.retrieve(queries, positives, positive_ids=known.own)
         # One call of the model for all texts but the anchors, which are shorter: one a kind.
         inputs = {key: torch.cat([rows[key], found.features[key]]) for key in handler.data_keys}
-        embedded = self._embed_rows(inputs, queries)
-        items, drawn = embedded.tensor_split([len(rows[ID])])
-        hard = _hard(items, count, len(columns), known)
+        embeddings = encoder.rows_of(inputs, queries)
+        items, drawn = embeddings.tensor_split([len(rows[ID])])
+        hard = known.negatives(items)
         result = handler.compute_loss(
             queries, items[:count], drawn, found, sample_weight=weight, **hard
         )
-        handler.commit(result, items, rows)
-        handler.metrics["empty"] = (~known.sound).sum().to(queries.dtype)
-        if self.report is not None:
-            self.report(self._logged())
+        self._commit(result, items, rows, known)
         return result.loss
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return what the model card tells of the loss."""
         loss = self.handler.cache_loss
-        names = (
-            *("scale", "estimator", "num_samples", "in_batch_negatives"),
-            *("max_staleness", "staleness_correction"),
-        )
+        names = ("scale", "estimator", "num_samples", "max_staleness", "staleness_correction")
         return {
             "cache_size": self.handler.cache_manager.cache_size,
             **{name: getattr(loss, name) for name in names},
+            "in_batch_negatives": self.in_batch_negatives,
+            "directions": self.directions.names,
+            "partition_mode": "joint" if self.directions.joint else "per_direction",
             "similarity_fct": "cos_sim",
             "mini_batch_size": self.mini_batch_size,
             "max_length": self.rows.length,
@@ -230,18 +251,29 @@ class NegativeCacheLoss(nn.Module):
     @property
     def citation(self) -> str:
         """The paper, in BibTeX, for the model card."""
-        return """
-@inproceedings{lindgren2021negativecache,
-    title = "Efficient Training of Retrieval Models using Negative Cache",
-    author = "Lindgren, Erik and Reddi, Sashank and Guo, Ruiqi and Kumar, Sanjiv",
-    booktitle = "Advances in Neural Information Processing Systems",
-    volume = "34",
-    year = "2021",
-}
-"""
+        return CITATION
 
-    def _known_of(self, anchor: Mapping[str, Any], rows: Mapping[str, Tensor]) -> Known:
-        ids, labels = Ids(self.rows.contents(anchor), rows[ID], rows[TEXT]), {}
+    def _in_directions(
+        self, queries: Tensor, anchors: Rows, rows: Rows, known: Known, *, learning: bool
+    ) -> Tensor:
+        back = self._known_of(reverse(anchors, rows[TEXT][: len(queries)]))
+        rows |= known.labels | self.directions.labels(rows, DOCUMENT)
+        anchors |= back.labels | self.directions.labels(anchors, ANCHOR)
+        embed = partial(self._encoder().rows_of, queries=queries)
+        batch = Batch(queries, embed(rows), rows, anchors, known, back, self.in_batch_negatives)
+        loss, result = batch.loss(self.directions, self.handler, embed if learning else None)
+        if learning:
+            self._commit(result, *batch.stored(self.directions), known)
+        return loss
+
+    def _commit(self, result: Any, items: Tensor, rows: dict[str, Tensor], known: Known) -> None:
+        self.handler.commit(result, items, rows)
+        self.handler.metrics["empty"] = (~known.sound).sum().to(items.dtype)
+        if self.report is not None:
+            self.report(self._logged())
+
+    def _known_of(self, ids: Ids) -> Known:
+        labels = {}
         if self.group_by_dataset:
             if self.dataset_name is None:
                 raise negcache.OptionError(
@@ -251,47 +283,16 @@ class NegativeCacheLoss(nn.Module):
                 )
             number = dataset_number(self.dataset_name)
             ids = ids.of_dataset(number)
-            labels = {ID: ids.slots, DATASET: torch.full_like(ids.slots, number)}
+            labels = {DATASET: torch.full_like(ids.slots, number)}
         handler = self.handler
         placement, xp = handler.cache_loss.placement, handler.backend.xp
-        return known_of(ids, labels, handler.cache, placement, xp)
+        return known_of(ids, {ID: ids.slots, **labels}, handler.cache, placement, xp)
 
-    def _embed(self, features: Mapping[str, Any], model: Any = None) -> Tensor:
-        """Return normalised embeddings (n, D), at least as wide as float32."""
-        model = self.model if model is None else model
-        rows = model(dict(features))["sentence_embedding"]  # modules write into what they get
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        return functional.normalize(rows, dim=1)
+    def _embed(self, features: Mapping[str, Any]) -> Tensor:
+        return embedded(self.model, features)
 
-    def _calls(self) -> Calls:
-        apart = parallel(self.model) is None
-        joint = self.sharded and (apart or may_route(self.model))
-        return Calls(self.rows, self.mini_batch_size, joint, joint and apart)
-
-    def _embed_anchors(self, anchor: Mapping[str, Any]) -> Tensor:
-        calls, wrapped = self._calls(), parallel(self.model)
-        if calls.size is None and not calls.joint:
-            return self._embed(anchor)
-        model = self.model if wrapped is None else wrapped.module
-        return calls.embed(partial(self._embed, model=model), self.rows.unstored(anchor))
-
-    def _embed_rows(self, rows: Mapping[str, Tensor], queries: Tensor) -> Tensor:
-        """Return embeddings (n, D) of rows as they are stored.
-
-        Processes may have other numbers of calls, and each call of DistributedDataParallel waits
-        for all of them. So each makes one such call, the last one, which readies the exchange of
-        gradients; and the others of what is in it.
-        """
-        calls, wrapped = self._calls(), parallel(self.model)
-        if wrapped is None:
-            return calls.embed(self._embed, rows)
-
-        def last(features: dict[str, Any], others: list[Tensor]) -> Tensor:
-            behind = wrapped.find_unused_parameters and may_route(self.model)
-            with found_behind(wrapped, [queries, *others]) if behind else nullcontext():
-                return self._embed(features)
-
-        return calls.embed(partial(self._embed, model=wrapped.module), rows, last)
+    def _encoder(self) -> Encoder:
+        return Encoder.of(self.model, self.rows, self.mini_batch_size, sharded=self.sharded)
 
     def _logged(self) -> dict[str, Tensor]:
         return {
@@ -299,11 +300,3 @@ class NegativeCacheLoss(nn.Module):
             for name, value in self.metrics.items()
             if name != "interpretable_loss"  # the trainer logs the loss
         }
-
-
-def _hard(items: Tensor, count: int, columns: int, known: Known) -> dict[str, Any]:
-    """Return explicit negatives (B, H, D), among items column after column, and their labels."""
-    if columns == 1:
-        return {}
-    rows = items.unflatten(0, (columns, count))[1:].transpose(0, 1)
-    return {"hard_negative_embeddings": rows, "hard_negative_features": known.hard}

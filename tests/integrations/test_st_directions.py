@@ -1,0 +1,296 @@
+"""The loss for sentence-transformers in further directions: as the ranking loss has them."""
+
+import copy
+import itertools
+
+import negcache_torch as negcache
+import numpy as np
+import pytest
+import torch
+from laws import law_of_scores, noise_for
+from negcache_sentence_transformers import NegativeCacheLoss
+from negcache_sentence_transformers._contents import text_ids
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from tiny_transformer import make_model, make_texts
+from torch import nn
+
+ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+SYMMETRIC = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+SETS = {
+    "symmetric": SYMMETRIC,
+    "all": {"directions": ALL},
+    "symmetric, joint": {"directions": ("query_to_doc", "doc_to_query")},
+    "queries": {"directions": ("query_to_query", "query_to_doc")},
+    "documents": {"directions": ("query_to_doc", "doc_to_doc")},
+    "all but queries": {"directions": ("query_to_doc", "doc_to_query", "doc_to_doc")},
+    "all but documents": {"directions": ALL[:3]},
+}
+each_set = pytest.mark.parametrize("options", SETS.values(), ids=SETS)
+
+
+@pytest.fixture
+def model(tmp_path):
+    return make_model(tmp_path / "model")
+
+
+def own(model, cache_size=64, **options):
+    return NegativeCacheLoss(model, cache_size, own_loop=True, generator=0, **options)
+
+
+def columns(model, *texts):
+    return [model.preprocess(list(column)) for column in texts]
+
+
+def gradients(model, loss):
+    return torch.autograd.grad(
+        loss, list(model.parameters()), allow_unused=True, materialize_grads=True
+    )
+
+
+def embed(model, texts):
+    rows = model(dict(model.preprocess(list(texts))))["sentence_embedding"]
+    return nn.functional.normalize(rows, dim=1)
+
+
+def written(loss):
+    return loss.handler.cache.age != negcache.EMPTY
+
+
+class Noise(nn.Module):
+    """Stands in for the generator: what is drawn is known."""
+
+    def uniform(self, shape, device):
+        assert shape == self.noise.shape
+        return self.noise
+
+
+class Oracle:
+    """The loss by its definition, with lists of texts and a softmax written out.
+
+    documents: cached text -> the last four anchors whose positive it was; anchors: the reverse
+    """
+
+    def __init__(self, model, scale, directions, partition_mode="joint", *, in_batch=True):
+        self.model, self.scale, self.directions = model, scale, directions
+        self.joint, self.in_batch = partition_mode == "joint", in_batch
+        self.documents, self.anchors = {}, {}
+
+    def after(self, rows):
+        """Return `documents` and `anchors` once rows (anchor, positive, negatives …) are in."""
+        back = [pair[::-1] for pair in pairs_of(rows)]
+        texts = [text for row in rows for text in row[1:]]
+        return (
+            joined(self.documents, texts, back),
+            joined(self.anchors, [row[0] for row in rows], pairs_of(rows)),
+        )
+
+    def remember(self, rows):
+        self.documents, self.anchors = self.after(rows)
+
+    def candidates(self, rows, place):
+        """Yield direction, view, and what competes in it of the batch and of the cache."""
+        anchor, positive, *negatives = rows[place]
+        now, (of_document, of_anchor) = pairs_of(rows), self.after(rows)
+        others = rows[:place] + rows[place + 1 :]
+        mine = {anchor, *(text for theirs, text in now if theirs == anchor)}
+        hard = [text for text in distinct(negatives) if text not in mine]
+
+        def documents(texts, whose):
+            out = {*mine, *negatives}
+            return [text for text in texts if text not in out and anchor not in whose[text]]
+
+        def anchors(texts, whose, out, shared):
+            out = out | {other for other, text in now if text == positive}
+            return [text for text in texts if text not in out and not shared & {*whose[text]}]
+
+        in_rows = [row[column] for column in range(1, len(rows[0])) for row in others]
+        in_rows = [text for text in in_rows if text] if self.in_batch else []
+        asked = [row[0] for row in others if row[0]] if self.in_batch else []
+        known = documents(in_rows, of_document), documents(self.documents, self.documents)
+        hard = [text for text in hard if anchor not in of_document[text]]
+        yield "query_to_doc", 0, hard + known[0], known[1]
+        sources = (asked, of_anchor), (self.anchors, self.anchors)
+        yield "query_to_query", 0, *(anchors(*source, mine, mine) for source in sources)
+        out = {anchor, positive}
+        batch, cached = (anchors(*source, out, {positive}) for source in sources)
+        yield "doc_to_query", 1, [anchor, *batch], cached
+        yield "doc_to_doc", 1, *known
+
+    def loss(self, rows, stale=None):
+        """Return the loss, with the gradient that is to be expected.
+
+        stale: text and kind -> embedding in the cache; None where those are fresh
+        """
+        found = []
+        for place, (anchor, positive, *_) in enumerate(rows):
+            if not anchor or not positive:
+                continue
+            views = embed(self.model, [anchor, positive])
+            own, logits, scores = self.scale * views[:1] @ views[1], {}, {}
+            for direction, view, batch, cached in self.candidates(rows, place):
+                if direction in self.directions:
+                    items = embed(self.model, ["", *batch, *cached])[1:]
+                    scores[direction] = self.scale * items @ views[view]
+                    logits[direction] = scores[direction].detach().clone()
+                    for row, text in enumerate(cached if stale else [], len(batch)):
+                        then = stale[text, direction.rpartition("_")[2]]
+                        logits[direction][row] = self.scale * then @ views[view].detach()
+            found.append(self.cross_entropy(own, logits, scores))
+        return torch.stack(found).mean() if found else torch.zeros(())
+
+    def cross_entropy(self, own, logits, scores):
+        parts, total = [list(logits)] if self.joint else [[name] for name in logits], 0.0
+        for names in parts:
+            mine = [own] if "query_to_doc" in names else []  # else it is among the candidates
+            known = torch.cat([*(each.detach() for each in mine), *(logits[n] for n in names)])
+            now = torch.cat([*mine, *(scores[n] for n in names)])
+            surrogate = (torch.softmax(known, 0) * now).sum() - own[0]
+            value = torch.logsumexp(known, 0) - own[0].detach()
+            total = total + value + surrogate - surrogate.detach()
+        return total / len(parts)
+
+
+def pairs_of(rows):
+    return [(row[0], row[1]) for row in rows if row[0] and row[1]]
+
+
+def distinct(texts):
+    return list(dict.fromkeys(text for text in texts if text))
+
+
+def joined(rings, texts, pairs):
+    """Return rings of texts and of those that are there, with the partners of pairs in front."""
+    rings = {**{text: [] for text in distinct(texts)}, **rings}
+    for text in {text for text, _ in pairs}:
+        new = distinct(other for theirs, other in pairs if theirs == text)
+        rings[text] = [*new, *(old for old in rings[text] if old not in new)]
+        assert len(rings[text]) < 5, "of more, a row forgets the first"
+    return rings
+
+
+@each_set
+@pytest.mark.parametrize("triplets", [False, True], ids=["pairs", "triplets"])
+def test_the_first_step_is_that_of_the_ranking_loss(model, options, triplets):
+    texts = make_texts(12)
+    given = [texts[:4], texts[4:8], *([texts[8:]] if triplets else [])]
+    ranking = MultipleNegativesRankingLoss(model, **options)(columns(model, *given), None)
+    ours = own(model, **options)(columns(model, *given))
+    torch.testing.assert_close(ours, ranking)
+    for mine, theirs in zip(gradients(model, ours), gradients(model, ranking), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@each_set
+@pytest.mark.parametrize("estimator", ["exact_query", "paper"])
+def test_the_expected_gradient_is_that_of_the_softmax_over_the_batch_and_the_cache(
+    tmp_path, options, estimator
+):
+    """Enumerated: every draw of every view, with its probability; embeddings in the cache lag."""
+    model = make_model(tmp_path, dtype=torch.float64)
+    ours = own(model, 8, scale=3.0, estimator=estimator, dtype=torch.float64, **options)
+    oracle, texts = Oracle(model, 3.0, **options), make_texts(12)
+    before = [(texts[0], texts[1]), (texts[2], texts[3])]
+    ours(columns(model, *zip(*before, strict=True)))
+    oracle.remember(before)
+    torch.manual_seed(1)
+    table = ours.handler.cache.data["embedding"]
+    table += 0.1 * torch.randn(table.shape, dtype=torch.float64)
+    rows = [(texts[4], texts[1], texts[6]), (texts[2], texts[8], texts[9])]  # known, and repeated
+    if "paper" in estimator:
+        rows = [row[:2] for row in rows]
+    batch = columns(model, *zip(*rows, strict=True))
+    slots = written(ours).nonzero()[:, 0]
+    stale = stale_rows(ours, model, texts)
+    exact = oracle.loss(rows, stale)
+    expected = gradients(model, exact)
+
+    saved = copy.deepcopy(ours.handler.tables.state_dict())
+    ours.handler.cache_loss.generator = noise = Noise()
+    laws, total = law_of_draws(ours, batch, slots), 0.0
+    found = [torch.zeros_like(each) for each in expected]
+    for places in itertools.product(range(len(slots)), repeat=len(laws)):
+        probability = np.prod([law[place] for law, place in zip(laws, places, strict=True)])
+        if probability < 1e-15:
+            continue
+        noise.noise = torch.as_tensor(noise_for(np.asarray(places)[:, None], laws))
+        ours.handler.tables.load_state_dict(saved)
+        value = ours(batch)
+        torch.testing.assert_close(value, exact, rtol=1e-10, atol=1e-10)
+        found = [
+            mine + probability * each
+            for mine, each in zip(found, gradients(model, value), strict=True)
+        ]
+        total += probability
+    assert abs(total - 1) < 1e-10
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)
+
+
+def stale_rows(loss, model, texts):
+    """Return text and kind -> embedding in the cache."""
+    data, found = loss.handler.cache.data, {}
+    names = dict(zip(ids_of(model, texts), texts, strict=True))
+    tokens = text_ids(data["input_ids"], data["attention_mask"]).tolist()
+    for slot in written(loss).nonzero()[:, 0].tolist():
+        anchor = data["id"][slot].item() not in names
+        found[names[tokens[slot]], "query" if anchor else "doc"] = data["embedding"][slot]
+    return found
+
+
+def ids_of(model, texts):
+    features = model.preprocess(list(texts))
+    return text_ids(features["input_ids"], features["attention_mask"]).tolist()
+
+
+def law_of_draws(loss, batch, slots):
+    """Return (V B, written slots): with what probability each view draws each of them."""
+    retrieve, seen = loss.handler.retrieve, []
+
+    def noted(queries, features, **more):
+        rows = loss.handler.cache.data["embedding"][slots]
+        scores = loss.handler.cache_loss.scale * queries @ rows.T
+        keys = loss.handler.cache_loss.id_keys
+        labels = {key: loss.handler.cache.data[key][slots] for key in keys}
+        for key, own in more["positive_ids"].items():
+            out = (own[:, :, None] == labels[key][None, None, :]).any(1)
+            scores = scores.masked_fill(out, -torch.inf)
+        seen.append(scores.detach().numpy())
+        return retrieve(queries, features, **more)
+
+    loss.handler.retrieve = noted
+    loss.eval()
+    training = loss.model.training
+    loss.model.eval()
+    loss(batch)
+    loss.model.train(training)
+    loss.train()
+    del loss.handler.retrieve
+    return law_of_scores(seen[0])
+
+
+@each_set
+@pytest.mark.parametrize("in_batch", [True, False])
+def test_the_loss_is_the_softmax_over_the_texts_that_may_compete(tmp_path, options, in_batch):
+    """Repeated anchors, symmetric pairs, shared positives, negatives of all kinds, and pads."""
+    model, pick = make_model(tmp_path, dtype=torch.float64), np.random.default_rng(5)
+    more = {"max_staleness": None, "dtype": torch.float64, "in_batch_negatives": in_batch}
+    ours = own(model, 64, scale=3.0, num_samples=2, **more, **options)
+    texts = ["", *make_texts(9)]
+    for step in range(15):
+        if step % 3 == 0:  # no row has more partners by then than it remembers
+            ours.handler.reset()
+            oracle = Oracle(model, 3.0, in_batch=in_batch, **options)
+        rows = [
+            (texts[pick.integers(step % 2, 10)], *pick.choice(texts, 1 + step % 3))
+            for _ in range(4)
+        ]
+        batch = columns(model, *zip(*rows, strict=True))
+        expected = oracle.loss(rows).item()
+        value = ours(batch)
+        torch.testing.assert_close(value.item(), expected, rtol=1e-9, atol=1e-9)
+        assert all(each.isfinite().all() for each in gradients(model, value))
+        assert ours.metrics["staleness"] < 1e-10
+        oracle.remember(rows)
+    queries = any(name.endswith("query") for name in ours.directions.names)
+    expected = len(oracle.documents) + (len(oracle.anchors) if queries else 0)
+    assert int(written(ours).sum()) == expected
