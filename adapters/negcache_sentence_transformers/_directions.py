@@ -112,6 +112,15 @@ class Directions(NamedTuple):
         mixed = self.anchors and not all(map(all, self.counts()))
         return {KIND: FieldSpec((), torch.int64)} if mixed else {}
 
+    def keys(self, group_key: str | None) -> tuple[tuple[str, ...], str | None]:
+        """Return the fields of `fields` that are ids, and the group key, perhaps one of them.
+
+        Where each view wants one kind, kinds are groups: that is faster than ids that half of the
+        rows have. But there is one group key alone.
+        """
+        apart = self.counts() == [[True, False], [False, True]]
+        return ((), KIND) if apart and group_key is None else (tuple(self.fields()), group_key)
+
     def labels(self, rows: Mapping[str, Tensor], kind: int) -> dict[str, Tensor]:
         """Return `fields` of rows of a kind."""
         return {key: torch.full_like(rows[ID], kind) for key in self.fields()}
@@ -181,7 +190,7 @@ class Batch(NamedTuple):
             drawn,
             found,
             competing_scores=competing,
-            constant=() if embed else ("negatives",),
+            constant=("positives", "negatives"),  # of two sides, one of which may be frozen
         )
         return self._mean(_joined(directions, result, positive)), result
 

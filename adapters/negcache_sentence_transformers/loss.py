@@ -9,9 +9,11 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
+from negcache_core.arrays.validation import check_flag
+
 from ._calls import Encoder, Rows, embedded
 from ._contents import TEXT
-from ._datasets import DATASET, dataset_number
+from ._datasets import DATASET, number_of_batch
 from ._directions import ANCHOR, DOCUMENT, Batch, Directions, reverse
 from ._known import RING, RING_FIELDS, Ids, Known, enters, known_of
 from ._options import CITATION, checked_scale, processes
@@ -57,17 +59,15 @@ class NegativeCacheLoss(nn.Module):
     positive is empty has no loss; the mean is over the others, and `cache_empty` in the log is how
     many of a step's rows had none.
 
-    Further directions have further negatives, from the batch, and from the cache, where anchors
-    then share the slots with documents: "query_to_query" other anchors; "doc_to_query" other
-    anchors, for the document; "doc_to_doc" other documents, for the document. No anchor opposes one
-    that has a positive in common with it, nor a document that is a positive of it; no document one
-    of the same anchor. All negatives of the batch then compete, with every anchor. Each step embeds
-    num_samples cached texts for each anchor, and, with "doc_to_query" or "doc_to_doc", as many for
-    each document.
+    Further directions have more negatives, of the batch and of the cache, where anchors then share
+    the slots with documents. No anchor opposes another that has a positive in common with it, nor a
+    document that is its positive; no document opposes one of the same anchor. All explicit
+    negatives of the batch compete with every anchor then. Each step embeds num_samples cached texts
+    for each anchor and, with "doc_to_query" or "doc_to_doc", as many for each document.
 
     With an empty cache and pairs, loss and gradient are those of MultipleNegativesRankingLoss; with
-    further directions also with explicit negatives. In
-    evaluation the loss is against the cache as it is; nothing is drawn or written.
+    further directions also with explicit negatives. In evaluation the loss is against the cache as
+    it is; nothing is drawn or written.
 
     Call `keep_cache(trainer)` before `trainer.train()`: a trainer saves its model, not its loss. In
     several processes the cache is in shards, one for each, and negatives are those of all; in one
@@ -76,9 +76,9 @@ class NegativeCacheLoss(nn.Module):
 
     Raises OptionError where it trains and nothing would save its cache, where it is made in one of
     several processes before they are joined, where a batch does not say of which data set it is,
-    where MatryoshkaLoss or AdaptiveLayerLoss wraps it, for directions without "query_to_doc", and
-    for more than that in several processes; KindError for a model that is no
-    SentenceTransformer or takes no tokens.
+    where MatryoshkaLoss or AdaptiveLayerLoss wraps it, for directions without "query_to_doc", or
+    with others in several processes; KindError for a model that is no SentenceTransformer or takes
+    no tokens.
     Source: the paper, sections 3.1 and 3.2.
 
     >>> from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -121,17 +121,19 @@ class NegativeCacheLoss(nn.Module):
         if mini_batch_size is not None:
             negcache.in_chunks(self._embed, mini_batch_size)  # raises where it is no such number
         self.model, self.mini_batch_size = model, mini_batch_size
-        self.sharded, self.in_batch_negatives = processes() > 1, in_batch_negatives
-        self.directions = Directions.of(
+        self.sharded, self.partition_mode = processes() > 1, partition_mode
+        self.in_batch_negatives = check_flag(in_batch_negatives, "in_batch_negatives")
+        self._directions = Directions.of(
             directions, partition_mode, correction=staleness_correction, sharded=self.sharded
         )
-        plain = self.directions.plain
+        self.directions, plain = self._directions.names, self._directions.plain
         self.rows = TokenRows.of(model, max_length)
         fields = self.rows.specs()
         width: Any = model.get_embedding_dimension()  # the manager refuses None
         groups = {DATASET: negcache.FieldSpec((), torch.int64)} if group_by_dataset else {}
         embedding = negcache.FieldSpec((width,), dtype)
-        kinds = self.directions.fields()
+        kinds = self._directions.fields()
+        more_ids, group_key = self._directions.keys(DATASET if group_by_dataset else None)
         specs = {**fields, **RING_FIELDS, **kinds, **groups, _EMBEDDING: embedding}
         if max_length is None:
             tell_cost(specs, cache_size, self.rows.length)
@@ -146,9 +148,9 @@ class NegativeCacheLoss(nn.Module):
                 estimator=estimator,
                 num_samples=num_samples,
                 in_batch_negatives=in_batch_negatives and plain,
-                id_keys=(TEXT, *RING, *kinds),
+                id_keys=(TEXT, *RING, *more_ids),
                 **({} if plain else {"reducer": None}),
-                group_key=DATASET if group_by_dataset else None,
+                group_key=group_key,
                 max_staleness=max_staleness,
                 staleness_correction=staleness_correction,
                 generator=generator,
@@ -199,7 +201,7 @@ class NegativeCacheLoss(nn.Module):
         known = self._known_of(Ids(self.rows.contents(anchor), rows[ID], rows[TEXT]))
         encoder = self._encoder()
         queries = encoder.anchors(anchor)
-        if not self.directions.plain:
+        if not self._directions.plain:
             return self._in_directions(
                 queries, self.rows.pack([anchor]), rows, known, learning=learning
             )
@@ -240,8 +242,8 @@ class NegativeCacheLoss(nn.Module):
             "cache_size": self.handler.cache_manager.cache_size,
             **{name: getattr(loss, name) for name in names},
             "in_batch_negatives": self.in_batch_negatives,
-            "directions": self.directions.names,
-            "partition_mode": "joint" if self.directions.joint else "per_direction",
+            "directions": self.directions,
+            "partition_mode": self.partition_mode,
             "similarity_fct": "cos_sim",
             "mini_batch_size": self.mini_batch_size,
             "max_length": self.rows.length,
@@ -257,13 +259,13 @@ class NegativeCacheLoss(nn.Module):
         self, queries: Tensor, anchors: Rows, rows: Rows, known: Known, *, learning: bool
     ) -> Tensor:
         back = self._known_of(reverse(anchors, rows[TEXT][: len(queries)]))
-        rows |= known.labels | self.directions.labels(rows, DOCUMENT)
-        anchors |= back.labels | self.directions.labels(anchors, ANCHOR)
+        rows |= known.labels | self._directions.labels(rows, DOCUMENT)
+        anchors |= back.labels | self._directions.labels(anchors, ANCHOR)
         embed = partial(self._encoder().rows_of, queries=queries)
         batch = Batch(queries, embed(rows), rows, anchors, known, back, self.in_batch_negatives)
-        loss, result = batch.loss(self.directions, self.handler, embed if learning else None)
+        loss, result = batch.loss(self._directions, self.handler, embed if learning else None)
         if learning:
-            self._commit(result, *batch.stored(self.directions), known)
+            self._commit(result, *batch.stored(self._directions), known)
         return loss
 
     def _commit(self, result: Any, items: Tensor, rows: dict[str, Tensor], known: Known) -> None:
@@ -275,13 +277,7 @@ class NegativeCacheLoss(nn.Module):
     def _known_of(self, ids: Ids) -> Known:
         labels = {}
         if self.group_by_dataset:
-            if self.dataset_name is None:
-                raise negcache.OptionError(
-                    "the loss has group_by_dataset=True, and the batch does not say of which data "
-                    "set it is: give the trainer a DatasetDict, before keep_cache(trainer), also "
-                    "to evaluate; in a training loop of your own set loss.dataset_name."
-                )
-            number = dataset_number(self.dataset_name)
+            number = number_of_batch(self.dataset_name)
             ids = ids.of_dataset(number)
             labels = {DATASET: torch.full_like(ids.slots, number)}
         handler = self.handler

@@ -9,9 +9,10 @@ import pytest
 import torch
 from laws import law_of_scores, noise_for
 from negcache_sentence_transformers import NegativeCacheLoss
+from negcache_sentence_transformers import loss as ranking
 from negcache_sentence_transformers._contents import text_ids
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-from tiny_transformer import make_model, make_texts
+from tiny_transformer import make_model, make_pairs, make_texts, make_trainer, weights
 from torch import nn
 
 ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -181,7 +182,7 @@ def test_the_first_step_is_that_of_the_ranking_loss(model, options, triplets):
 
 
 @each_set
-@pytest.mark.parametrize("estimator", ["exact_query", "paper"])
+@pytest.mark.parametrize("estimator", ["exact_query", "shared", "paper"])
 def test_the_expected_gradient_is_that_of_the_softmax_over_the_batch_and_the_cache(
     tmp_path, options, estimator
 ):
@@ -249,7 +250,10 @@ def law_of_draws(loss, batch, slots):
     def noted(queries, features, **more):
         rows = loss.handler.cache.data["embedding"][slots]
         scores = loss.handler.cache_loss.scale * queries @ rows.T
-        keys = loss.handler.cache_loss.id_keys
+        keys, group = loss.handler.cache_loss.id_keys, loss.handler.cache_loss.group_key
+        if group is not None:
+            other = features[group][:, None] != loss.handler.cache.data[group][slots]
+            scores = scores.masked_fill(other, -torch.inf)
         labels = {key: loss.handler.cache.data[key][slots] for key in keys}
         for key, own in more["positive_ids"].items():
             out = (own[:, :, None] == labels[key][None, None, :]).any(1)
@@ -291,6 +295,121 @@ def test_the_loss_is_the_softmax_over_the_texts_that_may_compete(tmp_path, optio
         assert all(each.isfinite().all() for each in gradients(model, value))
         assert ours.metrics["staleness"] < 1e-10
         oracle.remember(rows)
-    queries = any(name.endswith("query") for name in ours.directions.names)
+    queries = any(name.endswith("query") for name in ours.directions)
     expected = len(oracle.documents) + (len(oracle.anchors) if queries else 0)
     assert int(written(ours).sum()) == expected
+
+
+@each_set
+def test_training_is_on_fresh_rows_and_resumes_bit_for_bit(tmp_path, options):
+    data = make_pairs(24)
+
+    def run(folder, resume=None, **more):
+        model = make_model(tmp_path / "model")
+        loss = NegativeCacheLoss(model, 32, generator=3, **options)
+        save = {"save_strategy": "steps", "save_steps": 2}
+        trainer = make_trainer(tmp_path / folder, model, loss, data, **save, **more)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.state.log_history, weights(loss)
+
+    told, _ = run("still", learning_rate=0.0)
+    assert all(row["cache_staleness"] < 1e-10 for row in told if "cache_staleness" in row)
+    assert sum("cache_staleness" in row for row in told) == 4
+    _, whole = run("one")
+    _, resumed = run("two", str(tmp_path / "one" / "checkpoint-2"))
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
+@each_set
+def test_an_evaluation_draws_and_writes_nothing_and_has_the_same_value(model, options):
+    texts = make_texts(12)
+    ours, fresh = own(model, **options), own(model, **options)
+    batch = columns(model, texts[:4], texts[4:8], texts[8:])
+    for loss in (ours, fresh):
+        loss(columns(model, texts[6:10], texts[2:6]))
+    before = weights(ours.handler)
+    model.eval()
+    told = [ours(batch).item(), ours(batch).item()]
+    with torch.no_grad():
+        told.append(ours(batch).item())
+    model.train()
+    with torch.no_grad():
+        told.append(ours(batch).item())
+    torch.testing.assert_close(weights(ours.handler), before, rtol=0, atol=0)
+    torch.testing.assert_close(told, [fresh(batch).item()] * 4)
+
+
+@each_set
+def test_mini_batches_are_the_whole_step(tmp_path, options):
+    texts, found = make_texts(12), []
+    for size in (None, 3):
+        model = make_model(tmp_path, dtype=torch.float64)
+        ours = own(model, mini_batch_size=size, dtype=torch.float64, **options)
+        ours(columns(model, texts[6:10], texts[2:6]))
+        seen = []
+        model[0].register_forward_pre_hook(
+            lambda _, given, seen=seen: seen.append(len(given[0]["input_ids"]))
+        )
+        value = ours(columns(model, texts[:4], texts[4:8], [*texts[8:11], ""]))
+        found.append([value.detach(), *gradients(model, value)])
+        assert max(seen) == size or (size is None and max(seen) > 6)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["symmetric", "all"])
+def test_rows_remember_their_side_and_prompt(tmp_path, name):
+    """A text that is both an anchor and a document is two rows, each with its own prompt."""
+    model, texts = make_model(tmp_path), make_texts(9)
+    model[1].include_prompt = False
+    ours = own(model, **SETS[name])
+    for step in range(6):
+        anchors, documents = ([texts[(step + i + j) % 9] for i in range(4)] for j in (0, 4))
+        ours(
+            [
+                model.preprocess(anchors, prompt="w1: "),
+                model.preprocess(documents, prompt="w2 w2: "),
+            ]
+        )
+        assert ours.metrics["staleness"] < 1e-10
+    assert int(written(ours).sum()) == 18
+
+
+@each_set
+def test_data_sets_do_not_meet(model, options):
+    texts = make_texts(12)
+    ours, alone = (own(model, group_by_dataset=True, **options) for _ in range(2))
+    pairs = columns(model, texts[:4], texts[4:8])
+    for loss, name in ((ours, "one"), (ours, "other"), (alone, "one")):
+        loss.dataset_name = name
+        loss(pairs if loss is alone or name == "one" else columns(model, texts[2:6], texts[8:]))
+    assert int(written(ours).sum()) == 2 * int(written(alone).sum())
+    ours.dataset_name = "one"
+    batch = columns(model, texts[6:10], texts[1:5])
+    torch.testing.assert_close(ours(batch).item(), alone(batch).item())
+
+
+def test_directions_that_make_no_loss_are_refused_in_words(model, monkeypatch):
+    for options, error, message in (
+        ({"directions": "query_to_doc"}, negcache.KindError, "expected several"),
+        ({"directions": 3}, negcache.KindError, "expected several"),
+        ({"directions": ()}, negcache.OptionError, "which has the positive"),
+        ({"directions": ALL[1:]}, negcache.OptionError, "which has the positive"),
+        ({"directions": (*ALL, "up")}, negcache.OptionError, "any others of"),
+        ({"directions": (*ALL, ALL[0])}, negcache.OptionError, "each once"),
+        ({"directions": ALL, "in_batch_negatives": "no"}, negcache.KindError, "expected True"),
+        ({"partition_mode": "all"}, negcache.OptionError, "expected 'joint' or"),
+        ({"directions": ALL, "partition_mode": "per_direction"}, negcache.OptionError, "no loss"),
+        ({"directions": ALL, "staleness_correction": True}, negcache.OptionError, "leave it out"),
+    ):
+        with pytest.raises(error, match=message):
+            own(model, **options)
+    own(model, staleness_correction=True, **SYMMETRIC)
+    monkeypatch.setattr(ranking, "processes", lambda: 2)
+    with pytest.raises(negcache.OptionError, match="in several processes, and negatives of"):
+        own(model, **SYMMETRIC)
+
+
+def test_the_model_card_tells_directions(model):
+    told = own(model, **SYMMETRIC).get_config_dict()
+    assert {key: told[key] for key in SYMMETRIC} == SYMMETRIC
+    assert told["in_batch_negatives"] is True
