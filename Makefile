@@ -42,6 +42,7 @@ run-benchmarks: $(VENV)/.test
 	$(BIN)/python benchmarks/memory_of_a_step_is_flat_in_capacity.py $(SIZES)
 	$(BIN)/python benchmarks/memory_of_a_batch_is_that_of_a_chunk.py $(SIZES)
 	$(BIN)/python benchmarks/half_storage_costs_little_accuracy.py
+	$(BIN)/python benchmarks/matryoshka_costs_little.py
 	$(BIN)/python benchmarks/cost_per_rank_is_flat_as_ranks_grow.py
 
 bench-training: $(VENV)/.test ## the noise of gradients, and the training tournament (a day); NL2BASH=folder adds that task

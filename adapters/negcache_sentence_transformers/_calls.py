@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,11 +9,12 @@ import torch.distributed as dist
 from negcache_torch import in_chunks
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from ._contents import NO_TEXT, TEXT
 from ._facts import FACTS
 from ._tokens import TokenRows
-from ._wrappers import found_behind, may_route, parallel
+from ._wrappers import found_behind, parallel
 
 Rows = dict[str, Tensor]
 
@@ -113,52 +113,68 @@ class Calls(NamedTuple):
         return calls
 
 
-def _at(rows: Mapping[str, Tensor], index: Tensor) -> Rows:
-    return {key: value[index] for key, value in rows.items()}
+class Embedder(NamedTuple):
+    """Embeds a step's texts with a model that the trainer may have wrapped.
+
+    wrapped: the DistributedDataParallel that is around it, if one is
+    behind:  whether that has to find each call's weights behind the one call that it sees
+    """
+
+    model: nn.Module
+    wrapped: DistributedDataParallel | None
+    calls: Calls
+    behind: bool
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, rows: TokenRows, size: int | None, *, sharded: bool, routes: bool
+    ) -> "Embedder":
+        """Choose which calls the processes need alike.
+
+        size:    texts of a call; None: all
+        sharded: whether there are several processes
+        routes:  whether some texts may go through other weights than others
+        """
+        wrapped = parallel(model)
+        joint = sharded and (wrapped is None or routes)
+        calls = Calls(rows, size, joint, evenly=joint and wrapped is None)
+        behind = wrapped is not None and wrapped.find_unused_parameters and routes
+        return cls(model, wrapped, calls, behind)
+
+    def anchors(self, anchors: Mapping[str, Any]) -> Tensor:
+        """Return embeddings (B, D) of a column's features."""
+        if self.calls.size is None and not self.calls.joint:
+            return embed(self.model, anchors)
+        return self.calls.embed(self._inside, self.calls.rows.unstored(anchors))
+
+    def items(self, rows: Mapping[str, Tensor], queries: Tensor) -> Tensor:
+        """Return embeddings (n, D) of rows as they are stored.
+
+        Processes may have other numbers of calls, and each call of DistributedDataParallel waits
+        for all of them. So here each makes one such call, the last one, which readies the exchange
+        of gradients; and the others of what is in it.
+        """
+        wrapped = self.wrapped
+        if wrapped is None:
+            return self.calls.embed(self._inside, rows)
+
+        def last(features: dict[str, Any], others: list[Tensor]) -> Tensor:
+            behind = found_behind(wrapped, [queries, *others]) if self.behind else nullcontext()
+            with behind:
+                return embed(self.model, features)
+
+        return self.calls.embed(self._inside, rows, last)
+
+    def _inside(self, features: Mapping[str, Any]) -> Tensor:
+        return embed(self.model if self.wrapped is None else self.wrapped.module, features)
 
 
-def embedded(model: nn.Module, features: Mapping[str, Any]) -> Tensor:
+def embed(model: nn.Module, features: Mapping[str, Any]) -> Tensor:
     """Return normalised embeddings (n, D), at least as wide as float32."""
     rows = model(dict(features))["sentence_embedding"]  # modules write into what they get
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return functional.normalize(rows, dim=1)
 
 
-class Encoder(NamedTuple):
-    """A model, perhaps in a trainer's wrapper, and how it is called."""
-
-    model: nn.Module
-    calls: Calls
-
-    @classmethod
-    def of(cls, model: nn.Module, rows: TokenRows, size: int | None, *, sharded: bool) -> "Encoder":
-        """Return that of one process, or of one of several."""
-        apart = parallel(model) is None
-        joint = sharded and (apart or may_route(model))
-        return cls(model, Calls(rows, size, joint, joint and apart))
-
-    def anchors(self, anchor: Mapping[str, Any]) -> Tensor:
-        """Return embeddings (B, D) of a column that is not stored."""
-        calls, wrapped = self.calls, parallel(self.model)
-        if calls.size is None and not calls.joint:
-            return embedded(self.model, anchor)
-        model = self.model if wrapped is None else wrapped.module
-        return calls.embed(partial(embedded, model), calls.rows.unstored(anchor))
-
-    def rows_of(self, rows: Mapping[str, Tensor], queries: Tensor) -> Tensor:
-        """Return embeddings (n, D) of rows as they are stored.
-
-        Processes may have other numbers of calls, and each call of DistributedDataParallel waits
-        for all of them. So each makes one such call, the last one, which readies the exchange of
-        gradients; and the others of what is in it.
-        """
-        wrapped = parallel(self.model)
-        if wrapped is None:
-            return self.calls.embed(partial(embedded, self.model), rows)
-
-        def last(features: dict[str, Any], others: list[Tensor]) -> Tensor:
-            behind = wrapped.find_unused_parameters and may_route(self.model)
-            with found_behind(wrapped, [queries, *others]) if behind else nullcontext():
-                return embedded(self.model, features)
-
-        return self.calls.embed(partial(embedded, wrapped.module), rows, last)
+def _at(rows: Mapping[str, Tensor], index: Tensor) -> Rows:
+    return {key: value[index] for key, value in rows.items()}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from negcache_core.arrays.validation import check_flag
 
-from ._calls import Encoder, Rows, embedded
+from ._calls import Embedder, Rows, embed
 from ._contents import TEXT
 from ._datasets import DATASET, number_of_batch
 from ._directions import ANCHOR, DOCUMENT, Batch, Directions, reverse
@@ -19,7 +19,7 @@ from ._known import RING, RING_FIELDS, Ids, Known, enters, known_of
 from ._options import CITATION, checked_scale, processes
 from ._slots import tell_cost
 from ._tokens import ID, TokenRows
-from ._wrappers import bare, refuse_wrappers
+from ._wrappers import bare, may_route, refuse_wrappers
 
 _EMBEDDING = "embedding"
 
@@ -119,7 +119,7 @@ class NegativeCacheLoss(nn.Module):
                 "texts have one dense embedding each."
             )
         if mini_batch_size is not None:
-            negcache.in_chunks(self._embed, mini_batch_size)  # raises where it is no such number
+            negcache.in_chunks(partial(embed, model), mini_batch_size)  # raises where it is wrong
         self.model, self.mini_batch_size = model, mini_batch_size
         self.sharded, self.partition_mode = processes() > 1, partition_mode
         self.in_batch_negatives = check_flag(in_batch_negatives, "in_batch_negatives")
@@ -127,7 +127,7 @@ class NegativeCacheLoss(nn.Module):
             directions, partition_mode, correction=staleness_correction, sharded=self.sharded
         )
         self.directions, plain = self._directions.names, self._directions.plain
-        self.rows = TokenRows.of(model, max_length)
+        self.rows, self.routes = TokenRows.of(model, max_length), may_route(model)
         fields = self.rows.specs()
         width: Any = model.get_embedding_dimension()  # the manager refuses None
         groups = {DATASET: negcache.FieldSpec((), torch.int64)} if group_by_dataset else {}
@@ -199,8 +199,8 @@ class NegativeCacheLoss(nn.Module):
         refuse_wrappers(self.model)
         handler, rows = self.handler, self.rows.pack(columns)
         known = self._known_of(Ids(self.rows.contents(anchor), rows[ID], rows[TEXT]))
-        encoder = self._encoder()
-        queries = encoder.anchors(anchor)
+        embedder = self._embedder()
+        queries = embedder.anchors(anchor)
         if not self._directions.plain:
             return self._in_directions(
                 queries, self.rows.pack([anchor]), rows, known, learning=learning
@@ -210,7 +210,7 @@ class NegativeCacheLoss(nn.Module):
         positives = {key: value[:count] for key, value in rows.items()}
         weight = known.weight(queries.dtype)
         if not learning:
-            items = encoder.rows_of(rows, queries)
+            items = embedder.items(rows, queries)
             hard = known.negatives(items)
             result = handler.evaluate(
                 None,
@@ -225,7 +225,7 @@ class NegativeCacheLoss(nn.Module):
         found = handler.retrieve(queries, positives, positive_ids=known.own)
         # One call of the model for all texts but the anchors, which are shorter: one a kind.
         inputs = {key: torch.cat([rows[key], found.features[key]]) for key in handler.data_keys}
-        embeddings = encoder.rows_of(inputs, queries)
+        embeddings = embedder.items(inputs, queries)
         items, drawn = embeddings.tensor_split([len(rows[ID])])
         hard = known.negatives(items)
         result = handler.compute_loss(
@@ -261,9 +261,9 @@ class NegativeCacheLoss(nn.Module):
         back = self._known_of(reverse(anchors, rows[TEXT][: len(queries)]))
         rows |= known.labels | self._directions.labels(rows, DOCUMENT)
         anchors |= back.labels | self._directions.labels(anchors, ANCHOR)
-        embed = partial(self._encoder().rows_of, queries=queries)
-        batch = Batch(queries, embed(rows), rows, anchors, known, back, self.in_batch_negatives)
-        loss, result = batch.loss(self._directions, self.handler, embed if learning else None)
+        items = partial(self._embedder().items, queries=queries)
+        batch = Batch(queries, items(rows), rows, anchors, known, back, self.in_batch_negatives)
+        loss, result = batch.loss(self._directions, self.handler, items if learning else None)
         if learning:
             self._commit(result, *batch.stored(self._directions), known)
         return loss
@@ -284,11 +284,10 @@ class NegativeCacheLoss(nn.Module):
         placement, xp = handler.cache_loss.placement, handler.backend.xp
         return known_of(ids, {ID: ids.slots, **labels}, handler.cache, placement, xp)
 
-    def _embed(self, features: Mapping[str, Any]) -> Tensor:
-        return embedded(self.model, features)
-
-    def _encoder(self) -> Encoder:
-        return Encoder.of(self.model, self.rows, self.mini_batch_size, sharded=self.sharded)
+    def _embedder(self) -> Embedder:
+        return Embedder.of(
+            self.model, self.rows, self.mini_batch_size, sharded=self.sharded, routes=self.routes
+        )
 
     def _logged(self) -> dict[str, Tensor]:
         return {

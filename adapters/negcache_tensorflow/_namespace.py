@@ -14,6 +14,7 @@ uint8, uint16, uint32, uint64 = tf.uint8, tf.uint16, tf.uint32, tf.uint64
 index_dtype = tf.int64
 
 abs, exp, log, log1p, isfinite = tf.abs, tf.exp, tf.math.log, tf.math.log1p, tf.math.is_finite
+sqrt = tf.sqrt
 clip, maximum, minimum, reshape = tf.clip_by_value, tf.maximum, tf.minimum, tf.reshape
 astype, take_rows = tf.cast, tf.gather
 matmul, sort, zeros_like = tf.matmul, tf.sort, tf.zeros_like
@@ -37,8 +38,10 @@ def zeros(shape: Any, *, dtype: tf.DType) -> tf.Tensor:
 
 
 def full(shape: Any, value: Any, *, dtype: tf.DType, device: Any = None) -> tf.Tensor:
-    del device
-    return tf.fill(shape, tf.cast(value, dtype))
+    del device  # a number that is cast would be rounded to float32 first
+    return tf.fill(
+        shape, tf.cast(value, dtype) if tf.is_tensor(value) else tf.constant(value, dtype)
+    )
 
 
 def full_like(like: tf.Tensor, value: Any, *, dtype: tf.DType) -> tf.Tensor:

@@ -183,11 +183,17 @@ class Backend(Generic[ArrayT]):
         return log_sum_exp(xp.reshape(scores, (scores.shape[0] // block, block, -1)), 1, xp=xp)
 
     def read_blocks(
-        self, scores: ArrayT, rows: ArrayT, written: ArrayT, block: int
+        self,
+        scores: ArrayT,
+        rows: ArrayT,
+        written: ArrayT,
+        block: int,
+        factors: ArrayT | None = None,
     ) -> tuple[ArrayT, ArrayT, ArrayT]:
         """Return `block_log_sum_exp`, that of all rows (B,), and the mean (B, D) of rows (m, D).
 
         scores, written: as there, n >= m; the mean is under each query's softmax
+        factors:         (m,) times the rows, or None
 
         May overwrite `scores`.
         """
@@ -195,7 +201,10 @@ class Backend(Generic[ArrayT]):
         counts = written[:count, None]
         # Rows of empty slots may hold anything, and 0 times it need not be 0.
         read: Any = read_out(
-            xp.where(counts, scores[:count, ...], -float("inf")), xp.where(counts, rows, 0.0), xp=xp
+            xp.where(counts, scores[:count, ...], -float("inf")),
+            xp.where(counts, rows, 0.0),
+            None if factors is None else xp.where(counts[:, 0], factors, 0.0),
+            xp=xp,
         )
         return self.block_log_sum_exp(scores, written, block), *read
 
@@ -267,15 +276,17 @@ class NumpyBackend(Backend):
             return block_log_sum_exp_in_place(scores, block, xp=self.xp)
 
     def read_blocks(
-        self, scores: Array, rows: Any, written: Any, block: int
+        self, scores: Array, rows: Any, written: Any, block: int, factors: Any = None
     ) -> tuple[Array, Array, Array]:
         """Do it in place."""
         scores = np.require(scores, requirements=("C", "W"))
         if not written.all():
             scores[~written] = -np.inf
             rows = np.where(written[: len(rows), None], rows, 0)
+            if factors is not None:
+                factors = np.where(written[: len(rows)], factors, 0)
         with np.errstate(divide="ignore"):
-            return block_log_sum_exp_in_place(scores, block, rows, xp=self.xp)
+            return block_log_sum_exp_in_place(scores, block, rows, factors, xp=self.xp)
 
     def exclude(self, scores: Array, rows: Labels, own: Exclusions) -> Array:
         """Do it in place."""

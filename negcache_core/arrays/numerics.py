@@ -25,8 +25,12 @@ def log_sum_exp(scores: ArrayT, axis: int = -1, *, xp: Any = None) -> ArrayT:
     return xp.where(total == 0, -float("inf"), xp.log(xp.where(total == 0, 1.0, total)) + top)
 
 
-def read_out(scores: Array, rows: Array, *, xp: Any) -> tuple[Array, Array]:
+def read_out(
+    scores: Array, rows: Array, factors: Array | None = None, *, xp: Any
+) -> tuple[Array, Array]:
     """Return the log-sum-exp (B,) of scores (n, B), and the mean (B, D) of rows by their softmax.
+
+    factors: (n,) times the rows, or None
 
     This is attention with keys and values alike.
     """
@@ -36,10 +40,14 @@ def read_out(scores: Array, rows: Array, *, xp: Any) -> tuple[Array, Array]:
     total = xp.sum(weights, axis=0)
     some = xp.where(total > 0, total, 1.0)
     added = xp.where(total > 0, xp.log(some) + top, -float("inf"))
+    if factors is not None:
+        weights = weights * factors[:, None]
     return added, xp.matmul(xp.matrix_transpose(weights), rows) / some[:, None]
 
 
-def block_log_sum_exp_in_place(scores: Any, block: int, rows: Any = None, *, xp: Any) -> Any:
+def block_log_sum_exp_in_place(
+    scores: Any, block: int, rows: Any = None, factors: Any = None, *, xp: Any
+) -> Any:
     """Return the log-sum-exp of every `block` rows of scores (n, B): (n / block, B).
 
     For libraries that write into their arrays (`out=`): overwrites `scores`, and allocates little.
@@ -48,6 +56,7 @@ def block_log_sum_exp_in_place(scores: Any, block: int, rows: Any = None, *, xp:
     rows: (m, D), m <= n: then returns that, the log-sum-exp of all rows (B,), and their mean (B, D)
           under each query's softmax, 0 of no rows. One set of exponentials serves all of it, so it
           costs little more than a second product.
+    factors: (m,) times these rows, or None
     """
     blocks, queries = scores.shape[0] // block, scores.shape[1]
     narrow, finite = (blocks, FOLD, queries), xp.finfo(scores.dtype)
@@ -65,7 +74,10 @@ def block_log_sum_exp_in_place(scores: Any, block: int, rows: Any = None, *, xp:
     whole = xp.sum(share * total, axis=0)
     share = (share / xp.where(whole > 0, whole, 1.0))[:, None, :]
     xp.multiply(wide, xp.reshape(xp.broadcast_to(share, narrow), one), out=wide)
-    mean = xp.matmul(xp.matrix_transpose(scores[: rows.shape[0]]), rows)
+    scores = scores[: rows.shape[0]]
+    if factors is not None:
+        xp.multiply(scores, factors[:, None], out=scores)
+    mean = xp.matmul(xp.matrix_transpose(scores), rows)
     return weights, xp.log(whole) + highest, mean
 
 

@@ -44,6 +44,9 @@ class NegativeCacheLoss(CacheLossHandler):
     in_batch_negatives: whether the batch's other positives compete too, exactly, with gradients
     max_staleness: rows compete up to the age at which they are expected to be this much staler than
                 one just embedded; None: at every age
+    matryoshka_dims: widths, D among them or not: the loss is the sum over these of that of
+                embeddings cut to the first coordinates and divided by their length
+    matryoshka_weights: factors on these losses; by default 1 each
     use_lru, unique_key: see CacheManager
     use_cross_replica, new_items_filter: see CacheLossHandler
     group:      the replicas that share one cache, in shards; None for a cache of one's own
@@ -89,6 +92,8 @@ class NegativeCacheLoss(CacheLossHandler):
         log_frequency_key: str | None = None,
         max_staleness: float | None = 0.2,
         staleness_correction: bool = False,
+        matryoshka_dims: Iterable[int] | None = None,
+        matryoshka_weights: Iterable[float] | None = None,
         score_transform: Callable[[Any], Array] | None = None,
         retrieval_fn: Callable[[Any], Array] | None = None,
         reducer: Callable[[Any], Array] | None = mean,
@@ -119,6 +124,8 @@ class NegativeCacheLoss(CacheLossHandler):
             log_frequency_key=log_frequency_key,
             max_staleness=max_staleness,
             staleness_correction=staleness_correction,
+            matryoshka_dims=matryoshka_dims,
+            matryoshka_weights=matryoshka_weights,
             generator=generator,
             tile_bytes=tile_bytes,
             **({"group": group} if sharded else {}),

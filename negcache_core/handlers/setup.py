@@ -190,6 +190,8 @@ def _check_loss(
         )
     if isinstance(cache_loss, CacheClassificationLoss):
         _check_item_fields(cache_loss, manager)
+        if cache_loss.prefixes is not None:
+            cache_loss.prefixes.check(manager.specs[embedding_key].shape[0])
 
 
 def _check_item_fields(loss: CacheClassificationLoss, manager: CacheManager) -> None:

@@ -6,10 +6,11 @@ many, chunks of queries go one after the other, and again in the backward pass.
 
 from typing import Any, NamedTuple
 
-from negcache_core.arrays._array import Array, arange_like, cast, positions
+from negcache_core.arrays._array import Array, arange_like, cast, length, positions
 from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.budget import budget_of, rows_at_a_time
 from negcache_core.arrays.exclusion import Exclusions, Labels
+from negcache_core.arrays.numerics import soft_plus
 from negcache_core.losses.estimators import Estimator, SampledSoftmax, Weights, corrected
 from negcache_core.losses.metrics import weight_sums
 from negcache_core.losses.nonfinite import Embedded, Usable, of_usable_queries
@@ -17,9 +18,12 @@ from negcache_core.losses.surrogate import (
     FullNegatives,
     cache_term,
     full_terms,
+    last_width,
     log_partition_of,
     positive_weight,
+    widest_term,
 )
+from negcache_core.retrieval.prefixes import Prefixes, at_widest
 from negcache_core.retrieval.result import Retrieval
 from negcache_core.retrieval.scorer import Scorer
 
@@ -72,7 +76,34 @@ class Step(NamedTuple):
                 drawn=some(known.drawn),
                 log_partition=some(known.log_partition),
                 readout=some(known.readout),
+                by_width=some(known.by_width),
                 pool=None if pool is None else pool.of_queries(rows, xp),
+                others=None if others is None else others._replace(place=some(others.place)),
+                own=None if own is None else own.of_queries(rows, xp),
+            ),
+            hard_labels=None if hard is None else hard.each(some),
+        )
+
+    def of_widths(self, prefixes: Prefixes) -> "Step":
+        """Return what is known of B * W queries, by query and width; `embedded` is of B."""
+        xp, (usable, known) = self.backend.xp, self[1:3]
+        every = xp.reshape(known.by_width, (-1,))
+        rows = positions(every, xp) // prefixes.number
+
+        def some(array: Any) -> Any:
+            return None if array is None else xp.take_rows(array, rows)
+
+        pool: Any = known.pool
+        pool = pool.computed(self.scorer, self.backend)
+        cross = xp.reshape(pool.cross_scores, (-1, length(pool.stale, xp)))
+        others, own, hard = known.others, known.own, self.hard_labels
+        return self._replace(
+            usable=usable._replace(queries=some(usable.queries), hard=some(usable.hard)),
+            retrieval=known._replace(
+                drawn=some(known.drawn),
+                log_partition=every,
+                readout=None,
+                pool=pool._replace(cross_scores=cross),
                 others=None if others is None else others._replace(place=some(others.place)),
                 own=None if own is None else own.of_queries(rows, xp),
             ),
@@ -84,11 +115,15 @@ class ByQuery(NamedTuple):
     """What is found of each query, (B,); only `training` is differentiable.
 
     training: the surrogate
+    loss:     the cross-entropy
     log_odds: log((1 - p+) / p+)
     sums:     of the weights, see `weight_sums`
+
+    With prefixes the first two are sums over widths, and the others of the last width.
     """
 
     training: Array
+    loss: Array
     log_odds: Array
     sums: tuple[Array, ...]
 
@@ -105,6 +140,8 @@ def by_query(step: Step, tile_bytes: int | None) -> ByQuery:
         numbers += embedded.pool().shape[0] or 0  # unknown in a trace, as are the queries then
     if known.others is not None:
         numbers += embedded.batch().shape[0] or 0
+    if step.scorer.prefixes is not None:
+        numbers *= step.scorer.prefixes.number
     if not numbers:
         return _at_once(step)
     budget = budget_of(tile_bytes, queries, backend)
@@ -114,16 +151,55 @@ def by_query(step: Step, tile_bytes: int | None) -> ByQuery:
 
     def some(rows: Array) -> Array:
         found = _at_once(step.of_queries(rows))
-        columns = (found.training, found.log_odds, *found.sums)
+        columns = (found.training, found.loss, found.log_odds, *found.sums)
         return xp.concat([cast(each, step.scorer.dtype, xp)[:, None] for each in columns], axis=1)
 
     columns = backend.map_chunks(some, [positions(queries, xp)], size)
     constants = backend.stop_gradient(columns)
-    log_odds, *sums = [constants[:, place] for place in range(1, columns.shape[1])]
-    return ByQuery(columns[:, 0], log_odds, tuple(sums))
+    loss, log_odds, *sums = [constants[:, place] for place in range(1, columns.shape[1])]
+    return ByQuery(columns[:, 0], loss, log_odds, tuple(sums))
 
 
 def _at_once(step: Step) -> ByQuery:
+    backend, prefixes, weighed = step.backend, step.scorer.prefixes, step.embedded.pool()
+    if prefixes is not None:
+        return _at_all_widths(step, prefixes)
+    training, log_odds, weights = _estimated(step)
+    with backend.no_gradient():
+        loss = soft_plus(log_odds, xp=backend.xp)
+        sums = weight_sums(weights, backend.stop_gradient(weighed), xp=backend.xp)
+        return ByQuery(training, loss, log_odds, sums)
+
+
+def _at_all_widths(step: Step, prefixes: Prefixes) -> ByQuery:
+    """Add up what is found at each width; a readout, if there is one, is at the last."""
+    embedded, usable, retrieval, scorer, backend = step[:5]
+    xp, constant, shape = backend.xp, backend.stop_gradient, (-1, prefixes.number)
+    pool: Any = retrieval.pool
+    queries = scorer.scaled(embedded.queries)
+    step = step._replace(embedded=embedded._replace(queries=queries)).of_widths(prefixes)
+    training, log_odds, weights = _estimated(step)
+    training = prefixes.weighted_sum(xp.reshape(training, shape), xp)
+    if retrieval.readout is not None:
+        training = training + prefixes.weights[-1] * widest_term(
+            weights,
+            scorer,
+            prefixes,
+            queries,
+            readout=xp.where(usable.queries[:, None], retrieval.readout, 0.0),
+            stale=pool.stale,
+            constant=constant,
+        )
+    with backend.no_gradient():
+        loss = prefixes.weighted_sum(xp.reshape(soft_plus(log_odds, xp=xp), shape), xp)
+        last = Weights(every=last_width(weights.every, prefixes, xp))
+        weighed = at_widest(constant(embedded.pool()), prefixes, xp)
+        sums = weight_sums(last, weighed, xp=xp)
+        return ByQuery(training, loss, xp.reshape(log_odds, shape)[:, -1], sums)
+
+
+def _estimated(step: Step) -> tuple[Array, Array, Weights]:
+    """Return the surrogate (B,), log((1 - p+) / p+) (B,), and the drawn rows' weights."""
     embedded, usable, retrieval, scorer, backend = step[:5]
     xp, constant = backend.xp, backend.stop_gradient
     queries, weighed = embedded.queries, embedded.pool()
@@ -151,8 +227,7 @@ def _at_once(step: Step) -> ByQuery:
     training = training - positive_weight(softmax, weights, xp=xp) * positive
     if parts:
         training = training + full_terms(parts, softmax, constant, xp)
-    with backend.no_gradient():
-        return ByQuery(training, log_odds, weight_sums(weights, constant(weighed), xp=xp))
+    return training, log_odds, weights
 
 
 def _full_negatives(

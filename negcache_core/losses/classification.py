@@ -64,6 +64,16 @@ class CacheClassificationLoss(CacheLoss):
                      this much staler (|stale - fresh|^2 / |fresh|^2) than one just embedded. It
                      begins with the rows of four steps, and widens as the item tower settles.
     staleness_correction: whether the drawn rows' fresh scores re-weight them, self-normalised
+    matryoshka_dims: None, or widths at most D, in any order: the loss is then the sum over these of
+                     the loss of embeddings cut to the first coordinates and divided by their
+                     length, so that scores are scale times cosines and all else is as ever, at each
+                     width. D itself counts only if it is named. One pass over the cache scores all
+                     widths, and one pool of drawn rows serves them; of "exact_query" the last width
+                     reads the cache, and the others are as "shared". `staleness` is of whole
+                     embeddings; `metrics` are of the last width, but for interpretable_loss, which
+                     is the sum, and effective_negatives, which is a mean over the widths.
+    matryoshka_weights: factors on the losses of these widths, above 0; by default 1 each. Queries
+                     draw by the widths' softmaxes in proportion to them.
     generator:       None, an int seed, or a random generator of the framework
     tile_bytes:      memory for scores in flight; the cache is scored in tiles that fit it. By
                      default 4 MB on a CPU and 64 MB elsewhere. Changes the speed, never the result.
@@ -106,6 +116,8 @@ class CacheClassificationLoss(CacheLoss):
         log_frequency_key: str | None = None,
         max_staleness: float | None = None,
         staleness_correction: bool = False,
+        matryoshka_dims: Iterable[int] | None = None,
+        matryoshka_weights: Iterable[float] | None = None,
         generator: Any = None,
         tile_bytes: int | None = None,
     ) -> None:
@@ -120,6 +132,14 @@ class CacheClassificationLoss(CacheLoss):
         self.top_k = check_top_k(top_k)
         self.reducer = reducer
         self.retrieval_fn = retrieval_fn
+        self.prefixes = options.check_matryoshka(
+            matryoshka_dims,
+            matryoshka_weights,
+            estimator,
+            top_k=top_k,
+            retrieval_fn=retrieval_fn,
+            score_transform=score_transform,
+        )
         self.scale = check_scale(scale, self.backend)
         self.staleness_correction = check_flag(staleness_correction, "staleness_correction")
         self.in_batch_negatives = check_flag(in_batch_negatives, "in_batch_negatives")
@@ -149,6 +169,17 @@ class CacheClassificationLoss(CacheLoss):
     def id_key(self) -> str | None:
         """The first of id_keys, or None."""
         return self.id_keys[0] if self.id_keys else None
+
+    @property
+    def matryoshka_dims(self) -> tuple[int, ...] | None:
+        """The widths at which embeddings are compared, ascending; None for their own."""
+        return None if self.prefixes is None else self.prefixes.widths
+
+    @property
+    def matryoshka_weights(self) -> tuple[float, ...] | None:
+        """The factors on the losses of `matryoshka_dims`, in their order; None for 1 each."""
+        weights = () if self.prefixes is None else self.prefixes.weights
+        return None if set(weights) <= {1.0} else weights
 
     @property
     def item_keys(self) -> tuple[str, ...]:
@@ -206,7 +237,8 @@ class CacheClassificationLoss(CacheLoss):
         competing_scores:         (B, n) scores, scale included, of further candidates of each query
                                   that compete exactly, with gradients; -inf for none. All others
                                   count, whatever the margin. A query of which one is NaN or +inf
-                                  has no loss, as where its embedding is not finite: NaN
+                                  has no loss, as where its embedding is not finite: NaN. Not for a
+                                  loss with matryoshka_dims
         sample_weight:            (B,) factors on the queries' losses, before they are reduced
         constant:                 which of "positives", "negatives" and "hard_negatives" are meant
                                   to carry no gradient while the others do

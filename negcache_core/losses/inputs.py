@@ -47,6 +47,8 @@ def check_request(
     table = cache.data[wanted.embedding_key]
     what = f"field {wanted.embedding_key!r}"
     check_floating(check_shape(table, ("C", "D"), what, "Embeddings are vectors."), what)
+    if wanted.prefixes is not None:
+        wanted.prefixes.check(table.shape[1])
     try:
         queries = embeddings_of(
             query_embeddings, ("B", table.shape[1]), "query_embeddings", backend, like=table
@@ -166,8 +168,18 @@ def check_hard_labels(
     return Labels(tuple(ids), group[0] if group else None)
 
 
-def check_competing(scores: Any, retrieval: Retrieval, backend: Backend) -> Array:
-    """Return the scores (B, n) of what else competes with each query's positive."""
+def check_competing(
+    scores: Any, retrieval: Retrieval, backend: Backend, *, of_widths: bool
+) -> Array:
+    """Return the scores (B, n) of what else competes with each query's positive.
+
+    of_widths: whether the loss is a sum over widths
+    """
+    if of_widths:
+        raise OptionError(
+            "competing_scores were given to a loss with matryoshka_dims, which has a softmax for "
+            "each width, and a score is of one: give these candidates as hard_negative_embeddings."
+        )
     what, advice = "competing_scores", "One row for each query, -inf for no candidate."
     rows = retrieval.drawn.shape[0]
     array = array_of(scores, (rows, "n"), what, backend, advice)

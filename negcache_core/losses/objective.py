@@ -5,7 +5,7 @@ from typing import NamedTuple
 from negcache_core.arrays._array import Array, cast
 from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.exclusion import Labels
-from negcache_core.arrays.numerics import finite_rows, sigmoid, soft_plus
+from negcache_core.arrays.numerics import finite_rows, sigmoid
 from negcache_core.cache.window import drift_sums
 from negcache_core.losses.by_query import Step, by_query
 from negcache_core.losses.estimators import Estimator
@@ -72,7 +72,7 @@ def estimate(
     )
     with backend.no_gradient():
         log_odds = found.log_odds
-        interpretable = xp.where(usable.queries, soft_plus(log_odds, xp=xp), float("nan"))
+        interpretable = xp.where(usable.queries, found.loss, float("nan"))
         was_drawn = xp.reshape(retrieval.drawn, (-1,))
         clean = constant(embedded.drawn)
         row_staleness = staleness(cast(stored, scorer.dtype, xp), clean, xp=xp)

@@ -1,9 +1,11 @@
 """The options of the loss, checked as it is made."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from negcache_core.arrays.validation import as_whole, check_function, check_number, names_of
 from negcache_core.errors import KindError, OptionError
+from negcache_core.retrieval.prefixes import Prefixes
 
 MOST_DRAWS = 2**31 - 1
 """Draws per query: their positions fit an int32."""
@@ -61,6 +63,52 @@ def check_max_staleness(limit: Any) -> float | None:
             )
     number: float | None = limit
     return number
+
+
+def check_matryoshka(dims: Any, weights: Any, estimator: Any, **others: Any) -> Prefixes | None:
+    """Return the widths, ascending, with their weights; None for no dims.
+
+    others: options that do not go with dims, by name
+    """
+    if dims is None:
+        if weights is not None:
+            raise OptionError(
+                f"matryoshka_weights is {weights!r} and there are no matryoshka_dims: give the "
+                "widths that these are the weights of, or leave them out."
+            )
+        return None
+    given = _listed(dims, "matryoshka_dims", "(64, 128, 256)")
+    widths = [as_whole(each) or 0 for each in given]
+    if not widths or min(widths) < 1 or len(set(widths)) < len(widths):
+        raise OptionError(
+            f"matryoshka_dims is {dims!r}: expected distinct positive ints, the widths to which "
+            "embeddings are cut, such as (64, 128, 256)."
+        )
+    numbers = [1.0] * len(widths)
+    if weights is not None:
+        numbers = _listed(weights, "matryoshka_weights", "(1.0, 1.0, 0.5)")
+        for number in numbers:
+            check_number(number, "a number of matryoshka_weights")
+        if len(numbers) != len(widths) or min(numbers) <= 0:
+            raise OptionError(
+                f"matryoshka_weights is {weights!r} for matryoshka_dims {dims!r}: expected one "
+                "number above 0 for each of them. Leave out a width that is to weigh nothing."
+            )
+    others["estimator='paper'"] = True if estimator == "paper" else None
+    for name, other in others.items():
+        if other is not None:
+            raise OptionError(
+                f"matryoshka_dims do not go with {name}: all widths share what is drawn from "
+                "their softmaxes, by estimator='shared' or 'exact_query'. Leave one of the two out."
+            )
+    ordered = sorted(zip(widths, map(float, numbers), strict=True))
+    return Prefixes(*map(tuple, zip(*ordered, strict=True)))
+
+
+def _listed(values: Any, what: str, example: str) -> list[Any]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise KindError(f"{what} is {values!r}: expected several numbers, such as {example}.")
+    return list(values)
 
 
 def check_item_fields(**keys: Any) -> None:

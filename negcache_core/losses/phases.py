@@ -24,6 +24,7 @@ from negcache_core.losses.nonfinite import gathered
 from negcache_core.losses.objective import estimate
 from negcache_core.losses.results import CacheLossReturn, refresh_of
 from negcache_core.retrieval.placement import Placement
+from negcache_core.retrieval.prefixes import Prefixes
 from negcache_core.retrieval.request import Request, Wanted
 from negcache_core.retrieval.result import Retrieval, check_retrieval
 from negcache_core.retrieval.retrieve import retrieve
@@ -52,6 +53,7 @@ class Phased(Protocol):
     estimator: str
     max_staleness: float | None
     staleness_correction: bool
+    prefixes: Prefixes | None
     generator: Any
 
     def guard(self, cache: Any) -> AbstractContextManager[None]:
@@ -93,6 +95,8 @@ def draw_negatives(
         scorer = _scorer(loss, queries, caches.first().data[loss.embedding_key])
         if positives is not None:
             ceiling = scorer.pairs(queries, positives) + loss.margin
+            if scorer.prefixes is not None:
+                ceiling = backend.xp.reshape(ceiling, (-1, scorer.prefixes.number))
             batch = batch.under(backend.stop_gradient(ceiling))
         request = Request(
             wanted, queries, caches, batch, stand_in, noise, loss.generator, scorer, backend
@@ -113,6 +117,7 @@ def check_own(loss: Phased, retrieval: Any) -> None:
         readout=estimator.reads_out,
         others=loss.in_batch_negatives,
         own=bool(loss.id_keys) or loss.group_key is not None,
+        by_width=loss.prefixes is not None,
         route=loss.placement.sharded,
     )
 
@@ -149,7 +154,8 @@ def loss_of(
             hard_negative_features, embedded.hard, retrieval, loss.id_keys, loss.group_key, backend
         )
     if competing_scores is not None:
-        competing = check_competing(competing_scores, retrieval, backend)
+        of_widths = loss.prefixes is not None
+        competing = check_competing(competing_scores, retrieval, backend, of_widths=of_widths)
         embedded = embedded._replace(competing=competing)
     if constant is not None:
         embedded = learning_alike(embedded, constant, backend)
@@ -200,6 +206,7 @@ def _wanted(loss: Phased) -> Wanted:
         estimator.shares_draws,
         estimator.reads_out,
         loss.tile_bytes,
+        loss.prefixes,
     )
 
 
@@ -217,7 +224,7 @@ def _scorer(loss: Phased, *arrays: Array) -> Scorer:
         scale = partial(scale_for, scale, arrays[0], loss.backend)
     if transform is not None:
         transform = partial(transformed, transform, dtype=dtype, backend=loss.backend)
-    return Scorer(scale, transform, dtype, xp)
+    return Scorer(scale, transform, dtype, xp, loss.prefixes)
 
 
 def _reduced(loss: Phased, values: Array, retrieval: Retrieval) -> Any:

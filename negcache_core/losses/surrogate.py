@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from negcache_core.arrays._array import Array, cast
+from negcache_core.arrays._array import Array, cast, length
 from negcache_core.arrays.numerics import log_sum_exp, sigmoid
 from negcache_core.losses.estimators import SampledSoftmax, Weights
+from negcache_core.retrieval.prefixes import Prefixes, at_widest
 from negcache_core.retrieval.scorer import Scorer
 
 
@@ -82,13 +83,14 @@ def cache_term(
     readout: (B, D) mean of the cache under each query's softmax. Then the query's (and the scale's)
              gradient comes from it, corrected for staleness, and the items' from the drawn rows:
              scale q . sg(p_cache O + sum_k w_k f_k - sum_k w_k e_k) + sum_k w_k sg(scale q) . f_k
+             None: the query's gradient too comes from the drawn rows
     """
     xp = scorer.xp
     if weights.own is not None:
         draws = weights.own.shape[1]
         scores = scorer.pairs(queries, xp.reshape(fresh, (-1, draws, fresh.shape[1])))
         return xp.sum(weights.own * scores, axis=1)
-    if weights.readout is None:
+    if readout is None or weights.readout is None:
         return xp.sum(weights.every * scorer.cross(queries, fresh), axis=1)
     target = weights.readout[:, None] * cast(readout, scorer.dtype, xp)
     target = target + xp.matmul(weights.every, constant(fresh))
@@ -96,3 +98,36 @@ def cache_term(
     scaled = scorer.scaled(queries)
     by_item = scorer._replace(scale=None).cross(constant(scaled), fresh)
     return xp.sum(scaled * constant(target), axis=1) + xp.sum(weights.every * by_item, axis=1)
+
+
+def widest_term(
+    weights: Weights,
+    scorer: Scorer,
+    prefixes: Prefixes,
+    scaled: Array,
+    *,
+    readout: Array,
+    stale: Array,
+    constant: Callable[[Array], Array],
+) -> Array:
+    """Return (B,): what a readout at the last width adds to the drawn rows' term there.
+
+    scaled: (B, D + W) the queries, differentiable; weights are of B * W, by query and width
+    readout: (B, w); stale (n, D): the drawn rows as the cache has them
+
+    The drawn rows' term has the queries' gradient too, so here their stale part is taken from it:
+    scale q . sg(p_cache O - sum_k w_k e_k)
+    """
+    xp, count = scorer.xp, prefixes.number
+    share: Any = weights.readout
+    share = xp.reshape(share, (-1, count))[:, -1:]
+    rows = at_widest(cast(stale, scorer.dtype, xp), prefixes, xp)
+    target = share * cast(readout, scorer.dtype, xp)
+    target = target - xp.matmul(last_width(weights.stale, prefixes, xp), rows)
+    unit = scaled[:, : prefixes.widest] * scaled[:, -1:]
+    return xp.sum(unit * constant(target), axis=1)
+
+
+def last_width(values: Any, prefixes: Prefixes, xp: Any) -> Any:
+    """Return of values (B * W, n) those of the last width: (B, n)."""
+    return xp.reshape(values, (-1, prefixes.number, length(values, xp, 1)))[:, -1, :]

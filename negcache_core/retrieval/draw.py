@@ -14,7 +14,8 @@ from negcache_core.retrieval.top_k import best_of_all_groups, check_groups
 class Slots(NamedTuple):
     """Slots (B, S) over all caches; drawn (B, S); log_partition (B,); entropy (B,).
 
-    readout (B, D), where it was wanted; candidates (B, k), the best slot of each top-k group
+    readout (B, D), where it was wanted; candidates (B, k), the best slot of each top-k group; with
+    prefixes log_partition is (B, W), and entropy the mean over the widths that were drawn by
     """
 
     slots: Array
@@ -42,7 +43,11 @@ def draw_slots(request: Request, caches: list[CacheScores]) -> Slots:
         slots, scores, log_partition, mean = draw_from_caches(
             caches, noise, readout=wanted.reads_out
         )
-        drawn, mean_score = scores > -float("inf"), xp.mean(scores, axis=1)
+        drawn = scores > -float("inf")
+        if wanted.prefixes is not None:  # these scores are logs of probabilities
+            entropy = -xp.mean(xp.where(drawn, scores, 0.0), axis=1)
+            return Slots(slots, drawn, log_partition, entropy, mean)
+        mean_score = xp.mean(scores, axis=1)
     else:
         if wanted.top_k is None:
             matrix = xp.concat([cache.matrix() for cache in caches], axis=1)

@@ -3,10 +3,12 @@
 import math
 from typing import Any, NamedTuple
 
-from negcache_core.arrays._array import Array, arange_like
+from negcache_core.arrays._array import Array, arange_like, cast, length, mask_rows
 from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.exclusion import Exclusions, Labels
 from negcache_core.arrays.numerics import log_sum_exp
+from negcache_core.retrieval import prefixes as matryoshka
+from negcache_core.retrieval.prefix_scores import at_width
 from negcache_core.retrieval.scorer import Scorer
 
 
@@ -43,8 +45,13 @@ class CrossScores(NamedTuple):
         )
 
     def matrix(self, stale: Array, scorer: Scorer, backend: Backend) -> Array:
-        """Return them for the rows (n, D), as the cache holds them: (B, n), constants."""
+        """Return them for the rows (n, D), as the cache holds them: (B, n), constants.
+
+        With prefixes, of each width: (B, W, n).
+        """
         xp, none = backend.xp, -float("inf")
+        if scorer.prefixes is not None:
+            return self._by_width(stale, scorer, scorer.prefixes, backend)
         scores = scorer.by_item(self.queries, stale)
         if self.own is not None:
             scores = backend.exclude(scores, self.labels, self.own)
@@ -55,13 +62,31 @@ class CrossScores(NamedTuple):
             scores = xp.where(best == self.slots[:, None], scores, none)
         return xp.matrix_transpose(xp.where(self.drawn[:, None], scores, none))
 
+    def _by_width(
+        self, stale: Array, scorer: Scorer, prefixes: matryoshka.Prefixes, backend: Backend
+    ) -> Array:
+        xp, found = backend.xp, []
+        rows = cast(stale, scorer.dtype, xp)
+        every = matryoshka.by_item(self.queries, rows, prefixes, xp)
+        for place, each in enumerate(every):
+            scores: Any = each
+            if self.own is not None:
+                scores = backend.exclude(scores, self.labels, at_width(self.own, place))
+            if self.bias is not None:
+                scores = scores - self.bias[:, None]
+            scores = xp.where(self.drawn[:, None], scores, -float("inf"))
+            found.append(xp.matrix_transpose(scores))
+        joined: Array = matryoshka.beside(found, xp)
+        return joined
+
 
 class Pool(NamedTuple):
     """The n rows that all queries drew: constants.
 
     stale:        (n, D) embeddings as the cache holds them
     cross_scores: (B, n) stale score of each query with each row, -inf where the row is none of its
-                  negatives, or was not drawn; or what computes these, where they are many
+                  negatives, or was not drawn; with prefixes (B, W, n), of each width; or what
+                  computes these, where they are many
     log_proposal: (n,) log of how often a row is drawn in a step, the sum of all queries' proposal
                   distributions times S; 0 for a row that nobody can draw
     """
@@ -95,8 +120,12 @@ def log_proposals(cross_scores: Array, log_partition: Array, *, xp: Any) -> Arra
     """Return (n,): the log of the sum of the queries' proposals for each of n drawn rows.
 
     A query without a usable slot drew nothing; nor did one that is not finite, and it must not
-    reach the others.
+    reach the others. With prefixes cross_scores are (B, W, n), and instead of log_partition comes
+    what `of_mixture` makes of it, (B, W).
     """
+    if len(cross_scores.shape) == 3:
+        cross_scores = xp.reshape(cross_scores, (-1, length(cross_scores, xp, 2)))
+        log_partition = xp.reshape(log_partition, (-1,))
     drew = xp.isfinite(log_partition)
     log_proposal = cross_scores - xp.where(drew, log_partition, 0.0)[:, None]
     return log_sum_exp(xp.where(drew[:, None], log_proposal, -float("inf")), 0, xp=xp)
@@ -118,7 +147,8 @@ def log_proposals_by_chunk(
         there = place < rows
         place = xp.where(there, place, 0)
         scores = cross_scores.of_queries(place, xp).matrix(stale, scorer, backend)
-        partition = xp.where(there, xp.take_rows(log_partition, place), -float("inf"))
+        partition = xp.take_rows(log_partition, place)
+        partition = xp.where(mask_rows(there, partition), partition, -float("inf"))
         return (log_proposals(scores, partition, xp=xp)[None, :],)
 
     (parts,) = backend.fold_tiles(of_chunk, -(-rows // size))

@@ -8,6 +8,7 @@ from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.exclusion import Exclusions
 from negcache_core.cache.named import Caches
 from negcache_core.retrieval.positives import Positives
+from negcache_core.retrieval.prefixes import Prefixes
 from negcache_core.retrieval.scorer import Scorer
 from negcache_core.retrieval.tiled_scores import CacheScores, scores_of
 
@@ -17,6 +18,7 @@ class Wanted(NamedTuple):
 
     shares_draws: whether every query is to know what the others drew
     reads_out:    whether the mean embedding under a query's softmax is to come along
+    prefixes:     the widths at which embeddings are compared, None for their own
     """
 
     embedding_key: str
@@ -31,6 +33,7 @@ class Wanted(NamedTuple):
     shares_draws: bool = False
     reads_out: bool = False
     tile_bytes: int | None = None
+    prefixes: Prefixes | None = None
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -41,6 +41,8 @@ class Retrieval(NamedTuple):
     window:           scalar, the age in steps up to which rows compete; None for every age
     own:              the ids and the group that must not, or alone may, oppose each query; None
                       for a loss without id_keys and group_key
+    by_width:         (B, W) with matryoshka_dims: the log_partition at each width, ascending; then
+                      log_partition is that of the last width, and readout (B, w) too
     """
 
     features: dict[str, Any]
@@ -59,6 +61,7 @@ class Retrieval(NamedTuple):
     positive_bias: Array | None = None
     own: Exclusions | None = None
     window: Array | None = None
+    by_width: Array | None = None
 
 
 Part = tuple[str, Any, tuple[Any, ...], str]  # name, value, expected shape, kind of dtype
@@ -109,6 +112,9 @@ def _rows(retrieval: Retrieval) -> Iterator[Part]:
     yield "entropy", retrieval.entropy, (rows,), "floating"
     yield "ages", retrieval.ages, (total,), "integer"
     yield "fill", retrieval.fill, (), "floating"
+    if retrieval.by_width is not None:
+        yield "by_width", retrieval.by_width, (rows, "W"), "floating"
+        width = "w"
     if retrieval.readout is not None:
         yield "readout", retrieval.readout, (rows, width), "floating"
 
@@ -149,10 +155,12 @@ def _pool(retrieval: Retrieval) -> Iterator[Part]:
         yield "pool.stale", stale, ("n", width), "floating"
         known = shape_of(stale, "retrieval.pool.stale")[0]
         if isinstance(cross_scores, CrossScores):
-            yield "pool.cross_scores.queries", cross_scores.queries, (rows, width), "floating"
+            size = width if retrieval.by_width is None else "D + W"
+            yield "pool.cross_scores.queries", cross_scores.queries, (rows, size), "floating"
             yield "pool.cross_scores.drawn", cross_scores.drawn, (known,), "bool"
         else:
-            yield "pool.cross_scores", cross_scores, (rows, known), "floating"
+            size = (known,) if retrieval.by_width is None else ("W", known)
+            yield "pool.cross_scores", cross_scores, (rows, *size), "floating"
         yield "pool.log_proposal", log_proposal, (known,), "floating"
 
 

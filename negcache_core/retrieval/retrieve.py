@@ -11,6 +11,7 @@ from negcache_core.arrays.budget import rows_at_a_time
 from negcache_core.arrays.exclusion import Exclusions, Labels
 from negcache_core.retrieval.placement import Found, Placement, Sizes
 from negcache_core.retrieval.positives import Others
+from negcache_core.retrieval.prefixes import of_mixture
 from negcache_core.retrieval.proposal import (
     CrossScores,
     Pool,
@@ -47,11 +48,14 @@ def retrieve(request: Request, placement: Placement) -> Retrieval:
             scores = request.scores(request.queries, batch.own)
         pool = _pool(request, placement, sizes, scores[0], drawn_rows)
     fields, rows = drawn_rows.rows["fields"], drawn_rows.rows
+    log_partition, by_width = drawn_rows.log_partition, None
+    if wanted.prefixes is not None:
+        by_width, log_partition = constant(log_partition), log_partition[:, -1]
     features = {key: fields[key] for key in wanted.data_keys}
     return Retrieval(
         with_stand_ins(features, drawn_rows.drawn, request.stand_in, xp),
         drawn_rows.drawn,
-        constant(drawn_rows.log_partition),
+        constant(log_partition),
         constant(drawn_rows.entropy),
         fields[wanted.embedding_key],
         rows["ages"],
@@ -65,6 +69,7 @@ def retrieve(request: Request, placement: Placement) -> Retrieval:
         bias,
         None if batch.own is None else batch.own.told(),
         None if request.caches.window is None else request.caches.window[0],
+        by_width,
     )
 
 
@@ -90,9 +95,12 @@ def _pool(
         groups = group_of(slots, sum(sizes.slots), best.shape[1], xp)
     labels = Labels(tuple(ids), group)
     cross: Any = CrossScores(scores.queries, scores.own, drawn, labels, bias, best, slots, groups)
-    partition = drawn_rows.log_partition
+    partition, numbers = drawn_rows.log_partition, stale.shape[0]
+    if wanted.prefixes is not None:
+        partition = of_mixture(partition, wanted.prefixes, xp)
+        numbers = None if numbers is None else numbers * wanted.prefixes.number
     rows = backend.tile_rows(scores.queries)
-    size = rows_at_a_time(rows, stale.shape[0], scorer.dtype, scores.budget, xp)
+    size = rows_at_a_time(rows, numbers, scorer.dtype, scores.budget, xp)
     if size is None:
         cross = backend.stop_gradient(cross.matrix(stale, scorer, backend))
         logs = log_proposals(cross, partition, xp=xp)

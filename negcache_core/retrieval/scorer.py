@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from negcache_core.arrays._array import Array, cast
+from negcache_core.retrieval import prefixes as matryoshka
 
 
 class Scorer(NamedTuple):
@@ -13,15 +14,23 @@ class Scorer(NamedTuple):
     transform: None, or an elementwise function of scores, which may hold trained values; it
                returns the same shape and dtype
     dtype:     the dtype to compute in; half types are raised to float32 before the product
+    prefixes:  None, or the widths at which scores are scale * cosine of the first coordinates, and
+               then there is no transform. A query has W scores with an item: B queries (B, D) are
+               then B * W, by query and width. Scaled queries are (B, D + W), and as good as
+               queries for all methods.
     """
 
     scale: Any
     transform: Callable[[Array], Array] | None
     dtype: Any
     xp: Any
+    prefixes: matryoshka.Prefixes | None = None
 
     def pairs(self, queries: Array, items: Array) -> Array:
         """Score each query (B, D) with its own items (B, D) or (B, S, D): (B,) or (B, S)."""
+        if self.prefixes is not None:
+            items = cast(items, self.dtype, self.xp)
+            return matryoshka.pairs(self._wide(queries, items), items, self.prefixes, self.xp)
         queries = cast(queries, self.dtype, self.xp)
         if len(items.shape) == 3:
             queries = queries[:, None, :]
@@ -44,12 +53,22 @@ class Scorer(NamedTuple):
 
     def cross(self, queries: Array, items: Array) -> Array:
         """Score every query (B, D) with every item (n, D): (B, n)."""
+        if self.prefixes is not None:
+            items = cast(items, self.dtype, self.xp)
+            return matryoshka.cross(self._wide(queries, items), items, self.prefixes, self.xp)
         return self.xp.matrix_transpose(self.by_item(self.scaled(queries), items))
 
     def scaled(self, queries: Array) -> Array:
         """Return queries (B, D) times the scale."""
         queries = cast(queries, self.dtype, self.xp)
+        if self.prefixes is not None:
+            scale = None if self.scale is None else self._scale()
+            return matryoshka.with_factors(queries, scale, self.prefixes, self.xp)
         return queries if self.scale is None else queries * self._scale()
+
+    def _wide(self, queries: Array, items: Array) -> Array:
+        """Return scaled queries (B, D + W) of queries that may be scaled already."""
+        return self.scaled(queries) if queries.shape[1] == items.shape[-1] else queries
 
     def _transformed(self, scores: Array) -> Array:
         if self.transform is None:

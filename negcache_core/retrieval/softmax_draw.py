@@ -16,6 +16,8 @@ from negcache_core.arrays._array import (
 )
 from negcache_core.arrays.budget import rows_at_a_time
 from negcache_core.arrays.numerics import log_sum_exp
+from negcache_core.retrieval.prefix_scores import score_blocks_at_width, weigh_blocks_by_width
+from negcache_core.retrieval.prefixes import beside, log_drawable, of_parts
 from negcache_core.retrieval.tiled_scores import BLOCK, CacheScores, empty_readout
 
 
@@ -95,6 +97,10 @@ class SoftmaxDraw(NamedTuple):
 
     slots (B, S), numbered over all caches, and their scores (B, S); log_partition (B,), -inf for no
     slot; readout (B, D), the mean of all embeddings under the softmax, where it was asked for
+
+    With prefixes a query draws from the mixture of its softmaxes at all widths: log_partition is
+    (B, W), each score is the log of the slot's probability at the width by which it was drawn, and
+    the readout (B, w) is that of the last width.
     """
 
     slots: Array
@@ -118,25 +124,59 @@ def draw_from_caches(
 def weigh_blocks(
     caches: Sequence[CacheScores], *, readout: bool = False
 ) -> tuple[Array, Array | None]:
-    """Return the log-sum-exp of every block of all caches, (B, blocks), and the readout (B, D)."""
-    xp, parts = caches[0].scorer.xp, []
-    mean: tuple[Array, ...] = empty_readout(caches[0].queries, xp=xp) if readout else ()
+    """Return the log-sum-exp of every block of all caches, (B, blocks), and the readout (B, D).
+
+    With prefixes these are (B, W, blocks) and (B, w).
+    """
+    xp, prefixes, parts = caches[0].scorer.xp, caches[0].scorer.prefixes, []
+    mean: tuple[Array, ...] = ()
+    if prefixes is not None:
+        if readout:
+            mean = empty_readout(caches[0].queries[:, : prefixes.widest], xp=xp)
+        for cache in caches:
+            by_width, mean = weigh_blocks_by_width(cache, prefixes, mean)
+            parts.append(beside(by_width, xp))
+        return xp.concat(parts, axis=2), mean[1] if readout else None
+    if readout:
+        mean = empty_readout(caches[0].queries, xp=xp)
     for cache in caches:
         part, mean = cache.block_weights(mean)
         parts.append(part)
     return xp.concat(parts, axis=1), mean[1] if readout else None
 
 
-def draw_given_blocks(caches: Sequence[CacheScores], weights: Array, noise: Array) -> SoftmaxDraw:
-    """Draw as `draw_from_caches` does, from what `weigh_blocks` found, or from rows of that."""
-    xp = caches[0].scorer.xp
+def draw_given_blocks(
+    caches: Sequence[CacheScores],
+    weights: Array,
+    noise: Array,
+    log_partition: Array | None = None,
+) -> SoftmaxDraw:
+    """Draw as `draw_from_caches` does, from what `weigh_blocks` found, or from rows of that.
+
+    log_partition: with prefixes, (B, W) of everything where these caches are only a part
+    """
+    xp, prefixes = caches[0].scorer.xp, caches[0].scorer.prefixes
     passed = list(itertools.accumulate([cache.blocks for cache in caches], initial=0))
+    by_width: Any = log_partition
+    if prefixes is not None:  # a block at a width is what is drawn first
+        by_width = log_sum_exp(weights, xp=xp) if by_width is None else by_width
+        lowered = of_parts(by_width, prefixes, xp)[:, :, None]
+        # By block and then by width, so that shards of a cache draw as the whole cache does.
+        weights = xp.matrix_transpose(weights - lowered)
+        weights = xp.reshape(weights, (-1, passed[-1] * prefixes.number))
 
     def scores_of(block: Array, caches: Sequence[CacheScores] = caches) -> Array:
         # Each block is in one cache, and scores -inf in the others.
-        parts = [
-            cache.of_blocks(block - first) for cache, first in zip(caches, passed, strict=False)
-        ]
+        if prefixes is not None:
+            place, width = block // prefixes.number, block % prefixes.number
+            parts = [
+                score_blocks_at_width(cache, prefixes, place - first, width)
+                for cache, first in zip(caches, passed, strict=False)
+            ]
+        else:
+            parts = [
+                cache.of_blocks(block - first) for cache, first in zip(caches, passed, strict=False)
+            ]
         return functools.reduce(xp.maximum, parts)
 
     def scores_by_chunk(block: Array) -> Array:
@@ -153,6 +193,12 @@ def draw_given_blocks(caches: Sequence[CacheScores], weights: Array, noise: Arra
     block, inside, scores, log_partition = draw_in_blocks(
         weights, noise, scores_of if size is None else scores_by_chunk, xp=xp
     )
+    if prefixes is not None:
+        log_partition = by_width
+        scores = scores - take_columns(by_width, block % prefixes.number, xp)
+        drawable = xp.isfinite(log_drawable(by_width, prefixes, xp))
+        scores = xp.where(drawable[:, None], scores, -float("inf"))
+        block = block // prefixes.number
     slots = inside
     for cache, first in zip(caches, passed, strict=False):
         own = block - first

@@ -50,7 +50,8 @@ class CacheScores(NamedTuple):
 
     They are -inf where a slot is empty, or its row must not oppose the query.
 
-    queries:      with the scale in them; `scorer` then has none
+    queries:      with the scale in them; `scorer` then has none. Where that knows prefixes these
+                  are (B, D + W), and ceilings (B, W).
     first:        the number that slot 0 of this cache has among all caches' slots
     tile:         slots to score at a time
     own:          what must not oppose each query, or None for nothing
@@ -107,7 +108,7 @@ class CacheScores(NamedTuple):
             weights, added, mean = self.backend.read_blocks(scores, rows, written, BLOCK)
             return join_readouts(readout, (added, mean), xp=xp), (weights,)
 
-        readout, (weights,) = self._scan_tiles(weigh, readout, self.slots, self.tile)
+        readout, (weights,) = self.scan_tiles(weigh, readout, self.slots, self.tile)
         return xp.matrix_transpose(weights), readout
 
     def of_blocks(self, block: Array) -> Array:
@@ -163,18 +164,18 @@ class CacheScores(NamedTuple):
         self, function: Callable[[Any, int], tuple[Array, ...]], slots: int, tile: int
     ) -> tuple[Array, ...]:
         """Concatenate function(start, size) over the tiles of a stretch and what is left of it."""
-        return self._scan_tiles(
+        return self.scan_tiles(
             lambda carry, start, size: (carry, function(start, size)), (), slots, tile
         )[1]
 
-    def _scan_tiles(
+    def scan_tiles(
         self,
         function: Callable[[Any, Any, int], tuple[tuple[Array, ...], tuple[Array, ...]]],
         carry: tuple[Array, ...],
         slots: int,
         tile: int,
     ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        """Do it with function(carry, start, size) -> (carry, parts)."""
+        """Do it with function(carry, start, size) -> (carry, parts); return carry and parts."""
         count, rest = divmod(slots, tile)
         by_tile = []
         if count:
@@ -236,7 +237,7 @@ def scores_of(
         if window is not None:
             age = recent(age, window, xp)
         copied = backend.slices_copy or table.dtype != scorer.dtype
-        width = table.shape[1] if copied else 0
+        width = table.shape[1] if copied or scorer.prefixes is not None else 0
         tile = tile_slots(backend.tile_rows(queries), width, number, budget)
         group = None if group_key is None else cache.data[group_key]
         labels = Labels(tuple([cache.data[key] for key in id_keys]), group)

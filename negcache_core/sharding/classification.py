@@ -12,7 +12,7 @@ from negcache_core.sharding.replicas import Replicas
 ALIKE = (
     *("embedding_key", "data_keys", "top_k", "estimator", "num_samples", "id_keys"),
     *("group_key", "margin", "in_batch_negatives", "log_frequency_key"),
-    *("max_staleness", "staleness_correction"),
+    *("max_staleness", "staleness_correction", "matryoshka_dims", "matryoshka_weights"),
 )
 """The options that all replicas must give alike."""
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from negcache_core.arrays._array import Array, cast, take_columns
 from negcache_core.arrays.numerics import log_sum_exp
+from negcache_core.retrieval.prefixes import of_parts
 from negcache_core.retrieval.softmax_draw import draw_given_blocks, inverse_cdf, weigh_blocks
 from negcache_core.retrieval.tiled_scores import CacheScores
 from negcache_core.sharding.replicas import Replicas, Route
@@ -20,7 +21,7 @@ class ShardDraw(NamedTuple):
     slots:         (m, 1) in its own caches, in the order of their names
     scores:        (m,) stale; -inf where nothing could be drawn
     route:         who serves what
-    log_partition: (B,) over all shards
+    log_partition: (B,) over all shards; with prefixes (B, W), and scores as of SoftmaxDraw
     readout:       (B, D) over all shards, or None
     candidates:    (B, k) best slot of each top-k group, over all shards, or None
     slot_of_all:   (m,) with candidates: the slots' numbers over all shards
@@ -52,8 +53,11 @@ def draw_from_shards(
     weights, mean = weigh_blocks(caches, readout=readout)
     noise = cast(noise, weights.dtype, xp)
     own = log_sum_exp(weights, xp=xp)
-    (every,) = replicas.gather((own[None, :],), (1,) * replicas.count)
-    shard, rest = _pick(xp.matrix_transpose(every), noise[:, :, 0], xp=xp)
+    (every,) = replicas.gather((own[None, ...],), (1,) * replicas.count)
+    log_partition, parts, prefixes = log_sum_exp(every, 0, xp=xp), every, caches[0].scorer.prefixes
+    if prefixes is not None:  # of each shard what it weighs at all widths together
+        parts = log_sum_exp(every - of_parts(log_partition, prefixes, xp)[None, :, :], xp=xp)
+    shard, rest = _pick(xp.matrix_transpose(parts), noise[:, :, 0], xp=xp)
     owner = xp.reshape(shard, (-1,))
     entries = replicas.entries(owner)
     route = Route(owner, entries, tuple(size * draws for size in sizes))
@@ -65,6 +69,7 @@ def draw_from_shards(
             [cache.of_queries(query) for cache in caches],
             xp.take_rows(weights, query),
             xp.take_rows(inner, entries)[:, None, :],
+            None if prefixes is None else xp.take_rows(log_partition, query),
         )
         return drawn.slots, drawn.scores
 
@@ -75,10 +80,10 @@ def draw_from_shards(
         slots, scores = backend.fold_tiles(
             lambda turn: serve(backend.slice_rows(entries, turn * size, size)), replicas.turns
         )
-    log_partition = log_sum_exp(every, 0, xp=xp)
     if readout:
         whole = xp.where(log_partition > -float("inf"), log_partition, 0.0)
         share = xp.exp(own - whole)
+        share = share if prefixes is None else share[:, -1]
         mean = replicas.sum_of_parts(share[:, None] * mean, sizes)
     served = xp.take_rows(owner, entries) == replicas.rank
     return ShardDraw(

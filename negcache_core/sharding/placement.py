@@ -129,11 +129,15 @@ class Shards(Placement):
         drawn = own_scores > -float("inf")
         usable = found.log_partition > -float("inf")
         mean_score = xp.mean(xp.where(drawn, own_scores, 0.0), axis=1)
+        if wanted.prefixes is None:
+            entropy = xp.where(usable, found.log_partition - mean_score, 0.0)
+        else:  # these scores are logs of probabilities
+            entropy = -mean_score
         return Found(
             rows,
             drawn,
             found.log_partition,
-            xp.where(usable, found.log_partition - mean_score, 0.0),
+            entropy,
             found.readout,
             found.candidates,
             None if found.slot_of_all is None else received[-1],

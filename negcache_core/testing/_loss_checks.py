@@ -29,6 +29,7 @@ def check_loss(adapter: Adapter) -> None:
         "margin": 0.3,
         "log_frequency_key": "log_frequency",
     }
+    widths = {"matryoshka_dims": (WIDTH, 1), "matryoshka_weights": (2.0, 0.5)}
     for capacities, top_k, draws, options in (
         ((300,), None, 1, {}),
         ((5, 7), None, 2, everything),
@@ -36,6 +37,8 @@ def check_loss(adapter: Adapter) -> None:
         ((300,), 2, 1, {"estimator": "shared"}),
         ((5, 7), 5, 2, {"estimator": "shared", **everything}),
         ((300, 5), None, 2, {"estimator": "exact_query", **everything}),
+        ((300, 5), None, 2, {"estimator": "exact_query", **widths, **everything}),
+        ((300,), None, 1, {"estimator": "shared", **widths}),
     ):
         caches = {f"c{i}": cache_of(rng, capacity) for i, capacity in enumerate(capacities)}
         for cache in caches.values():

@@ -19,6 +19,13 @@ from negcache_core.testing._scripts import (
 SHARDS = (4, 4, 2)
 SIZES = ((2, 0, 1), (1, 2, 0), (0, 1, 2))  # rows of each replica, step by step
 UNIQUE = {"capacity": 12, "unique_key": "id"}  # any shard could take all rows of a step
+MATRYOSHKA = {
+    "matryoshka_dims": (1, WIDTH),
+    "matryoshka_weights": (0.5, 2.0),
+    "in_batch_negatives": True,
+    "id_key": "id",
+    "margin": 0.5,
+}
 
 
 def check_shards(adapter: Adapter) -> None:
@@ -63,6 +70,8 @@ def _option_sets() -> list[dict[str, Any]]:
         found.append({"estimator": name, "group_key": "id", "margin": 0.1, "max_staleness": 0.2})
         if not estimator.reads_out:
             found.append({"estimator": name, "top_k": 4})
+        if estimator.shares_draws:
+            found.append({"estimator": name, "num_samples": 2, **MATRYOSHKA})
     return found
 
 

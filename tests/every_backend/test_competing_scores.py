@@ -8,7 +8,7 @@ from laws import TOLERANCE, law_of_scores, noise_for
 
 from negcache_core import exact
 from negcache_core.cache.state import EMPTY, NegativeCache
-from negcache_core.errors import DeviceError, DTypeError, KindError, ShapeError
+from negcache_core.errors import DeviceError, DTypeError, KindError, OptionError, ShapeError
 from negcache_core.losses.estimators import ESTIMATORS
 
 B, C, N, D = 2, 3, 3, 2
@@ -247,6 +247,15 @@ def test_bad_scores_are_refused_in_words(backend, scores, error, message):
     noise = backend.to_native(np.zeros((B, 1, 2)))
     with pytest.raises(error, match=message):
         step(*native, noise)
+
+
+@pytest.mark.parametrize("backend", EAGER.values(), ids=backend_name)
+def test_a_loss_of_several_widths_refuses_scores_in_words(backend):
+    cache, arrays = problem()
+    step = Step(backend, cache, estimator="shared", matryoshka_dims=(1, D))
+    native = [backend.to_native(each) for each in arrays]
+    with pytest.raises(OptionError, match="a softmax for each width, and a score is of one"):
+        step(*native, backend.to_native(np.zeros((B, 1, 2))))
 
 
 def test_scores_elsewhere_than_the_cache_are_refused_in_words():

@@ -39,6 +39,13 @@ STEPS = {
         "hard": True,
     },
 }
+STEPS["matryoshka"] = {
+    **STEPS["corrected exact_query"],
+    **LABELS,
+    "num_samples": 2,
+    "matryoshka_dims": (3, 1),
+    "log_frequency_key": "frequency",
+}
 
 
 def backend_name(backend):

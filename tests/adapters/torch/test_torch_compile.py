@@ -87,8 +87,23 @@ HALF = {
             {"estimator": "exact_query", "scale": 1.5, "max_staleness": 0.2},
         ),
         ("aot_eager", step, {"top_k": 2}),  # groups wider than a tile: a fold in a fold
+        (
+            "aot_eager",
+            step,
+            {
+                "estimator": "exact_query",
+                "scale": 1.5,
+                "matryoshka_dims": (1, WIDTH),
+                "in_batch_negatives": True,
+                "id_key": "id",
+                "margin": 0.5,
+            },
+        ),
     ],
-    ids=["inductor", "half", "top_k", "ids and margin", "group", "window", "wide groups"],
+    ids=[
+        *("inductor", "half", "top_k", "ids and margin", "group", "window", "wide groups"),
+        "matryoshka",
+    ],
 )
 def test_one_graph_serves_every_batch_size_and_agrees_with_eager(backend, step, options):
     torch._dynamo.reset()
