@@ -12,6 +12,8 @@ from negcache_sentence_transformers import NegativeCacheLoss
 from negcache_sentence_transformers import loss as ranking
 from negcache_sentence_transformers._contents import text_ids
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from test_st_rows import routed, transformer
+from test_st_together import batch_of, make_loss
 from tiny_transformer import make_model, make_pairs, make_texts, make_trainer, weights
 from torch import nn
 
@@ -372,6 +374,22 @@ def test_rows_remember_their_side_and_prompt(tmp_path, name):
         )
         assert ours.metrics["staleness"] < 1e-10
     assert int(written(ours).sum()) == 18
+
+
+@each_set
+@pytest.mark.parametrize("routes", [False, True])
+def test_nothing_is_stale_whatever_the_options(tmp_path, options, routes):
+    """Prompts, tasks, routes, empty texts, repeated anchors, chunks and data sets at once."""
+    model = (routed if routes else transformer)(tmp_path, prompt=False)
+    loss = make_loss(model, 25, mini_batch_size=2, group_by_dataset=True, **options)
+    pick = np.random.default_rng(5)
+    for step in range(16):
+        loss.dataset_name = ("one", "two")[pick.integers(2)]
+        value = loss(batch_of(model, pick, routes=routes))
+        value.backward()
+        assert torch.isfinite(value), step
+        assert loss.metrics["staleness"] < 1e-10, step
+    assert loss.metrics["fill"] == 1.0
 
 
 @each_set
