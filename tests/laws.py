@@ -54,6 +54,12 @@ def noise_for(slots, law, cut=0):
     return np.stack([first, second], axis=-1)
 
 
+def law_of_scores(scores):
+    """Return the softmax (B, C) of scores, 0 for -inf."""
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
 def results_of(loss, W, query, positive, cache, outcomes, **arguments):
     """Yield a linear tower's result for each outcome (noise, probability), with the probability."""
     for noise, probability in outcomes:

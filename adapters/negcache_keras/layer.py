@@ -92,8 +92,8 @@ class CacheLayer(keras.layers.Layer):
         labels:   fields that the item network does not take; they may as well be among the features
         training: False, as in `evaluate`: the loss against the cache as it is. Rows are drawn and
                   embedded for the figures alone; rows, ages and the draws to come stay the same.
-        options:  hard_negative_embeddings, hard_negative_features, sample_weight, constant: see
-                  CacheClassificationLoss
+        options:  hard_negative_embeddings, hard_negative_features, competing_scores,
+                  sample_weight, constant: see CacheClassificationLoss
 
         The other arguments are those of `handler.update_cache_and_compute_loss`. Raises KeysError
         for a name in `shown` that is no metric of the loss, and what the handler raises.

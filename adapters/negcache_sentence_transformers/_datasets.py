@@ -22,6 +22,17 @@ def dataset_number(name: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
+def number_of_batch(name: str | None) -> int:
+    """Return the number of the data set that a batch says it is of; raise OptionError for None."""
+    if name is None:
+        raise OptionError(
+            "the loss has group_by_dataset=True, and the batch does not say of which data set it "
+            "is: give the trainer a DatasetDict, before keep_cache(trainer), also to evaluate; in "
+            "a training loop of your own set loss.dataset_name."
+        )
+    return dataset_number(name)
+
+
 class _Groups(SetEpochMixin, BatchSampler):
     """The batches of one data set, `count` at a time and one behind the other."""
 

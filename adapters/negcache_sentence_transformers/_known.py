@@ -60,6 +60,14 @@ class Known(NamedTuple):
         """Return the anchors' weights (B,), for a mean over the sound ones; None where all are."""
         return None if self.share == 1.0 else self.sound.to(dtype) * self.share
 
+    def negatives(self, items: Tensor) -> dict[str, Any]:
+        """Return explicit negatives (B, H, D), of items column after column, and their labels."""
+        count, number = self.hard[TEXT].shape
+        if not number:
+            return {}
+        rows = items.unflatten(0, (1 + number, count))[1:].transpose(0, 1)
+        return {"hard_negative_embeddings": rows, "hard_negative_features": self.hard}
+
 
 def known_of(
     ids: Ids, labels: dict[str, Tensor], cache: NegativeCache, placement: Any, xp: Any

@@ -6,6 +6,16 @@ from typing import Any
 import torch.distributed as dist
 from negcache_torch import OptionError
 
+CITATION = """
+@inproceedings{lindgren2021negativecache,
+    title = "Efficient Training of Retrieval Models using Negative Cache",
+    author = "Lindgren, Erik and Reddi, Sashank and Guo, Ruiqi and Kumar, Sanjiv",
+    booktitle = "Advances in Neural Information Processing Systems",
+    volume = "34",
+    year = "2021",
+}
+"""
+
 
 def processes() -> int:
     """Return how many processes train together; raise if they are not joined yet."""

@@ -9,11 +9,14 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from ._calls import Embedder, embed
+from negcache_core.arrays.validation import check_flag
+
+from ._calls import Embedder, Rows, embed
 from ._contents import TEXT
-from ._datasets import DATASET, dataset_number
+from ._datasets import DATASET, number_of_batch
+from ._directions import ANCHOR, DOCUMENT, Batch, Directions, reverse
 from ._known import RING, RING_FIELDS, Ids, Known, enters, known_of
-from ._options import checked_scale, processes
+from ._options import CITATION, checked_scale, processes
 from ._slots import tell_cost
 from ._tokens import ID, TokenRows
 from ._wrappers import bare, may_route, refuse_wrappers
@@ -39,6 +42,8 @@ class NegativeCacheLoss(nn.Module):
     dtype:              in which the cache stores embeddings
     generator:          None, an int seed, or a torch.Generator
     group_by_dataset:   whether only texts of an anchor's own data set compete with it
+    directions, partition_mode: as in MultipleNegativesRankingLoss, what competes beside an anchor's
+                        documents, and in which softmax; see below
     own_loop:           True in a training loop of your own, which saves `loss.state_dict()`
 
     Columns are those of MultipleNegativesRankingLoss: anchor, positive, and any number of negatives
@@ -54,8 +59,15 @@ class NegativeCacheLoss(nn.Module):
     enters the cache. A row whose anchor or positive is empty has no loss; the mean is over the
     others, and `cache_empty` in the log is how many of a step's rows had none.
 
-    With an empty cache and pairs, loss and gradient are those of MultipleNegativesRankingLoss. In
-    evaluation the loss is against the cache as it is; nothing is drawn or written.
+    Further directions have more negatives, of the batch and of the cache, where anchors then share
+    the slots with documents. No anchor opposes another that has a positive in common with it, nor a
+    document that is its positive; no document opposes one of the same anchor. All explicit
+    negatives of the batch compete with every anchor then. Each step embeds num_samples cached texts
+    for each anchor and, with "doc_to_query" or "doc_to_doc", as many for each document.
+
+    With an empty cache and pairs, loss and gradient are those of MultipleNegativesRankingLoss; with
+    further directions also with explicit negatives. In evaluation the loss is against the cache as
+    it is; nothing is drawn or written.
 
     Call `keep_cache(trainer)` before `trainer.train()`: a trainer saves its model, not its loss. In
     several processes the cache is in shards, one for each, and negatives are those of all; in one
@@ -63,9 +75,10 @@ class NegativeCacheLoss(nn.Module):
     sets have is stored once for each; names decide what belongs together, also after a resume.
 
     Raises OptionError where it trains and nothing would save its cache, where it is made in one of
-    several processes before they are joined, where a batch does not say of which data set it is, or
-    where MatryoshkaLoss or AdaptiveLayerLoss wraps it; KindError for a model that is no
-    SentenceTransformer or takes no tokens.
+    several processes before they are joined, where a batch does not say of which data set it is,
+    where MatryoshkaLoss or AdaptiveLayerLoss wraps it, for directions without "query_to_doc", or
+    with others in several processes; KindError for a model that is no SentenceTransformer or takes
+    no tokens.
     Source: the paper, sections 3.1 and 3.2.
 
     >>> from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -95,6 +108,8 @@ class NegativeCacheLoss(nn.Module):
         dtype: torch.dtype = torch.float32,
         generator: Any = None,
         group_by_dataset: bool = False,
+        directions: Iterable[str] = ("query_to_doc",),
+        partition_mode: str = "joint",
         own_loop: bool = False,
     ) -> None:
         super().__init__()
@@ -104,20 +119,25 @@ class NegativeCacheLoss(nn.Module):
                 "texts have one dense embedding each."
             )
         if mini_batch_size is not None:
-            negcache.in_chunks(
-                partial(embed, model), mini_batch_size
-            )  # raises where it is no such number
+            negcache.in_chunks(partial(embed, model), mini_batch_size)  # raises where it is wrong
         self.model, self.mini_batch_size = model, mini_batch_size
+        self.sharded, self.partition_mode = processes() > 1, partition_mode
+        self.in_batch_negatives = check_flag(in_batch_negatives, "in_batch_negatives")
+        self._directions = Directions.of(
+            directions, partition_mode, correction=staleness_correction, sharded=self.sharded
+        )
+        self.directions, plain = self._directions.names, self._directions.plain
         self.rows, self.routes = TokenRows.of(model, max_length), may_route(model)
         fields = self.rows.specs()
         width: Any = model.get_embedding_dimension()  # the manager refuses None
         groups = {DATASET: negcache.FieldSpec((), torch.int64)} if group_by_dataset else {}
         embedding = negcache.FieldSpec((width,), dtype)
-        specs = {**fields, **RING_FIELDS, **groups, _EMBEDDING: embedding}
+        kinds = self._directions.fields()
+        more_ids, group_key = self._directions.keys(DATASET if group_by_dataset else None)
+        specs = {**fields, **RING_FIELDS, **kinds, **groups, _EMBEDDING: embedding}
         if max_length is None:
             tell_cost(specs, cache_size, self.rows.length)
         data_keys = tuple(key for key in fields if key != ID)
-        self.sharded = processes() > 1
         kind = "DistributedCacheClassificationLoss" if self.sharded else "CacheClassificationLoss"
         self.handler = negcache.CacheLossHandler(
             negcache.CacheManager(specs, cache_size, unique_key=ID),
@@ -127,9 +147,10 @@ class NegativeCacheLoss(nn.Module):
                 scale=checked_scale(scale),
                 estimator=estimator,
                 num_samples=num_samples,
-                in_batch_negatives=in_batch_negatives,
-                id_keys=(TEXT, *RING),
-                group_key=DATASET if group_by_dataset else None,
+                in_batch_negatives=in_batch_negatives and plain,
+                id_keys=(TEXT, *RING, *more_ids),
+                **({} if plain else {"reducer": None}),
+                group_key=group_key,
                 max_staleness=max_staleness,
                 staleness_correction=staleness_correction,
                 generator=generator,
@@ -177,16 +198,20 @@ class NegativeCacheLoss(nn.Module):
             )
         refuse_wrappers(self.model)
         handler, rows = self.handler, self.rows.pack(columns)
-        known = self._known_of(anchor, rows)
+        known = self._known_of(Ids(self.rows.contents(anchor), rows[ID], rows[TEXT]))
         embedder = self._embedder()
         queries = embedder.anchors(anchor)
-        count = len(queries)
+        if not self._directions.plain:
+            return self._in_directions(
+                queries, self.rows.pack([anchor]), rows, known, learning=learning
+            )
         rows |= known.labels
+        count = len(queries)
         positives = {key: value[:count] for key, value in rows.items()}
         weight = known.weight(queries.dtype)
         if not learning:
             items = embedder.items(rows, queries)
-            hard = _hard(items, count, len(columns), known)
+            hard = known.negatives(items)
             result = handler.evaluate(
                 None,
                 queries,
@@ -200,28 +225,25 @@ class NegativeCacheLoss(nn.Module):
         found = handler.retrieve(queries, positives, positive_ids=known.own)
         # One call of the model for all texts but the anchors, which are shorter: one a kind.
         inputs = {key: torch.cat([rows[key], found.features[key]]) for key in handler.data_keys}
-        embedded = embedder.items(inputs, queries)
-        items, drawn = embedded.tensor_split([len(rows[ID])])
-        hard = _hard(items, count, len(columns), known)
+        embeddings = embedder.items(inputs, queries)
+        items, drawn = embeddings.tensor_split([len(rows[ID])])
+        hard = known.negatives(items)
         result = handler.compute_loss(
             queries, items[:count], drawn, found, sample_weight=weight, **hard
         )
-        handler.commit(result, items, rows)
-        handler.metrics["empty"] = (~known.sound).sum().to(queries.dtype)
-        if self.report is not None:
-            self.report(self._logged())
+        self._commit(result, items, rows, known)
         return result.loss
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return what the model card tells of the loss."""
         loss = self.handler.cache_loss
-        names = (
-            *("scale", "estimator", "num_samples", "in_batch_negatives"),
-            *("max_staleness", "staleness_correction"),
-        )
+        names = ("scale", "estimator", "num_samples", "max_staleness", "staleness_correction")
         return {
             "cache_size": self.handler.cache_manager.cache_size,
             **{name: getattr(loss, name) for name in names},
+            "in_batch_negatives": self.in_batch_negatives,
+            "directions": self.directions,
+            "partition_mode": self.partition_mode,
             "similarity_fct": "cos_sim",
             "mini_batch_size": self.mini_batch_size,
             "max_length": self.rows.length,
@@ -231,31 +253,36 @@ class NegativeCacheLoss(nn.Module):
     @property
     def citation(self) -> str:
         """The paper, in BibTeX, for the model card."""
-        return """
-@inproceedings{lindgren2021negativecache,
-    title = "Efficient Training of Retrieval Models using Negative Cache",
-    author = "Lindgren, Erik and Reddi, Sashank and Guo, Ruiqi and Kumar, Sanjiv",
-    booktitle = "Advances in Neural Information Processing Systems",
-    volume = "34",
-    year = "2021",
-}
-"""
+        return CITATION
 
-    def _known_of(self, anchor: Mapping[str, Any], rows: Mapping[str, Tensor]) -> Known:
-        ids, labels = Ids(self.rows.contents(anchor), rows[ID], rows[TEXT]), {}
+    def _in_directions(
+        self, queries: Tensor, anchors: Rows, rows: Rows, known: Known, *, learning: bool
+    ) -> Tensor:
+        back = self._known_of(reverse(anchors, rows[TEXT][: len(queries)]))
+        rows |= known.labels | self._directions.labels(rows, DOCUMENT)
+        anchors |= back.labels | self._directions.labels(anchors, ANCHOR)
+        items = partial(self._embedder().items, queries=queries)
+        batch = Batch(queries, items(rows), rows, anchors, known, back, self.in_batch_negatives)
+        loss, result = batch.loss(self._directions, self.handler, items if learning else None)
+        if learning:
+            self._commit(result, *batch.stored(self._directions), known)
+        return loss
+
+    def _commit(self, result: Any, items: Tensor, rows: dict[str, Tensor], known: Known) -> None:
+        self.handler.commit(result, items, rows)
+        self.handler.metrics["empty"] = (~known.sound).sum().to(items.dtype)
+        if self.report is not None:
+            self.report(self._logged())
+
+    def _known_of(self, ids: Ids) -> Known:
+        labels = {}
         if self.group_by_dataset:
-            if self.dataset_name is None:
-                raise negcache.OptionError(
-                    "the loss has group_by_dataset=True, and the batch does not say of which data "
-                    "set it is: give the trainer a DatasetDict, before keep_cache(trainer), also "
-                    "to evaluate; in a training loop of your own set loss.dataset_name."
-                )
-            number = dataset_number(self.dataset_name)
+            number = number_of_batch(self.dataset_name)
             ids = ids.of_dataset(number)
-            labels = {ID: ids.slots, DATASET: torch.full_like(ids.slots, number)}
+            labels = {DATASET: torch.full_like(ids.slots, number)}
         handler = self.handler
         placement, xp = handler.cache_loss.placement, handler.backend.xp
-        return known_of(ids, labels, handler.cache, placement, xp)
+        return known_of(ids, {ID: ids.slots, **labels}, handler.cache, placement, xp)
 
     def _embedder(self) -> Embedder:
         return Embedder.of(
@@ -268,11 +295,3 @@ class NegativeCacheLoss(nn.Module):
             for name, value in self.metrics.items()
             if name != "interpretable_loss"  # the trainer logs the loss
         }
-
-
-def _hard(items: Tensor, count: int, columns: int, known: Known) -> dict[str, Any]:
-    """Return explicit negatives (B, H, D), among items column after column, and their labels."""
-    if columns == 1:
-        return {}
-    rows = items.unflatten(0, (columns, count))[1:].transpose(0, 1)
-    return {"hard_negative_embeddings": rows, "hard_negative_features": known.hard}

@@ -168,8 +168,8 @@ class BaseHandler:
     ) -> CacheLossReturn:
         """Phase two: the loss from embeddings (B * S, D) of the retrieved features.
 
-        options: hard_negative_embeddings, hard_negative_features, sample_weight, constant: see the
-                 loss
+        options: hard_negative_embeddings, hard_negative_features, competing_scores,
+                 sample_weight, constant: see the loss
         """
         setup = self._setup
         result = setup.phased_loss().loss_from_negatives(

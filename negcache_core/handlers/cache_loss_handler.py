@@ -103,7 +103,8 @@ class CacheLossHandler(BaseHandler):
                              (`.train()`, `.eval()`), and without gradients it does not learn;
                              elsewhere it does.
         options:             positive_ids, hard_negative_embeddings, hard_negative_features,
-                             sample_weight, noise, constant: see CacheClassificationLoss
+                             competing_scores, sample_weight, noise, constant: see
+                             CacheClassificationLoss
 
         Calling the handler does the same.
         """
@@ -132,7 +133,7 @@ class CacheLossHandler(BaseHandler):
         item_network: None, or a network to embed a few rows with, for the metrics that tell how
                       stale the cache is; without it they are those of a fresh cache
         options:      positive_ids, hard_negative_embeddings, hard_negative_features,
-                      sample_weight: see the loss
+                      competing_scores, sample_weight: see the loss
 
         The value does not depend on draws: no generator is asked, rows are chosen without one.
         """

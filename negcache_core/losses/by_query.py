@@ -65,8 +65,13 @@ class Step(NamedTuple):
                 some(embedded.drawn, own_draws) if pool is None else embedded.pool(),
                 some(embedded.hard),
                 embedded.batch(),
+                competing=some(embedded.competing),
             ),
-            usable=usable._replace(queries=some(usable.queries), hard=some(usable.hard)),
+            usable=usable._replace(
+                queries=some(usable.queries),
+                hard=some(usable.hard),
+                competing=some(usable.competing),
+            ),
             retrieval=known._replace(
                 drawn=some(known.drawn),
                 log_partition=some(known.log_partition),
@@ -233,7 +238,7 @@ def _full_negatives(
     hard_labels: Labels | None,
     ceiling: Array | None,
 ) -> list[FullNegatives]:
-    """Return what competes in full: in-batch positives and hard negatives, where there are such."""
+    """Return what competes in full: in-batch positives, hard negatives, and given scores."""
     parts, own = [], (retrieval.own or Exclusions())._replace(ceiling=ceiling)
     if retrieval.others is not None:
         scores = scorer.cross(embedded.queries, embedded.batch())
@@ -246,6 +251,8 @@ def _full_negatives(
         admitted = own.admit(hard_labels or Labels(), scores)
         counts = usable.hard if admitted is None else usable.hard & admitted
         parts.append(FullNegatives(scores, counts))
+    if embedded.competing is not None:
+        parts.append(FullNegatives(embedded.competing, usable.competing))
     return parts
 
 

@@ -222,6 +222,7 @@ class CacheClassificationLoss(CacheLoss):
         *,
         hard_negative_embeddings: Array | None = None,
         hard_negative_features: Mapping[str, Array] | None = None,
+        competing_scores: Array | None = None,
         sample_weight: Array | None = None,
         constant: Iterable[str] = (),
     ) -> CacheLossReturn:
@@ -233,6 +234,11 @@ class CacheClassificationLoss(CacheLoss):
                                   finite do not count
         hard_negative_features:   field -> (B, H) for id_keys and group_key, by which these are held
                                   to the same rules; without, margin alone leaves some out
+        competing_scores:         (B, n) scores, scale included, of further candidates of each query
+                                  that compete exactly, with gradients; -inf for none. All others
+                                  count, whatever the margin. A query of which one is NaN or +inf
+                                  has no loss, as where its embedding is not finite: NaN. Not for a
+                                  loss with matryoshka_dims
         sample_weight:            (B,) factors on the queries' losses, before they are reduced
         constant:                 which of "positives", "negatives" and "hard_negatives" are meant
                                   to carry no gradient while the others do
@@ -250,6 +256,7 @@ class CacheClassificationLoss(CacheLoss):
             retrieval,
             hard_negative_embeddings,
             hard_negative_features,
+            competing_scores,
             sample_weight,
             constant,
         )
@@ -265,6 +272,7 @@ class CacheClassificationLoss(CacheLoss):
         positive_ids: Array | Mapping[str, Array] | None = None,
         hard_negative_embeddings: Array | None = None,
         hard_negative_features: Mapping[str, Array] | None = None,
+        competing_scores: Array | None = None,
         sample_weight: Array | None = None,
         noise: Array | None = None,
         constant: Iterable[str] = (),
@@ -295,6 +303,7 @@ class CacheClassificationLoss(CacheLoss):
                 retrieval,
                 hard_negative_embeddings,
                 hard_negative_features,
+                competing_scores,
                 sample_weight,
                 constant if self.in_training else None,
             )
@@ -310,6 +319,7 @@ class CacheClassificationLoss(CacheLoss):
         positive_ids: Array | Mapping[str, Array] | None = None,
         hard_negative_embeddings: Array | None = None,
         hard_negative_features: Mapping[str, Array] | None = None,
+        competing_scores: Array | None = None,
         sample_weight: Array | None = None,
         constant: Iterable[str] = (),
     ) -> CacheLossReturn:
@@ -335,6 +345,7 @@ class CacheClassificationLoss(CacheLoss):
             retrieval,
             hard_negative_embeddings,
             hard_negative_features,
+            competing_scores,
             sample_weight,
         )
 

@@ -168,6 +168,29 @@ def check_hard_labels(
     return Labels(tuple(ids), group[0] if group else None)
 
 
+def check_competing(
+    scores: Any, retrieval: Retrieval, backend: Backend, *, of_widths: bool
+) -> Array:
+    """Return the scores (B, n) of what else competes with each query's positive.
+
+    of_widths: whether the loss is a sum over widths
+    """
+    if of_widths:
+        raise OptionError(
+            "competing_scores were given to a loss with matryoshka_dims, which has a softmax for "
+            "each width, and a score is of one: give these candidates as hard_negative_embeddings."
+        )
+    what, advice = "competing_scores", "One row for each query, -inf for no candidate."
+    rows = retrieval.drawn.shape[0]
+    array = array_of(scores, (rows, "n"), what, backend, advice)
+    if dtype_kind(array.dtype) != "floating":
+        raise DTypeError(
+            f"competing_scores has dtype {dtype_name(array.dtype)}: expected floating scores, "
+            "scale included."
+        )
+    return check_device(array, retrieval.stale_embeddings, what, backend)
+
+
 def check_weight(sample_weight: Any, retrieval: Retrieval, dtype: Any, backend: Backend) -> Any:
     """Return the weights (B,) of the queries in `dtype`, or None."""
     if sample_weight is None:

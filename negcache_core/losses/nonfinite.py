@@ -18,6 +18,7 @@ class Embedded(NamedTuple):
     """Fresh embeddings, differentiable: queries, positives (B, D); drawn (n, D); hard (B, H, D).
 
     every_positive, every_drawn: those of all replicas, where there are several; else None
+    competing: (B, m) no embeddings, but scores of further negatives, -inf for none; or None
     """
 
     queries: Array
@@ -26,6 +27,7 @@ class Embedded(NamedTuple):
     hard: Array | None = None
     every_positive: Array | None = None
     every_drawn: Array | None = None
+    competing: Array | None = None
 
     def pool(self) -> Array:
         """Return the rows that all queries drew: those of all replicas, where there are several."""
@@ -60,11 +62,13 @@ def gathered(
 class Usable(NamedTuple):
     """Which embeddings are finite: bool, constants.
 
-    queries: (B,) those whose positive is too: the others have no loss
+    queries: (B,) those whose positive is too, and of whose competing scores none is NaN or +inf:
+             the others have no loss
     batch:   (n,) of the batch's positives as negatives
     hard:    (B, H), or None
     drawn:   (n,) in the cache's dtype, of the rows that these queries drew
     pool:    (n,) of the rows that all queries drew; `drawn` where there are no replicas
+    competing: (B, m) of the competing scores, or None
     """
 
     queries: Array
@@ -72,6 +76,7 @@ class Usable(NamedTuple):
     hard: Array | None
     drawn: Array
     pool: Array
+    competing: Array | None = None
 
 
 def without_poison(
@@ -98,6 +103,11 @@ def without_poison(
         pool = drawn = finite(embedded.drawn, stored.dtype)
         if embedded.every_drawn is not None:
             pool = finite(embedded.every_drawn, stored.dtype)
+        competing = None
+        if embedded.competing is not None:
+            scores = constant(embedded.competing)
+            competing = xp.isfinite(scores)
+            queries = queries & xp.all(competing | (scores == -float("inf")), axis=1)
     clean = Embedded(
         kept(embedded.queries, queries),
         kept(embedded.positives, own),
@@ -105,8 +115,9 @@ def without_poison(
         None if embedded.hard is None else kept(embedded.hard, hard),
         None if embedded.every_positive is None else kept(embedded.every_positive, batch),
         None if embedded.every_drawn is None else kept(embedded.every_drawn, pool),
+        None if competing is None else xp.where(competing, embedded.competing, 0.0),
     )
-    return clean, Usable(queries, batch, hard, drawn, pool)
+    return clean, Usable(queries, batch, hard, drawn, pool, competing)
 
 
 def of_usable_queries(

@@ -13,6 +13,7 @@ from negcache_core.cache.state import NegativeCache
 from negcache_core.losses.callbacks import reduced, scale_for, transformed
 from negcache_core.losses.estimators import ESTIMATORS
 from negcache_core.losses.inputs import (
+    check_competing,
     check_embeddings,
     check_hard_labels,
     check_request,
@@ -129,6 +130,7 @@ def loss_of(
     retrieval: Retrieval,
     hard_negative_embeddings: Array | None,
     hard_negative_features: Mapping[str, Any] | None,
+    competing_scores: Array | None,
     sample_weight: Array | None,
     constant: Iterable[str] | None = None,
 ) -> CacheLossReturn:
@@ -151,6 +153,10 @@ def loss_of(
         hard_labels = check_hard_labels(
             hard_negative_features, embedded.hard, retrieval, loss.id_keys, loss.group_key, backend
         )
+    if competing_scores is not None:
+        of_widths = loss.prefixes is not None
+        competing = check_competing(competing_scores, retrieval, backend, of_widths=of_widths)
+        embedded = embedded._replace(competing=competing)
     if constant is not None:
         embedded = learning_alike(embedded, constant, backend)
     scorer = _scorer(loss, *embedded[:3], retrieval.stale_embeddings)

@@ -329,6 +329,8 @@ def test_the_model_card_and_a_dict_of_losses(model, tmp_path):
         "in_batch_negatives": True,
         "max_staleness": 0.2,
         "staleness_correction": False,
+        "directions": ("query_to_doc",),
+        "partition_mode": "joint",
         "similarity_fct": "cos_sim",
         "mini_batch_size": None,
         "max_length": TOKENS,

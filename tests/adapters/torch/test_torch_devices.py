@@ -68,6 +68,7 @@ def test_a_handler_stays_on_its_device(options):
         features,
         hard_negative_embeddings=rows(3, 2, 4),
         hard_negative_features={"id": rows(3, 2).long()},
+        competing_scores=rows(3, 6),
         constant=("hard_negatives",),
         sample_weight=rows(3),
     )

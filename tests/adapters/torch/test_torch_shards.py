@@ -56,6 +56,7 @@ class Batch:
             "log_q": rng.normal(size=rows),
             "hard": rng.normal(size=(rows, 2, 2)),
             "weight": rng.random(rows) * 2,
+            "more": rng.normal(size=(rows, 3)),
         }
         self.all = {key: torch.from_numpy(value) for key, value in draw.items()}
 
@@ -86,6 +87,7 @@ class Towers:
         more = {
             "hard_negative_embeddings": batch["hard"] @ self.parameters[1],
             "hard_negative_features": {"id": batch["hard_id"], "owner": batch["hard_owner"]},
+            "competing_scores": self.scale() * batch["more"],
             "sample_weight": batch["weight"],
         }
         return given, features, more

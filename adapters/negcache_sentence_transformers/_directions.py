@@ -1,0 +1,288 @@
+"""Further directions of the softmax: a pair's document is scored too, and anchors are negatives.
+
+A pair has up to two views, its anchor's and its document's, each a query of the cache. In a joint
+softmax each view is told the mass of the other as a constant, so that both have the same whole.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from negcache_torch import CacheLossReturn, FieldSpec, KindError, OptionError, Retrieval
+from torch import Tensor
+
+from negcache_core.arrays.exclusion import Exclusions, Labels
+
+from ._contents import NO_TEXT, TEXT
+from ._known import NOTHING, RING, Ids, Known
+from ._tokens import ID
+
+KIND = "kind"  # the field that says whether a row is a document or an anchor
+DOCUMENT, ANCHOR = 0, 1
+WANTED = {  # direction -> whose view it is of, and which kind competes
+    "query_to_doc": (0, DOCUMENT),
+    "query_to_query": (0, ANCHOR),
+    "doc_to_query": (1, ANCHOR),
+    "doc_to_doc": (1, DOCUMENT),
+}
+_SALT = 0x5851F42D4C957F2D  # makes an anchor another item than a document of the same text
+
+
+class Directions(NamedTuple):
+    """Which views a pair has, and what competes in each.
+
+    names: of WANTED
+    joint: whether there is one softmax over all of them, or the mean of one for each
+    """
+
+    names: tuple[str, ...] = ("query_to_doc",)
+    joint: bool = True
+
+    @classmethod
+    def of(cls, names: Any, partition_mode: Any, *, correction: Any, sharded: bool) -> "Directions":
+        """Raise KindError or OptionError for directions that make no loss.
+
+        correction: the option staleness_correction; sharded: whether there are several processes
+        """
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise KindError(f"directions is {names!r}: expected several, as ('query_to_doc',).")
+        names = tuple(names)
+        unknown = [name for name in names if name not in WANTED]
+        if unknown or "query_to_doc" not in names or len(names) > len(set(names)):
+            raise OptionError(
+                f"directions is {names!r}: expected 'query_to_doc', which has the positive, and "
+                f"any others of {list(WANTED)}, each once."
+            )
+        if partition_mode not in {"joint", "per_direction"}:
+            raise OptionError(
+                f"partition_mode is {partition_mode!r}: expected 'joint' or 'per_direction'."
+            )
+        found = cls(names, partition_mode == "joint")
+        if not found.joint and {"query_to_query", "doc_to_doc"} & set(names):
+            raise OptionError(
+                "partition_mode='per_direction' is for 'query_to_doc' and 'doc_to_query': the "
+                "positive is not among the candidates of 'query_to_query' and 'doc_to_doc', which "
+                "have no loss of their own. Use partition_mode='joint'."
+            )
+        if found.joint and found.views == 2 and correction:
+            raise OptionError(
+                f"staleness_correction=True changes the mass of each view alone, and directions "
+                f"{names!r} have one softmax over both: leave it out."
+            )
+        if sharded and not found.plain:
+            raise OptionError(
+                f"directions is {names!r} in several processes, and negatives of further "
+                "directions are not exchanged among them: train in one process, or with "
+                "directions=('query_to_doc',)."
+            )
+        return found
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is the usual one alone."""
+        return len(self.names) == 1
+
+    @property
+    def views(self) -> int:
+        """How many queries a pair makes: 1, or 2 with its document."""
+        return 1 + max(WANTED[name][0] for name in self.names)
+
+    @property
+    def anchors(self) -> bool:
+        """Whether anchors are candidates, and so are in the cache."""
+        return any(WANTED[name][1] == ANCHOR for name in self.names)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether an anchor is a candidate of its own document: so its score counts twice."""
+        return self.joint and "doc_to_query" in self.names
+
+    def counts(self) -> list[list[bool]]:
+        """Return by view whether documents and anchors compete in it."""
+        there = [WANTED[name] for name in self.names]
+        return [
+            [(view, kind) in there for kind in (DOCUMENT, ANCHOR)] for view in range(self.views)
+        ]
+
+    def fields(self) -> dict[str, FieldSpec]:
+        """Return what a row must say, beside its text: its kind, where a view is to leave one out.
+
+        Where there are documents alone, there is nothing to leave out.
+        """
+        mixed = self.anchors and not all(map(all, self.counts()))
+        return {KIND: FieldSpec((), torch.int64)} if mixed else {}
+
+    def keys(self, group_key: str | None) -> tuple[tuple[str, ...], str | None]:
+        """Return the fields of `fields` that are ids, and the group key, perhaps one of them.
+
+        Where each view wants one kind, kinds are groups: that is faster than ids that half of the
+        rows have. But there is one group key alone.
+        """
+        apart = self.counts() == [[True, False], [False, True]]
+        return ((), KIND) if apart and group_key is None else (tuple(self.fields()), group_key)
+
+    def labels(self, rows: Mapping[str, Tensor], kind: int) -> dict[str, Tensor]:
+        """Return `fields` of rows of a kind."""
+        return {key: torch.full_like(rows[ID], kind) for key in self.fields()}
+
+
+def reverse(anchors: Mapping[str, Tensor], texts: Tensor) -> Ids:
+    """Return ids of a batch with the roles changed: anchors are items, of documents (B,).
+
+    They are all salted: what is known of anchors never meets what is known of documents.
+    """
+    return Ids(texts, anchors[ID], anchors[TEXT]).of_dataset(_SALT)
+
+
+class Batch(NamedTuple):
+    """B pairs of which both sides are known.
+
+    queries:  (B, D), differentiable
+    items:    (n, D), n = B (1 + H), documents, column by column, differentiable
+    rows:     key -> (n, …), as they are stored; anchors: key -> (B, …)
+    forward:  what is known of documents; backward: of anchors, see `reverse`
+    in_batch: whether more of the batch competes than explicit negatives with their own anchor
+    """
+
+    queries: Tensor
+    items: Tensor
+    rows: dict[str, Tensor]
+    anchors: dict[str, Tensor]
+    forward: Known
+    backward: Known
+    in_batch: bool
+
+    def loss(
+        self,
+        directions: Directions,
+        handler: Any,
+        embed: Callable[[dict[str, Tensor]], Tensor] | None,
+    ) -> tuple[Tensor, CacheLossReturn]:
+        """Return the mean loss, and the result by view and pair, which a handler commits.
+
+        embed: rows -> embeddings, of what was drawn; None: nothing is drawn
+        """
+        both = self._views(directions, self.queries, self.items)
+        own = self._own(directions)
+        found: Retrieval = handler.retrieve(
+            both.detach(),
+            self._positives(directions),
+            positive_ids={key: own[key] for key in handler.cache_loss.id_keys},
+            noise=None
+            if embed
+            else both.new_full((len(both), handler.cache_loss.num_samples, 2), 0.5),
+        )
+        drawn: Any = found.stale_embeddings
+        if embed is not None:
+            drawn = embed(found.features)
+        with torch.autocast(both.device.type, enabled=False):
+            scale = handler.cache_loss.scale
+            scores = scale * both @ torch.cat([self.items, self.queries]).T
+            positive = scale * (self.queries * self.items[: len(self.queries)]).sum(1)
+        competing = torch.where(self._counts(directions, own), scores, -torch.inf)
+        if directions.joint and directions.views > 1:
+            cached: Any = found.log_partition
+            rest = _mass_of_others(competing, cached, positive, directions.symmetric)
+            competing = torch.cat([competing, rest[:, None]], 1)
+        result = handler.compute_loss(
+            both,
+            self._views(directions, self.items, self.queries),
+            drawn,
+            found,
+            competing_scores=competing,
+            constant=("positives", "negatives"),  # of two sides, one of which may be frozen
+        )
+        return self._mean(_joined(directions, result, positive)), result
+
+    def stored(self, directions: Directions) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the embeddings and the rows that enter the cache."""
+        if not directions.anchors:
+            return self.items, self.rows
+        rows = {key: torch.cat([self.rows[key], self.anchors[key]]) for key in self.rows}
+        return torch.cat([self.items, self.queries]), rows
+
+    def _views(self, directions: Directions, first: Tensor, second: Tensor) -> Tensor:
+        """Return (V B, …): of each view's pairs the first B."""
+        count = len(self.queries)
+        return torch.cat([first[:count], second[:count]][: directions.views])
+
+    def _positives(self, directions: Directions) -> dict[str, Tensor]:
+        rows, anchors = self.rows, self.anchors
+        return {key: self._views(directions, rows[key], anchors[key]) for key in rows}
+
+    def _own(self, directions: Directions) -> dict[str, Tensor]:
+        """Return key -> (V B, P), ids by which a row is no negative of a view.
+
+        An anchor's own documents and its text are no negatives of it, nor are anchors that have one
+        of these documents; a document's anchors and its text, and what else these anchors have.
+        """
+        text, whose = self.forward.own[TEXT], self.forward.own[RING[0]]
+        mine = _salted(text[:, : text.shape[1] - self.forward.hard[TEXT].shape[1]])
+        back = self.backward.own
+        texts = [torch.cat([text, mine, back[TEXT]], 1), torch.cat([text, back[TEXT]], 1)]
+        rings = [torch.cat([whose, mine], 1), torch.cat([whose, back[RING[0]]], 1)]
+        kinds = [
+            torch.full_like(whose, next((kind for kind in (0, 1) if not counts[kind]), -1))
+            for counts in directions.counts()
+        ]
+        views = directions.views
+        ring = _stacked(rings[:views])
+        return {TEXT: _stacked(texts[:views]), **dict.fromkeys(RING, ring), KIND: torch.cat(kinds)}
+
+    def _counts(self, directions: Directions, own: Mapping[str, Tensor]) -> Tensor:
+        """Return bool (V B, n + B): which of the batch compete in each view."""
+        keys, count = (TEXT, *RING), len(self.queries)
+        labels = [torch.cat([self.rows[key], self.anchors[key]]) for key in keys]
+        found: Tensor = Exclusions(tuple(own[key] for key in keys)).admit(
+            Labels(tuple(each[None, :] for each in labels)), None
+        )
+        sizes = torch.tensor([len(self.items), count], device=found.device)
+        kinds = torch.tensor(directions.counts(), device=found.device)
+        found &= kinds.repeat_interleave(sizes, 1).repeat_interleave(count, 0)
+        found &= self.in_batch
+        hard = self.forward.hard[TEXT] == NOTHING
+        for column in range(hard.shape[1]):  # each with its own anchor
+            place = torch.arange(count, device=found.device)
+            found[place, (1 + column) * count + place] = hard[:, column]
+        return found
+
+    def _mean(self, values: Tensor) -> Tensor:
+        weight = self.forward.weight(values.dtype)
+        return (values if weight is None else values * weight).mean()
+
+
+def _joined(directions: Directions, result: Any, positive: Tensor) -> Tensor:
+    """Return the loss of each pair (B,) from those of its views.
+
+    Both views of a joint softmax pull at the positive, by 1 - p+ each; together they are to pull by
+    1 - p+, or by 1 - 2 p+ where it counts twice.
+    """
+    training = result.training_loss.reshape(directions.views, -1)
+    value = result.interpretable_loss.reshape(directions.views, -1)
+    if directions.joint and directions.views > 1:
+        twice = 1.0 if directions.symmetric else -torch.expm1(-value[0])
+        training, value = training.sum(0) + twice * positive, value[0]
+    else:
+        training, value = training.mean(0), value.mean(0)
+    return value + (training - training.detach())
+
+
+def _mass_of_others(
+    competing: Tensor, log_partition: Tensor, positive: Tensor, symmetric: bool
+) -> Tensor:
+    """Return (2 B,), constants: of each view the log mass of what competes in the other."""
+    known = torch.cat([competing.detach(), log_partition.to(competing)[:, None]], 1)
+    first, second = torch.logsumexp(known, 1).chunk(2)
+    mass = torch.cat([second, first])
+    return torch.logaddexp(mass, positive.detach().repeat(2)) if symmetric else mass
+
+
+def _salted(ids: Tensor) -> Tensor:
+    return torch.where(ids == NO_TEXT, NO_TEXT, ids ^ _SALT)
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """Return ids (n, P) of several, the narrower ones filled up with that of no text."""
+    widest = max(part.shape[1] for part in parts)
+    spare = [part.new_full((len(part), widest - part.shape[1]), NO_TEXT) for part in parts]
+    return torch.cat([torch.cat(both, 1) for both in zip(parts, spare, strict=True)])
