@@ -39,10 +39,13 @@ class Directions(NamedTuple):
     joint: bool = True
 
     @classmethod
-    def of(cls, names: Any, partition_mode: Any, *, correction: Any, sharded: bool) -> "Directions":
+    def of(
+        cls, names: Any, partition_mode: Any, *, correction: Any, cut: bool, sharded: bool
+    ) -> "Directions":
         """Raise KindError or OptionError for directions that make no loss.
 
-        correction: the option staleness_correction; sharded: whether there are several processes
+        correction: the option staleness_correction; cut: whether embeddings are cut to several
+        widths; sharded: whether there are several processes
         """
         if isinstance(names, str) or not isinstance(names, Iterable):
             raise KindError(f"directions is {names!r}: expected several, as ('query_to_doc',).")
@@ -68,6 +71,11 @@ class Directions(NamedTuple):
             raise OptionError(
                 f"staleness_correction=True changes the mass of each view alone, and directions "
                 f"{names!r} have one softmax over both: leave it out."
+            )
+        if cut and not found.plain:
+            raise OptionError(
+                f"matryoshka_dims with directions {names!r}: the scores of further directions are "
+                "those of whole embeddings. Use directions=('query_to_doc',), or no widths."
             )
         if sharded and not found.plain:
             raise OptionError(

@@ -33,7 +33,8 @@ class NegativeCacheLoss(nn.Module):
     estimator:          "exact_query", "shared" or "paper", see `negcache_core.losses.estimators`
     num_samples:        S, cached texts that each anchor draws and the model embeds anew, a step
     in_batch_negatives: whether the batch's other positives compete too, exactly, with gradients
-    max_staleness, staleness_correction: see `CacheClassificationLoss`
+    max_staleness, staleness_correction, matryoshka_dims, matryoshka_weights: see
+                        `CacheClassificationLoss`
     mini_batch_size:    texts that the model takes at a time, as in the cached losses: activations
                         of so many are in memory, and are computed again in the backward pass;
                         loss and gradient are those of the whole batch, to rounding. None: all
@@ -103,6 +104,8 @@ class NegativeCacheLoss(nn.Module):
         in_batch_negatives: bool = True,
         max_staleness: float | None = 0.2,
         staleness_correction: bool = False,
+        matryoshka_dims: Iterable[int] | None = None,
+        matryoshka_weights: Iterable[float] | None = None,
         mini_batch_size: int | None = None,
         max_length: int | Mapping[str, int] | None = None,
         dtype: torch.dtype = torch.float32,
@@ -124,7 +127,11 @@ class NegativeCacheLoss(nn.Module):
         self.sharded, self.partition_mode = processes() > 1, partition_mode
         self.in_batch_negatives = check_flag(in_batch_negatives, "in_batch_negatives")
         self._directions = Directions.of(
-            directions, partition_mode, correction=staleness_correction, sharded=self.sharded
+            directions,
+            partition_mode,
+            correction=staleness_correction,
+            cut=matryoshka_dims is not None,
+            sharded=self.sharded,
         )
         self.directions, plain = self._directions.names, self._directions.plain
         self.rows, self.routes = TokenRows.of(model, max_length), may_route(model)
@@ -153,6 +160,8 @@ class NegativeCacheLoss(nn.Module):
                 group_key=group_key,
                 max_staleness=max_staleness,
                 staleness_correction=staleness_correction,
+                matryoshka_dims=matryoshka_dims,
+                matryoshka_weights=matryoshka_weights,
                 generator=generator,
             ),
             _EMBEDDING,
@@ -237,7 +246,10 @@ class NegativeCacheLoss(nn.Module):
     def get_config_dict(self) -> dict[str, Any]:
         """Return what the model card tells of the loss."""
         loss = self.handler.cache_loss
-        names = ("scale", "estimator", "num_samples", "max_staleness", "staleness_correction")
+        names = (
+            *("scale", "estimator", "num_samples", "max_staleness", "staleness_correction"),
+            *("matryoshka_dims", "matryoshka_weights"),
+        )
         return {
             "cache_size": self.handler.cache_manager.cache_size,
             **{name: getattr(loss, name) for name in names},
