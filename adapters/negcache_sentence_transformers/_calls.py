@@ -1,6 +1,7 @@
 """Which calls of the model embed rows: kinds, mini-batches, and what processes must have alike."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +60,8 @@ class Calls(NamedTuple):
         place, start = torch.zeros(count, dtype=torch.int64, device=device), 0
         for number, (kind, own) in enumerate(sorted(calls.items()), 1):
             final = last if number == len(calls) else None
-            parts += self._in_chunks(embed, kind, own, final, parts)
+            features = partial(self.rows.features, kind=kind)
+            parts += in_parts(embed, features, own, self.size, final, parts)
             if kind in kinds:  # else another process's, and nobody's embedding
                 index = kinds[kind]
                 size = count if index is None else len(index)
@@ -69,24 +71,6 @@ class Calls(NamedTuple):
         if len(parts) == 1:
             return parts[0][:count]
         return torch.cat(parts)[place]
-
-    def _in_chunks(
-        self, embed: Any, kind: str, rows: Rows, last: Any, before: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """Return the embeddings of rows of one kind, in one or more parts."""
-
-        def network(rows: Rows) -> Tensor:
-            found: Tensor = embed(self.rows.features(rows, kind))
-            return found
-
-        chunked = network if self.size is None else in_chunks(network, self.size)
-        if last is None:
-            return [chunked(rows)]
-        count = len(rows[FACTS])
-        cut = 0 if self.size is None else (count - 1) // self.size * self.size
-        parts = [chunked({key: value[:cut] for key, value in rows.items()})] if cut else []
-        final = self.rows.features({key: value[cut:] for key, value in rows.items()}, kind)
-        return [*parts, last(final, [*before, *parts])]
 
     def _calls_of_all(self, own: dict[str, Rows]) -> dict[str, Rows]:
         """Return the calls of this process, and a row for each kind that only others have."""
@@ -107,6 +91,33 @@ class Calls(NamedTuple):
                 spare = torch.arange(least, device=device).clamp(max=len(rows[FACTS]) - 1)
                 calls[kind] = rows if len(rows[FACTS]) >= least else _at(rows, spare)
         return calls
+
+
+def in_parts(
+    embed: Callable[[dict[str, Any]], Tensor],
+    features: Callable[[Rows], dict[str, Any]],
+    rows: Rows,
+    size: int | None,
+    last: Callable[[dict[str, Any], list[Tensor]], Tensor] | None,
+    before: Sequence[Tensor],
+) -> list[Tensor]:
+    """Return the embeddings of rows of one kind, in one or more parts.
+
+    features:    what the model takes for rows
+    before:      embeddings of the calls before; for the other arguments see `Calls`
+    """
+
+    def network(rows: Rows) -> Tensor:
+        return embed(features(rows))
+
+    chunked = network if size is None else in_chunks(network, size)
+    if last is None:
+        return [chunked(rows)]
+    count = len(next(iter(rows.values())))
+    cut = 0 if size is None else (count - 1) // size * size
+    parts = [chunked({key: value[:cut] for key, value in rows.items()})] if cut else []
+    final = features({key: value[cut:] for key, value in rows.items()})
+    return [*parts, last(final, [*before, *parts])]
 
 
 def _at(rows: Mapping[str, Tensor], index: Tensor) -> Rows:

@@ -1,6 +1,6 @@
 """The loss: MultipleNegativesRankingLoss against everything in a cache."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -14,10 +14,12 @@ from torch.nn import functional
 from ._calls import Calls
 from ._contents import TEXT
 from ._datasets import DATASET, dataset_number
+from ._item_calls import ItemCalls
+from ._items import NUMBER, ItemRows, numbers_in, packed, rows_of
 from ._known import RING, RING_FIELDS, Ids, Known, enters, known_of
 from ._options import checked_scale, processes
-from ._slots import tell_cost
-from ._tokens import ID, TokenRows
+from ._slots import slot_bytes, tell_cost
+from ._tokens import ID
 from ._wrappers import bare, found_behind, may_route, parallel, refuse_wrappers
 
 _EMBEDDING = "embedding"
@@ -26,7 +28,7 @@ _EMBEDDING = "embedding"
 class NegativeCacheLoss(nn.Module):
     """Cross-entropy of each anchor's positive against a cache of texts; for the trainer's `loss`.
 
-    model:              a SentenceTransformer whose inputs are tokens
+    model:              a SentenceTransformer whose inputs are tokens; any with features="index"
     cache_size:         C, texts that the cache holds; of all processes together
     scale:              factor on the cosine similarities, the inverse of the temperature
     estimator:          "exact_query", "shared" or "paper", see `negcache_core.losses.estimators`
@@ -42,6 +44,12 @@ class NegativeCacheLoss(nn.Module):
     generator:          None, an int seed, or a torch.Generator
     group_by_dataset:   whether only texts of an anchor's own data set compete with it
     own_loop:           True in a training loop of your own, which saves `loss.state_dict()`
+    features:           "content": a slot has a text's tokens; "index": the number of an item, of
+                        which the model's features are made anew when it is drawn
+    items:              number -> what the model's preprocess takes, such as a list of texts or a
+                        Dataset's column of images
+    prompt:             with which the trainer makes the items' columns, or that of each task
+    check_items:        whether a row of each column is compared with its item, each step
 
     Columns are those of MultipleNegativesRankingLoss: anchor, positive, and any number of negatives
     of the anchor. Negatives compete with their own anchor, exactly, and enter the cache beside the
@@ -59,15 +67,21 @@ class NegativeCacheLoss(nn.Module):
     With an empty cache and pairs, loss and gradient are those of MultipleNegativesRankingLoss. In
     evaluation the loss is against the cache as it is; nothing is drawn or written.
 
+    With features="index" a model takes what it likes: images, audio, texts. The data's column
+    "label" has the number of each row's positive, (B,), or those of positive and negatives,
+    (B, 1 + H). Two numbers are two items; equal texts are still no negatives of each other, while
+    of equal images each may be the other's. An anchor that is no text is known by its values. In
+    evaluation, where items may be others, the column may be missing.
+
     Call `keep_cache(trainer)` before `trainer.train()`: a trainer saves its model, not its loss. In
     several processes the cache is in shards, one for each, and negatives are those of all; in one
     step some may be at pairs and others at triplets. With `group_by_dataset` a text that two data
     sets have is stored once for each; names decide what belongs together, also after a resume.
 
     Raises OptionError where it trains and nothing would save its cache, where it is made in one of
-    several processes before they are joined, where a batch does not say of which data set it is, or
-    where MatryoshkaLoss or AdaptiveLayerLoss wraps it; KindError for a model that is no
-    SentenceTransformer or takes no tokens.
+    several processes before they are joined, where a batch does not say of which data set it is,
+    where a row is not what its number stands for, or where MatryoshkaLoss or AdaptiveLayerLoss
+    wraps it; KindError for a model that is no SentenceTransformer or takes no tokens.
     Source: the paper, sections 3.1 and 3.2.
 
     >>> from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -98,6 +112,10 @@ class NegativeCacheLoss(nn.Module):
         generator: Any = None,
         group_by_dataset: bool = False,
         own_loop: bool = False,
+        features: str = "content",
+        items: Sequence[Any] | None = None,
+        prompt: str | Mapping[str, str] | None = None,
+        check_items: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(model, SentenceTransformer):
@@ -108,14 +126,15 @@ class NegativeCacheLoss(nn.Module):
         if mini_batch_size is not None:
             negcache.in_chunks(self._embed, mini_batch_size)  # raises where it is no such number
         self.model, self.mini_batch_size = model, mini_batch_size
-        self.rows = TokenRows.of(model, max_length)
+        self.rows = rows_of(features, model, items, prompt, max_length, check=check_items)
         fields = self.rows.specs()
         width: Any = model.get_embedding_dimension()  # the manager refuses None
         groups = {DATASET: negcache.FieldSpec((), torch.int64)} if group_by_dataset else {}
         embedding = negcache.FieldSpec((width,), dtype)
         specs = {**fields, **RING_FIELDS, **groups, _EMBEDDING: embedding}
-        if max_length is None:
+        if max_length is None and self.rows.length is not None:
             tell_cost(specs, cache_size, self.rows.length)
+        self.slot_bytes = slot_bytes(specs)
         data_keys = tuple(key for key in fields if key != ID)
         self.sharded = processes() > 1
         kind = "DistributedCacheClassificationLoss" if self.sharded else "CacheClassificationLoss"
@@ -128,7 +147,7 @@ class NegativeCacheLoss(nn.Module):
                 estimator=estimator,
                 num_samples=num_samples,
                 in_batch_negatives=in_batch_negatives,
-                id_keys=(TEXT, *RING),
+                id_keys=tuple(key for key in (TEXT, NUMBER, *RING) if key in specs),
                 group_key=DATASET if group_by_dataset else None,
                 max_staleness=max_staleness,
                 staleness_correction=staleness_correction,
@@ -160,9 +179,9 @@ class NegativeCacheLoss(nn.Module):
     ) -> Tensor:
         """Return the loss of a batch, and in training update the cache.
 
-        sentence_features: the features of each column's B texts; labels: not used
+        sentence_features: the features of each column's B texts
+        labels:            with features="index" the items' numbers, (B,) or (B, 1 + H)
         """
-        del labels
         anchor, *columns = sentence_features
         if not columns:
             raise negcache.KeysError(
@@ -176,7 +195,8 @@ class NegativeCacheLoss(nn.Module):
                 "of your own make the loss with own_loop=True, and save loss.state_dict()."
             )
         refuse_wrappers(self.model)
-        handler, rows = self.handler, self.rows.pack(columns)
+        handler = self.handler
+        rows = packed(self.rows, columns, labels, self.model, handler.cache, learning=learning)
         known = self._known_of(anchor, rows)
         queries = self._embed_anchors(anchor)
         count = len(queries)
@@ -184,7 +204,7 @@ class NegativeCacheLoss(nn.Module):
         positives = {key: value[:count] for key, value in rows.items()}
         weight = known.weight(queries.dtype)
         if not learning:
-            items = self._embed_rows(rows, queries)
+            items = self._embed_rows(columns, rows, queries)
             hard = _hard(items, count, len(columns), known)
             result = handler.evaluate(
                 None,
@@ -199,7 +219,7 @@ class NegativeCacheLoss(nn.Module):
         found = handler.retrieve(queries, positives, positive_ids=known.own)
         # One call of the model for all texts but the anchors, which are shorter: one a kind.
         inputs = {key: torch.cat([rows[key], found.features[key]]) for key in handler.data_keys}
-        embedded = self._embed_rows(inputs, queries)
+        embedded = self._embed_rows(columns, inputs, queries)
         items, drawn = embedded.tensor_split([len(rows[ID])])
         hard = _hard(items, count, len(columns), known)
         result = handler.compute_loss(
@@ -224,6 +244,7 @@ class NegativeCacheLoss(nn.Module):
             "similarity_fct": "cos_sim",
             "mini_batch_size": self.mini_batch_size,
             "max_length": self.rows.length,
+            **self.rows.told(),
             "group_by_dataset": self.group_by_dataset,
         }
 
@@ -240,8 +261,13 @@ class NegativeCacheLoss(nn.Module):
 }
 """
 
+    def extra_repr(self) -> str:
+        """Return what `print(loss)` tells beside the handler's lines."""
+        told = "".join(f"{key}={value!r}, " for key, value in self.rows.told().items())
+        return f"{told}{self.slot_bytes:,} bytes a slot"
+
     def _known_of(self, anchor: Mapping[str, Any], rows: Mapping[str, Tensor]) -> Known:
-        ids, labels = Ids(self.rows.contents(anchor), rows[ID], rows[TEXT]), {}
+        ids, labels = Ids(self.rows.anchors(anchor, rows), rows[ID], rows[TEXT]), numbers_in(rows)
         if self.group_by_dataset:
             if self.dataset_name is None:
                 raise negcache.OptionError(
@@ -251,10 +277,14 @@ class NegativeCacheLoss(nn.Module):
                 )
             number = dataset_number(self.dataset_name)
             ids = ids.of_dataset(number)
-            labels = {ID: ids.slots, DATASET: torch.full_like(ids.slots, number)}
+            labels |= {ID: ids.slots, DATASET: torch.full_like(ids.slots, number)}
         handler = self.handler
         placement, xp = handler.cache_loss.placement, handler.backend.xp
-        return known_of(ids, labels, handler.cache, placement, xp)
+        known = known_of(ids, labels, handler.cache, placement, xp)
+        known.own.update(
+            {key: each[: len(ids.anchors), None] for key, each in numbers_in(rows).items()}
+        )
+        return known
 
     def _embed(self, features: Mapping[str, Any], model: Any = None) -> Tensor:
         """Return normalised embeddings (n, D), at least as wide as float32."""
@@ -263,31 +293,35 @@ class NegativeCacheLoss(nn.Module):
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         return functional.normalize(rows, dim=1)
 
-    def _calls(self) -> Calls:
+    def _calls(self, columns: Sequence[Mapping[str, Any]]) -> Calls | ItemCalls:
+        if isinstance(self.rows, ItemRows):
+            return ItemCalls(self.rows, self.mini_batch_size, columns)
         apart = parallel(self.model) is None
         joint = self.sharded and (apart or may_route(self.model))
         return Calls(self.rows, self.mini_batch_size, joint, joint and apart)
 
     def _embed_anchors(self, anchor: Mapping[str, Any]) -> Tensor:
-        calls, wrapped = self._calls(), parallel(self.model)
+        calls, wrapped = self._calls([anchor]), parallel(self.model)
         if calls.size is None and not calls.joint:
             return self._embed(anchor)
         model = self.model if wrapped is None else wrapped.module
         return calls.embed(partial(self._embed, model=model), self.rows.unstored(anchor))
 
-    def _embed_rows(self, rows: Mapping[str, Tensor], queries: Tensor) -> Tensor:
-        """Return embeddings (n, D) of rows as they are stored.
+    def _embed_rows(
+        self, columns: Sequence[Mapping[str, Any]], rows: Mapping[str, Tensor], queries: Tensor
+    ) -> Tensor:
+        """Return embeddings (n, D) of rows as they are stored, those of a batch's columns first.
 
         Processes may have other numbers of calls, and each call of DistributedDataParallel waits
         for all of them. So each makes one such call, the last one, which readies the exchange of
         gradients; and the others of what is in it.
         """
-        calls, wrapped = self._calls(), parallel(self.model)
+        calls, wrapped = self._calls(columns), parallel(self.model)
         if wrapped is None:
             return calls.embed(self._embed, rows)
 
         def last(features: dict[str, Any], others: list[Tensor]) -> Tensor:
-            behind = wrapped.find_unused_parameters and may_route(self.model)
+            behind = wrapped.find_unused_parameters and (NUMBER in rows or may_route(self.model))
             with found_behind(wrapped, [queries, *others]) if behind else nullcontext():
                 return self._embed(features)
 

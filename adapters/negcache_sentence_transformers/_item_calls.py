@@ -1,0 +1,92 @@
+"""Which calls of the model embed items by number: a batch's columns, and those drawn."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._calls import in_parts
+from ._columns import count_of, some_of
+from ._contents import NO_TEXT, TEXT
+from ._facts import FACTS
+from ._items import NUMBER, ItemRows
+
+
+class _Call(NamedTuple):
+    """Features of so many rows, of which `taken` are embedded, and the (m,) rows they are for.
+
+    which: (m,) the embedding of each; None: in their order
+    """
+
+    features: Mapping[str, Any]
+    rows: int
+    taken: Tensor
+    places: Tensor
+    which: Tensor | None = None
+
+
+class ItemCalls(NamedTuple):
+    """How a batch's columns and drawn items are embedded.
+
+    rows:    what numbers stand for
+    size:    the most rows of a call; None: all
+    columns: the features of a batch's columns; rows of them come first, then those drawn
+    """
+
+    rows: ItemRows
+    size: int | None
+    columns: Sequence[Mapping[str, Any]]
+
+    @property
+    def joint(self) -> bool:
+        """Whether each process makes calls for the kinds of all of them: it need not."""
+        return False
+
+    def embed(
+        self,
+        embed: Callable[[dict[str, Any]], Tensor],
+        rows: Mapping[str, Tensor],
+        last: Callable[[dict[str, Any], list[Tensor]], Tensor] | None = None,
+    ) -> Tensor:
+        """Return embeddings (n, D) of rows; of texts of a batch without content zeros.
+
+        embed: features -> embeddings
+        last:  takes the place of the last call; is given the embeddings of the others too
+        """
+        calls = self._calls(rows)
+        parts: list[Tensor] = []
+        found: list[Tensor] = []
+        for number, call in enumerate(calls, 1):
+
+            def features(index: dict[str, Tensor], call: _Call = call) -> dict[str, Any]:
+                return some_of(call.features, call.rows, index["row"])
+
+            final = last if number == len(calls) else None
+            own = in_parts(embed, features, {"row": call.taken}, self.size, final, parts)
+            parts += own
+            embedded = torch.cat(own) if len(own) > 1 else own[0]
+            found.append(embedded if call.which is None else embedded[call.which])
+        every, places = torch.cat(found), torch.cat([call.places for call in calls])
+        return every.new_zeros((len(rows[TEXT]), every.shape[1])).index_copy(0, places, every)
+
+    def _calls(self, rows: Mapping[str, Tensor]) -> list[_Call]:
+        calls, start, texts = [], 0, rows[TEXT]
+        for column in self.columns:
+            count = count_of(column)
+            (live,) = torch.nonzero(texts[start : start + count] != NO_TEXT, as_tuple=True)
+            if not len(live):  # a model takes one text at least
+                live = torch.arange(count, device=texts.device)
+            calls.append(_Call(column, count, live, start + live))
+            start += count
+        if start == len(texts):
+            return calls
+        for task, index in self.rows.kinds(rows[FACTS][start:]).items():
+            places = start + index
+            places = places[texts[places] != NO_TEXT]
+            numbers, which = rows[NUMBER][places].unique(return_inverse=True)
+            if len(numbers):
+                features = self.rows.fetch(numbers.tolist(), task, texts.device)
+                taken = torch.arange(len(numbers), device=texts.device)
+                calls.append(_Call(features, len(numbers), taken, places, which))
+        return calls
