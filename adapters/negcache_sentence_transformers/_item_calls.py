@@ -81,12 +81,12 @@ class ItemCalls(NamedTuple):
             start += count
         if start == len(texts):
             return calls
-        for task, index in self.rows.kinds(rows[FACTS][start:]).items():
+        for made, index in self.rows.kinds(rows[FACTS][start:]):
             places = start + index
             places = places[texts[places] != NO_TEXT]
             numbers, which = rows[NUMBER][places].unique(return_inverse=True)
             if len(numbers):
-                features = self.rows.fetch(numbers.tolist(), task, texts.device)
+                features = self.rows.fetch(numbers.tolist(), made, texts.device)
                 taken = torch.arange(len(numbers), device=texts.device)
                 calls.append(_Call(features, len(numbers), taken, places, which))
         return calls

@@ -1,6 +1,7 @@
 """Rows that hold an item's number: what it stands for is fetched when the row is drawn."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,13 +20,16 @@ from torch import Tensor, nn
 
 from ._columns import count_of, unlike, value_ids
 from ._contents import TEXT
-from ._facts import FACTS, WORDS, decode, encode, parse
+from ._facts import FACTS, decode, encode, parse
+from ._forms import MADE_WITH
 from ._slots import slot_length
 from ._tokens import ID, TokenRows
 from ._wrappers import bare, refuse_shards
 
 NUMBER = "number"
-_TASK = "task"
+_TASK, _PROMPT, _LENGTH = "task", "prompt", "max_length"
+_WORDS = 24  # int64 of what a row remembers
+_SHORTER = "give shorter prompts"
 _ADVICE = (
     "features='index' takes for each row the number of its positive in items, shape (B,), or with "
     "H columns of negatives those of positive and negatives, (B, 1 + H): in the data's column "
@@ -37,12 +41,12 @@ class ItemRows:
     """How items become rows: by their number in a sequence.
 
     items:      number -> what the model's preprocess takes: a text, an image, a dict of audio, …
-    prompt:     before the items, as the trainer puts it before their columns; or that of each task
-    max_length: None, or as in the training arguments
+    prompt, max_length: with which the items' columns are made, or those of each task; None: what a
+                trainer's columns say
     check:      whether a row of each column is compared with what its number stands for, each step
 
-    With its number a row remembers the task of its column. Its features are made anew when it is
-    drawn.
+    With its number a row remembers how its column was made: task, prompt and max_length. So are its
+    features when it is drawn.
     """
 
     def __init__(self, model: Any, items: Any, prompt: Any, length: Any, *, check: bool) -> None:
@@ -55,7 +59,7 @@ class ItemRows:
     def specs(self) -> dict[str, FieldSpec]:
         """Return the fields to store."""
         number = FieldSpec((), torch.int64)
-        facts = FieldSpec((WORDS,), torch.int64)
+        facts = FieldSpec((_WORDS,), torch.int64)
         return {NUMBER: number, FACTS: facts, TEXT: number, ID: number}
 
     def pack(
@@ -84,12 +88,12 @@ class ItemRows:
         else:
             by_row = self._numbers(labels, count, len(columns))
             numbers = by_row.T.flatten().to(device, torch.int64)
-        tasks = [_task_of(column) for column in columns]
-        words = [encode([_TASK], {_TASK: task}).to(device).expand(count, -1) for task in tasks]
+        made = [self._made(column) for column in columns]
+        words = [encode([], each, _WORDS, _SHORTER).to(device).expand(count, -1) for each in made]
         of_column = numbers.unflatten(0, (len(columns), count))
         texts = [self.contents(each, own) for each, own in zip(columns, of_column, strict=True)]
         if labels is not None and self.check:
-            self._compare(columns, of_column.tolist(), tasks)
+            self._compare(columns, of_column.tolist(), made)
         return {NUMBER: numbers, FACTS: torch.cat(words), TEXT: torch.cat(texts), ID: numbers}
 
     def contents(self, column: Mapping[str, Any], numbers: Tensor) -> Tensor:
@@ -121,23 +125,40 @@ class ItemRows:
         """Return what the model card tells of how rows are kept."""
         return {"features": "index", "items": len(self.items)}
 
-    def kinds(self, words: Tensor) -> dict[str | None, Tensor]:
-        """Return which rows are of each task, by their facts."""
+    def kinds(self, words: Tensor) -> list[tuple[dict[str, Any], Tensor]]:
+        """Return how rows were made, by their facts, and which of them so."""
         distinct, which = words.unique(dim=0, return_inverse=True)
-        tasks = [parse(kind)[1][_TASK] for kind in decode(distinct)]
-        return {task: (which == place).nonzero()[:, 0] for place, task in enumerate(tasks)}
+        return [
+            (parse(kind)[1], (which == place).nonzero()[:, 0])
+            for place, kind in enumerate(decode(distinct))
+        ]
 
     def fetch(
-        self, numbers: Iterable[int], task: str | None, device: torch.device
+        self, numbers: Iterable[int], made: Mapping[str, Any], device: torch.device
     ) -> dict[str, Any]:
-        """Return what the model makes of items."""
-        options = {_TASK: task, "prompt": _of_task(self.prompt, task)}
-        length = _of_task(self.length, task)
-        if length is not None:  # as the trainer's collator does
-            options["max_length"] = length
+        """Return what the model makes of items, as the trainer's collator would."""
+        options = {_TASK: None, _PROMPT: None, **made}
         found = self.model.preprocess([self.items[number] for number in numbers], **options)
-        told = {} if task is None else {_TASK: task}
+        told = {_TASK: made[_TASK]} if _TASK in made else {}
         return batch_to_device({**found, **told}, device)
+
+    def _made(self, column: Mapping[str, Any]) -> dict[str, Any]:
+        """Return how a column was made: as it says, or by this one's options."""
+        task = column.get(_TASK)
+        if task is not None and not isinstance(task, str):
+            raise KindError(f"a column's task is {task!r}: expected its name, one for all rows.")
+        own = {_PROMPT: self.prompt, _LENGTH: self.length}
+        own = {key: _of_task(value, task) for key, value in own.items() if value is not None}
+        if MADE_WITH not in column:
+            return {key: v for key, v in {**own, _TASK: task}.items() if v is not None}
+        made: dict[str, Any] = json.loads(column[MADE_WITH])
+        for key, value in own.items():
+            if value != made.get(key):
+                raise OptionError(
+                    f"the loss has {key}={value!r} for items, and the trainer has made a column "
+                    f"of them with {made.get(key)!r}: leave it out of the loss."
+                )
+        return made
 
     def _numbers(self, labels: Any, count: int, columns: int) -> Tensor:
         """Return numbers (B, 1 + H)."""
@@ -162,12 +183,12 @@ class ItemRows:
         return labels.reshape(count, columns)
 
     def _compare(
-        self, columns: Sequence[Mapping[str, Any]], numbers: list[list[int]], tasks: list[Any]
+        self, columns: Sequence[Mapping[str, Any]], numbers: list[list[int]], made: list[Any]
     ) -> None:
         """Raise OptionError where a row is not what its number stands for, another each step."""
         row = self.step % len(numbers[0])
-        for place, (column, own, task) in enumerate(zip(columns, numbers, tasks, strict=True), 2):
-            wrong = unlike(self.fetch([own[row]], task, _device_of(column)), column, row)
+        for place, (column, own, how) in enumerate(zip(columns, numbers, made, strict=True), 2):
+            wrong = unlike(self.fetch([own[row]], how, _device_of(column)), column, row)
             if wrong is not None:
                 raise OptionError(
                     f"row {row} of the batch's column {place} is to be item {own[row]}, and has "
@@ -193,6 +214,19 @@ def rows_of(
             "which stores what the batches have."
         )
     return TokenRows.of(model, max_length)
+
+
+class Telling:
+    """The `preprocess` of a model, which says beside its features how it was called."""
+
+    def __init__(self, preprocess: Callable[..., Mapping[str, Any]]) -> None:
+        self.preprocess = preprocess
+
+    def __call__(self, inputs: Sequence[Any], **options: Any) -> dict[str, Any]:
+        """Return features as the model makes them, and how they were made."""
+        made = {key: options.get(key) for key in (_TASK, _PROMPT, _LENGTH)}
+        told = json.dumps({key: value for key, value in made.items() if value is not None})
+        return {**self.preprocess(inputs, **options), MADE_WITH: told}
 
 
 def packed(
@@ -243,13 +277,6 @@ def _checked_prompt(prompt: Any) -> Any:
     if not all(each is None or isinstance(each, str) for each in every):
         raise KindError(f"prompt is {prompt!r}: expected a text, or a dict of those of each task.")
     return prompt
-
-
-def _task_of(column: Mapping[str, Any]) -> str | None:
-    task = column.get(_TASK)
-    if task is not None and not isinstance(task, str):
-        raise KindError(f"a column's task is {task!r}: expected its name, one for all rows.")
-    return task
 
 
 def _device_of(column: Mapping[str, Any]) -> torch.device:

@@ -14,6 +14,7 @@ from torch.nn import functional
 from ._calls import Calls
 from ._contents import TEXT
 from ._datasets import DATASET, dataset_number
+from ._forms import MADE_WITH
 from ._item_calls import ItemCalls
 from ._items import NUMBER, ItemRows, numbers_in, packed, rows_of
 from ._known import RING, RING_FIELDS, Ids, Known, enters, known_of
@@ -48,7 +49,8 @@ class NegativeCacheLoss(nn.Module):
                         which the model's features are made anew when it is drawn
     items:              number -> what the model's preprocess takes, such as a list of texts or a
                         Dataset's column of images
-    prompt:             with which the trainer makes the items' columns, or that of each task
+    prompt:             with which the items' columns are made, or that of each task, in a training
+                        loop of your own: a trainer's columns say it themselves
     check_items:        whether a row of each column is compared with its item, each step
 
     Columns are those of MultipleNegativesRankingLoss: anchor, positive, and any number of negatives
@@ -289,7 +291,8 @@ class NegativeCacheLoss(nn.Module):
     def _embed(self, features: Mapping[str, Any], model: Any = None) -> Tensor:
         """Return normalised embeddings (n, D), at least as wide as float32."""
         model = self.model if model is None else model
-        rows = model(dict(features))["sentence_embedding"]  # modules write into what they get
+        given = {key: value for key, value in features.items() if key != MADE_WITH}
+        rows = model(given)["sentence_embedding"]  # modules write into what they get
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         return functional.normalize(rows, dim=1)
 

@@ -127,12 +127,10 @@ def data_of(items, columns=1, texts=None, count=ITEMS):
 def test_in_the_trainer_nothing_is_stale_and_evaluation_changes_nothing(tmp_path, kind, columns):
     model, items, made = case(kind, tmp_path / "model")
     data = data_of(items, columns)
-    loss = NegativeCacheLoss(
-        model, 16, features="index", items=data["positive"], generator=0, **options_of(made)
-    )
+    loss = NegativeCacheLoss(model, 16, features="index", items=data["positive"], generator=0)
     options = {"max_steps": 12, "learning_rate": 0.0}
     if "prompt" in made:
-        options["prompts"] = {"positive": PROMPT, "negative": PROMPT}
+        options["prompts"] = {"anchor": "w3 ", "positive": PROMPT}
     if "task" in made:
         task = {"anchor": "query", "positive": "document", "negative": "document"}
         options["router_mapping"] = task
@@ -187,7 +185,10 @@ def test_equal_texts_are_two_items_and_no_negatives_of_each_other(tmp_path):
 def test_an_empty_text_is_no_item(tmp_path):
     model, items = make_model(tmp_path), ["", "w1", "w3", "w4"]
     loss = own(model, items, mini_batch_size=2)
+    sizes, embed = [], loss._embed
+    loss._embed = lambda each, **given: sizes.append(len(each["input_ids"])) or embed(each, **given)
     value = loss(batch_of(model, items, [[0], [1], [2]]), torch.arange(3))
+    assert sizes == [2, 1, 2, 2]  # anchors; items, and those drawn of an empty cache: the same
     value.backward()
     assert torch.isfinite(value)
     assert loss.metrics["empty"] == 1
@@ -210,7 +211,8 @@ def test_an_anchor_that_is_no_text_is_known_again(tmp_path, kind):
     if kind == "CLIP":
         model, anchors, task = make_clip(tmp_path), make_images(3, seed=1), [{}, {}]
     else:
-        model, anchors = texts_to(Sounds(4)), make_sounds(3, seed=1)
+        model = texts_to(Sounds(4))
+        anchors = sorted(make_sounds(3, seed=1), key=lambda each: len(each["array"]))
         task = [{"task": "document"}, {"task": "query"}]
     items = make_texts(4)
     loss = own(model, items, in_batch_negatives=False)
@@ -222,8 +224,7 @@ def test_an_anchor_that_is_no_text_is_known_again(tmp_path, kind):
         return loss([some, item], torch.tensor([number])).item()
 
     step(0, 0)
-    longest = [max(anchors, key=lambda each: len(each["array"]))] if kind == "sounds" else []
-    assert step(0, 1, longest) == 0.0  # other padding
+    assert step(0, 1, anchors[2:]) == 0.0  # padded otherwise
     assert step(1, 2) > 0.0
     rings = torch.stack([loss.handler.cache.data[key] for key in RING], 1)
     assert len(set(rings[rings != NOTHING].tolist()) - {0}) == 2
@@ -310,8 +311,8 @@ def test_a_slot_costs_its_embedding_and_some_numbers(tmp_path):
     cache = loss.handler.cache
     tables = [*cache.data.values(), cache.age]
     taken = sum(each.element_size() * each.numel() for each in tables) / 1_000
-    # an embedding; facts, number, id, content, four anchors, age
-    assert taken == 4 * WIDTH + 96 + 8 + 8 + 8 + 4 * 8 + 4
+    # an embedding; how it is made, number, id, content, four anchors, age
+    assert taken == 4 * WIDTH + 192 + 8 + 8 + 8 + 4 * 8 + 4
     assert f"features='index', items={ITEMS}, {int(taken)} bytes a slot" in repr(loss)
     told = loss.get_config_dict()
     assert told["features"] == "index"
