@@ -1,17 +1,25 @@
 """Which calls of the model embed rows: kinds, mini-batches, and what processes must have alike."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from negcache_torch import in_chunks
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from ._contents import NO_TEXT, TEXT
 from ._facts import FACTS
+from ._forms import MADE_WITH
 from ._tokens import TokenRows
+from ._wrappers import found_behind, parallel
+
+if TYPE_CHECKING:
+    from ._item_calls import ItemCalls
 
 Rows = dict[str, Tensor]
 
@@ -49,6 +57,10 @@ class Calls(NamedTuple):
             return self._kind_by_kind(embed, taken, last)
         found = self._kind_by_kind(embed, _at(taken, live), last)
         return found.new_zeros((count, found.shape[1])).index_copy(0, live, found)
+
+    def of_anchors(self, _: Mapping[str, Any]) -> "Calls":
+        """Return how a batch's anchors are embedded: as their rows say."""
+        return self
 
     def _kind_by_kind(self, embed: Any, rows: Rows, last: Any) -> Tensor:
         kinds = self.rows.kinds(rows[FACTS])
@@ -118,6 +130,71 @@ def in_parts(
     parts = [chunked({key: value[:cut] for key, value in rows.items()})] if cut else []
     final = features({key: value[cut:] for key, value in rows.items()})
     return [*parts, last(final, [*before, *parts])]
+
+
+class Embedder(NamedTuple):
+    """Embeds a step's texts with a model that the trainer may have wrapped.
+
+    wrapped: the DistributedDataParallel that is around it, if one is
+    behind:  whether that has to find each call's weights behind the one call that it sees
+    """
+
+    model: nn.Module
+    wrapped: DistributedDataParallel | None
+    calls: "Calls | ItemCalls"
+    behind: bool
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, rows: TokenRows, size: int | None, *, sharded: bool, routes: bool
+    ) -> "Embedder":
+        """Choose which calls the processes need alike.
+
+        size:    texts of a call; None: all
+        sharded: whether there are several processes
+        routes:  whether some texts may go through other weights than others
+        """
+        wrapped = parallel(model)
+        joint = sharded and (wrapped is None or routes)
+        calls = Calls(rows, size, joint, evenly=joint and wrapped is None)
+        behind = wrapped is not None and wrapped.find_unused_parameters and routes
+        return cls(model, wrapped, calls, behind)
+
+    def anchors(self, anchors: Mapping[str, Any]) -> Tensor:
+        """Return embeddings (B, D) of a column's features."""
+        if self.calls.size is None and not self.calls.joint:
+            return embed(self.model, anchors)
+        rows = self.calls.rows.unstored(anchors)
+        return self.calls.of_anchors(anchors).embed(self._inside, rows)
+
+    def items(self, rows: Mapping[str, Tensor], queries: Tensor) -> Tensor:
+        """Return embeddings (n, D) of rows as they are stored.
+
+        Processes may have other numbers of calls, and each call of DistributedDataParallel waits
+        for all of them. So here each makes one such call, the last one, which readies the exchange
+        of gradients; and the others of what is in it.
+        """
+        wrapped = self.wrapped
+        if wrapped is None:
+            return self.calls.embed(self._inside, rows)
+
+        def last(features: dict[str, Any], others: list[Tensor]) -> Tensor:
+            behind = found_behind(wrapped, [queries, *others]) if self.behind else nullcontext()
+            with behind:
+                return embed(self.model, features)
+
+        return self.calls.embed(self._inside, rows, last)
+
+    def _inside(self, features: Mapping[str, Any]) -> Tensor:
+        return embed(self.model if self.wrapped is None else self.wrapped.module, features)
+
+
+def embed(model: nn.Module, features: Mapping[str, Any]) -> Tensor:
+    """Return normalised embeddings (n, D), at least as wide as float32."""
+    given = {key: value for key, value in features.items() if key != MADE_WITH}
+    rows = model(given)["sentence_embedding"]  # modules write into what they get
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return functional.normalize(rows, dim=1)
 
 
 def _at(rows: Mapping[str, Tensor], index: Tensor) -> Rows:

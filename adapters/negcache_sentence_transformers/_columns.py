@@ -12,7 +12,6 @@ from ._facts import PROMPT
 from ._forms import MASK, TOKENS, to_features, to_rows
 
 _CLOSE = 0.01  # of the largest value: a batch may be rounded to fewer bits
-_ODD = 0x9E3779B97F4A7C15 - 2**64  # an odd 64-bit constant, as int64
 _WHOLE = "a row of what the model makes of a column cannot be told from the others"
 
 
@@ -46,25 +45,6 @@ def some_of(column: Mapping[str, Any], count: int, index: Tensor) -> dict[str, A
     if form is None:
         return given
     return {**given, **to_features({key: value[index] for key, value in rows.items()}, form)}
-
-
-def value_ids(column: Mapping[str, Any], count: int) -> Tensor | None:
-    """Return int64 (n,): a hash of each row's numbers; None where a tensor has no row for each.
-
-    Zeros at the end of an axis, as padding has them, do not count.
-    """
-    found = None
-    for _, value in sorted(_tensors(column)):
-        if len(value) != count:
-            return None
-        exact = value.contiguous().float().view(torch.int32) if value.is_floating_point() else value
-        factors = torch.full((1,), _ODD, dtype=torch.int64, device=value.device)
-        for size in value.shape[1:]:
-            place = torch.arange(1, size + 1, device=value.device) * _ODD
-            factors = _mixed(factors[..., None] + (place ^ (place >> 29)))
-        own = _mixed((exact.long() * (factors | 1)).reshape(count, -1).sum(1))
-        found = own if found is None else _mixed(found ^ own)
-    return found
 
 
 def unlike(one: Mapping[str, Any], column: Mapping[str, Any], row: int) -> str | None:
@@ -125,8 +105,3 @@ def _tensors(column: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 def _by_row(value: Any, count: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
-
-
-def _mixed(value: Tensor) -> Tensor:
-    value = (value ^ (value >> 29)) * _ODD
-    return value ^ (value >> 32)

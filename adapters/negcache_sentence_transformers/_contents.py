@@ -1,8 +1,10 @@
 """What a text says, apart from the prompt before it and the tokens around it."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
+from negcache_torch import KindError
 from torch import Tensor
 
 TEXT = "text"
@@ -12,17 +14,24 @@ _MIX = 0xBF58476D1CE4E5B9 - 2**64
 
 
 class Around(NamedTuple):
-    """The tokens that a model puts before and after each text, such as [CLS] and [SEP]."""
+    """The tokens that a route puts before and after each text, such as [CLS] and [SEP].
+
+    words: a hash of what it makes of one text, by which tokenizers are told apart: where routes
+           have different ones, equal numbers are other words
+    """
 
     head: Tensor
     tail: Tensor
+    words: int = 0
 
     @classmethod
     def of(cls, blank: Tensor, text: Tensor) -> "Around":
-        """Compare the tokens of an empty text with those of another."""
+        """Compare the tokens of an empty text with those of another, the same for all routes."""
         same = min(len(blank), len(text))
         first = int((blank[:same] == text[:same]).long().cumprod(0).sum())
-        return cls(blank[:first], blank[first:])
+        said = text[None, first : len(text) - len(blank) + first]
+        words = text_ids(said, torch.ones_like(said))
+        return cls(blank[:first], blank[first:], int(words))
 
     def contents(self, tokens: Tensor, live: Tensor, prompts: Tensor) -> Tensor:
         """Return int64 (n,): equal for equal texts, whatever their prompts; NO_TEXT for none.
@@ -41,10 +50,39 @@ class Around(NamedTuple):
             expected = tail[(len(tail) - from_end).clamp(0, len(tail) - 1)]
             left_out |= (from_end <= len(tail)) & (tokens == expected)
         said = live & ~left_out
-        return torch.where(said.any(1), text_ids(tokens, said), NO_TEXT)
+        return torch.where(said.any(1), text_ids(tokens, said) ^ self.words, NO_TEXT)
 
 
 NOTHING_AROUND = Around(torch.empty(0), torch.empty(0))
+
+
+def ids_of_others(features: Mapping[str, Any]) -> Tensor:
+    """Return int64 (B,): equal for equal images or whatever else is no text.
+
+    Zeros at the end of an axis, as padding has them, do not count.
+
+    Raises KindError where no tensor has a row for each of them.
+    """
+    given = [
+        (key, value)
+        for key, value in sorted(features.items())
+        if isinstance(value, Tensor) and value.ndim > 0
+    ]
+    if not given or any(len(value) != len(given[0][1]) for _, value in given):
+        raise KindError(
+            f"the anchors are {sorted(features)}: expected tokens, or tensors of B rows each, by "
+            "which equal anchors are known."
+        )
+    found = torch.zeros((), dtype=torch.int64, device=given[0][1].device)
+    for _, value in given:
+        exact = value.contiguous().float().view(torch.int32) if value.is_floating_point() else value
+        factors = torch.full((1,), _GAMMA, dtype=torch.int64, device=value.device)
+        for size in value.shape[1:]:
+            place = torch.arange(1, size + 1, device=value.device) * _GAMMA
+            factors = _mixed(factors[..., None] + (place ^ (place >> 29)))
+        own = (exact.long() * (factors | 1)).reshape(len(value), -1).sum(1)
+        found = _mixed(found ^ _mixed(own))
+    return found
 
 
 def text_ids(tokens: Tensor, mask: Tensor) -> Tensor:
@@ -58,3 +96,8 @@ def text_ids(tokens: Tensor, mask: Tensor) -> Tensor:
     for _ in range(2):
         mixed = (mixed ^ (mixed >> 29)) * _MIX
     return torch.where(live, mixed ^ (mixed >> 32), 0).sum(1)
+
+
+def _mixed(value: Tensor) -> Tensor:
+    value = (value ^ (value >> 29)) * _MIX
+    return value ^ (value >> 32)

@@ -4,13 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ._calls import in_parts
+from ._calls import Embedder, in_parts
 from ._columns import count_of, some_of
 from ._contents import NO_TEXT, TEXT
 from ._facts import FACTS
 from ._items import NUMBER, ItemRows
+from ._wrappers import parallel
 
 
 class _Call(NamedTuple):
@@ -42,6 +43,10 @@ class ItemCalls(NamedTuple):
     def joint(self) -> bool:
         """Whether each process makes calls for the kinds of all of them: it need not."""
         return False
+
+    def of_anchors(self, anchors: Mapping[str, Any]) -> "ItemCalls":
+        """Return how a batch's anchors are embedded."""
+        return self._replace(columns=[anchors])
 
     def embed(
         self,
@@ -90,3 +95,15 @@ class ItemCalls(NamedTuple):
                 taken = torch.arange(len(numbers), device=texts.device)
                 calls.append(_Call(features, len(numbers), taken, places, which))
         return calls
+
+
+def embedder_of(
+    model: nn.Module, rows: ItemRows, size: int | None, columns: Sequence[Mapping[str, Any]]
+) -> Embedder:
+    """Return what embeds a batch's columns and drawn items.
+
+    Each kind of items may go through other weights, as in CLIP images and texts do.
+    """
+    wrapped = parallel(model)
+    behind = wrapped is not None and wrapped.find_unused_parameters
+    return Embedder(model, wrapped, ItemCalls(rows, size, columns), behind)

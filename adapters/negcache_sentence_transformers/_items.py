@@ -18,10 +18,10 @@ from negcache_torch import (
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
-from ._columns import count_of, unlike, value_ids
+from ._columns import count_of, unlike
 from ._contents import TEXT
 from ._facts import FACTS, decode, encode, parse
-from ._forms import MADE_WITH
+from ._forms import MADE_WITH, TOKENS
 from ._slots import slot_length
 from ._tokens import ID, TokenRows
 from ._wrappers import bare, refuse_shards
@@ -99,8 +99,8 @@ class ItemRows:
     def contents(self, column: Mapping[str, Any], numbers: Tensor) -> Tensor:
         """Return ids of what items say, (n,): of their tokens, or else their numbers."""
         try:
-            return self.texts.contents(column)
-        except KindError:
+            return self.texts.contents(column) if TOKENS in column else numbers
+        except KindError:  # tokens are not all
             return numbers
 
     def anchors(self, column: Mapping[str, Any], rows: Mapping[str, Tensor]) -> Tensor:
@@ -112,9 +112,7 @@ class ItemRows:
         try:
             return self.texts.contents(column)
         except KindError:
-            count = count_of(column)
-            found = value_ids(column, count)
-            return rows[NUMBER][:count] if found is None else found
+            return rows[NUMBER][: count_of(column)]
 
     def unstored(self, column: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return rows of anchors, which no cache stores; the column has what to embed."""

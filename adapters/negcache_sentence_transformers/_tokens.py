@@ -8,7 +8,7 @@ from negcache_torch import FieldSpec, KeysError, KindError, ShapeError
 from torch import Tensor
 from torch.nn import functional
 
-from ._contents import NOTHING_AROUND, TEXT, Around, text_ids
+from ._contents import NOTHING_AROUND, TEXT, Around, ids_of_others, text_ids
 from ._facts import (
     FACTS,
     WORDS,
@@ -25,6 +25,7 @@ from ._slots import slot_length
 
 ID = "id"
 _SMALL = {MASK, "token_type_ids"}  # a byte is enough
+_TEXT = "a text of 12 words, by which the tokenizers of routes are told apart"
 _USUAL = (TOKENS, MASK, "token_type_ids")
 
 
@@ -94,7 +95,12 @@ class TokenRows(NamedTuple):
         return self._column(column, None)
 
     def contents(self, column: Mapping[str, Any]) -> Tensor:
-        """Return int64 (n,), the `text` of a column's rows. Raises KindError for no tokens."""
+        """Return int64 (n,), the `text` of a column's rows, or what else tells them apart.
+
+        Raises KindError for what can not be told apart.
+        """
+        if TOKENS not in column:
+            return ids_of_others(column)
         rows, _, given = to_rows(column)
         lengths = prompt_lengths(given, len(rows[TOKENS]), rows[TOKENS].device)
         return self._contents(rows, given, lengths)
@@ -112,11 +118,11 @@ class TokenRows(NamedTuple):
 
         Rows of one form, task and, where the model leaves prompts out, prompt length are of a kind.
         """
+        if (words == words[:1]).all():  # as most often: no need to sort
+            return {self._named(words[:1])[0]: None}
         keys, which = text_ids(words, torch.ones_like(words)).unique(return_inverse=True)
         of_each = torch.empty_like(keys).scatter_(0, which, torch.arange(len(which)).to(which))
-        kinds = decode(words[of_each])
-        if not _leaves_prompts_out(self.model):
-            kinds = [without_prompt(kind) for kind in kinds]
+        kinds = self._named(words[of_each])
         if len(set(kinds)) == 1:
             return {kinds[0]: None}
         numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
@@ -129,6 +135,12 @@ class TokenRows(NamedTuple):
         features = to_features({key: rows[key] for key in self.dtypes}, form)
         dtypes = self.dtypes.items()
         return {**facts, **features, **{k: features[k].to(d) for k, d in dtypes if k in features}}
+
+    def _named(self, words: Tensor) -> list[str]:
+        kinds = decode(words)
+        return (
+            kinds if _leaves_prompts_out(self.model) else [without_prompt(kind) for kind in kinds]
+        )
 
     def _column(self, column: Mapping[str, Any], length: int | None) -> dict[str, Tensor]:
         """Return the rows of a column, each (texts, …); tokens (texts, length)."""
@@ -185,7 +197,7 @@ def _asked(
     refused = None
     for task in _tasks(model):
         try:
-            rows, text = _sample(model, "text", task)
+            rows, text = _sample(model, _TEXT, task)
             dtypes |= {key: value.dtype for key, value in rows.items()}
             around[task] = Around.of(_sample(model, "", task)[1], text)
         except KindError as error:

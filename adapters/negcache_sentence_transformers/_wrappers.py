@@ -21,14 +21,18 @@ def bare(model: nn.Module) -> SentenceTransformer:
 
 
 def parallel(model: nn.Module) -> DistributedDataParallel | None:
-    """Return the DistributedDataParallel in or around a model; what is in it asks no process."""
-    found = (each for each in model.modules() if isinstance(each, DistributedDataParallel))
-    return next(found, None)
+    """Return the DistributedDataParallel around a model; what is in it asks no process."""
+    for each in model.modules():  # from the outside
+        if isinstance(each, SentenceTransformer):
+            break
+        if isinstance(each, DistributedDataParallel):
+            return each
+    return None
 
 
 def may_route(model: nn.Module) -> bool:
     """Return whether some texts may go through other weights than others."""
-    return any(hasattr(each, "sub_modules") for each in bare(model).modules())
+    return any(hasattr(each, "sub_modules") for each in model.modules())
 
 
 @contextmanager

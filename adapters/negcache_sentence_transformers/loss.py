@@ -1,7 +1,6 @@
 """The loss: MultipleNegativesRankingLoss against everything in a cache."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -9,19 +8,17 @@ import negcache_torch as negcache
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
-from torch.nn import functional
 
-from ._calls import Calls
+from ._calls import Embedder, embed
 from ._contents import TEXT
 from ._datasets import DATASET, dataset_number
-from ._forms import MADE_WITH
-from ._item_calls import ItemCalls
+from ._item_calls import embedder_of
 from ._items import NUMBER, ItemRows, numbers_in, packed, rows_of
 from ._known import RING, RING_FIELDS, Ids, Known, enters, known_of
 from ._options import checked_scale, processes
 from ._slots import slot_bytes, tell_cost
 from ._tokens import ID
-from ._wrappers import bare, found_behind, may_route, parallel, refuse_wrappers
+from ._wrappers import bare, may_route, refuse_wrappers
 
 _EMBEDDING = "embedding"
 
@@ -29,7 +26,8 @@ _EMBEDDING = "embedding"
 class NegativeCacheLoss(nn.Module):
     """Cross-entropy of each anchor's positive against a cache of texts; for the trainer's `loss`.
 
-    model:              a SentenceTransformer whose inputs are tokens; any with features="index"
+    model:              a SentenceTransformer that takes positives and negatives as tokens; with
+                        features="index" as what it likes
     cache_size:         C, texts that the cache holds; of all processes together
     scale:              factor on the cosine similarities, the inverse of the temperature
     estimator:          "exact_query", "shared" or "paper", see `negcache_core.losses.estimators`
@@ -58,13 +56,13 @@ class NegativeCacheLoss(nn.Module):
     positives; so later batches meet them too. A text has one slot however often it comes, and one
     more for each other prompt or task that it comes with. No text opposes an anchor, from the batch
     or from the cache, that is one of its positives, in this batch or one before, or the anchor
-    itself, whatever their prompts: symmetric data and anchors with several positives need no batch
-    sampler. A row knows the last four anchors whose positive it was (a fifth makes it forget the
-    first). An explicit negative that is a positive of its anchor, or the anchor, does not count;
-    one that is there twice counts once. A text without content, such as a pad for negatives that
-    there are not, is no item: it neither counts nor enters the cache. A row whose anchor or
-    positive is empty has no loss; the mean is over the others, and `cache_empty` in the log is how
-    many of a step's rows had none.
+    itself: symmetric data and anchors with several positives need no batch sampler. Prompts do not
+    hide that texts are equal. A row knows the last four anchors whose positive it was, with its own
+    prompt (a fifth makes it forget the first). An explicit negative that is a positive of its
+    anchor, or the anchor, does not count; one that is there twice counts once. A text without
+    content, such as a pad for negatives that there are not, is no item: it neither counts nor
+    enters the cache. A row whose anchor or positive is empty has no loss; the mean is over the
+    others, and `cache_empty` in the log is how many of a step's rows had none.
 
     With an empty cache and pairs, loss and gradient are those of MultipleNegativesRankingLoss. In
     evaluation the loss is against the cache as it is; nothing is drawn or written.
@@ -126,9 +124,12 @@ class NegativeCacheLoss(nn.Module):
                 "texts have one dense embedding each."
             )
         if mini_batch_size is not None:
-            negcache.in_chunks(self._embed, mini_batch_size)  # raises where it is no such number
+            negcache.in_chunks(
+                partial(embed, model), mini_batch_size
+            )  # raises where it is no such number
         self.model, self.mini_batch_size = model, mini_batch_size
         self.rows = rows_of(features, model, items, prompt, max_length, check=check_items)
+        self.routes = may_route(model)
         fields = self.rows.specs()
         width: Any = model.get_embedding_dimension()  # the manager refuses None
         groups = {DATASET: negcache.FieldSpec((), torch.int64)} if group_by_dataset else {}
@@ -200,13 +201,14 @@ class NegativeCacheLoss(nn.Module):
         handler = self.handler
         rows = packed(self.rows, columns, labels, self.model, handler.cache, learning=learning)
         known = self._known_of(anchor, rows)
-        queries = self._embed_anchors(anchor)
+        embedder = self._embedder(columns)
+        queries = embedder.anchors(anchor)
         count = len(queries)
         rows |= known.labels
         positives = {key: value[:count] for key, value in rows.items()}
         weight = known.weight(queries.dtype)
         if not learning:
-            items = self._embed_rows(columns, rows, queries)
+            items = embedder.items(rows, queries)
             hard = _hard(items, count, len(columns), known)
             result = handler.evaluate(
                 None,
@@ -221,7 +223,7 @@ class NegativeCacheLoss(nn.Module):
         found = handler.retrieve(queries, positives, positive_ids=known.own)
         # One call of the model for all texts but the anchors, which are shorter: one a kind.
         inputs = {key: torch.cat([rows[key], found.features[key]]) for key in handler.data_keys}
-        embedded = self._embed_rows(columns, inputs, queries)
+        embedded = embedder.items(inputs, queries)
         items, drawn = embedded.tensor_split([len(rows[ID])])
         hard = _hard(items, count, len(columns), known)
         result = handler.compute_loss(
@@ -288,47 +290,12 @@ class NegativeCacheLoss(nn.Module):
         )
         return known
 
-    def _embed(self, features: Mapping[str, Any], model: Any = None) -> Tensor:
-        """Return normalised embeddings (n, D), at least as wide as float32."""
-        model = self.model if model is None else model
-        given = {key: value for key, value in features.items() if key != MADE_WITH}
-        rows = model(given)["sentence_embedding"]  # modules write into what they get
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        return functional.normalize(rows, dim=1)
-
-    def _calls(self, columns: Sequence[Mapping[str, Any]]) -> Calls | ItemCalls:
+    def _embedder(self, columns: Sequence[Mapping[str, Any]]) -> Embedder:
         if isinstance(self.rows, ItemRows):
-            return ItemCalls(self.rows, self.mini_batch_size, columns)
-        apart = parallel(self.model) is None
-        joint = self.sharded and (apart or may_route(self.model))
-        return Calls(self.rows, self.mini_batch_size, joint, joint and apart)
-
-    def _embed_anchors(self, anchor: Mapping[str, Any]) -> Tensor:
-        calls, wrapped = self._calls([anchor]), parallel(self.model)
-        if calls.size is None and not calls.joint:
-            return self._embed(anchor)
-        model = self.model if wrapped is None else wrapped.module
-        return calls.embed(partial(self._embed, model=model), self.rows.unstored(anchor))
-
-    def _embed_rows(
-        self, columns: Sequence[Mapping[str, Any]], rows: Mapping[str, Tensor], queries: Tensor
-    ) -> Tensor:
-        """Return embeddings (n, D) of rows as they are stored, those of a batch's columns first.
-
-        Processes may have other numbers of calls, and each call of DistributedDataParallel waits
-        for all of them. So each makes one such call, the last one, which readies the exchange of
-        gradients; and the others of what is in it.
-        """
-        calls, wrapped = self._calls(columns), parallel(self.model)
-        if wrapped is None:
-            return calls.embed(self._embed, rows)
-
-        def last(features: dict[str, Any], others: list[Tensor]) -> Tensor:
-            behind = wrapped.find_unused_parameters and (NUMBER in rows or may_route(self.model))
-            with found_behind(wrapped, [queries, *others]) if behind else nullcontext():
-                return self._embed(features)
-
-        return calls.embed(partial(self._embed, model=wrapped.module), rows, last)
+            return embedder_of(self.model, self.rows, self.mini_batch_size, columns)
+        return Embedder.of(
+            self.model, self.rows, self.mini_batch_size, sharded=self.sharded, routes=self.routes
+        )
 
     def _logged(self) -> dict[str, Tensor]:
         return {

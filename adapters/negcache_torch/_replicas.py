@@ -124,8 +124,9 @@ def _as_bytes(array: Tensor) -> Tensor:
     row = array.shape[1:].numel() * array.element_size()
     if not array.numel():
         return torch.empty((len(array), row), dtype=torch.uint8, device=array.device)
-    # Flat first: columns of one number count as contiguous whatever their stride is.
-    return array.contiguous().reshape(-1).view(torch.uint8).reshape(len(array), row)
+    # Flat first, by strides: columns of one number count as contiguous whatever their stride is.
+    flat = array.contiguous().as_strided((array.numel(),), (1,))
+    return flat.view(torch.uint8).reshape(len(array), row)
 
 
 def _unpack(packed: Tensor, arrays: Sequence[Tensor]) -> list[Tensor]:

@@ -5,6 +5,7 @@ import importlib
 import itertools
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import negcache_torch as negcache
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from negcache_sentence_transformers import NegativeCacheLoss, keep_cache
-from negcache_sentence_transformers._calls import Calls
+from negcache_sentence_transformers._calls import Calls, embed
 from negcache_sentence_transformers._contents import text_ids
 from programs import torchrun
 from sentence_transformers import SentenceTransformer
@@ -179,12 +180,14 @@ def test_padding_changes_nothing(model):
     rows = loss.rows.pack(columns(model, texts))
     assert rows["input_ids"].shape == (9, TOKENS)
     whole = {key: rows[key].long() for key in loss.rows.dtypes}
-    expected = loss._embed(model.preprocess(texts))
-    torch.testing.assert_close(loss._embed({**model.preprocess(texts), **whole}), expected)
-    torch.testing.assert_close(Calls(loss.rows).embed(loss._embed, rows), expected)
+    expected = embed(loss.model, model.preprocess(texts))
+    torch.testing.assert_close(embed(loss.model, {**model.preprocess(texts), **whole}), expected)
+    torch.testing.assert_close(Calls(loss.rows).embed(partial(embed, loss.model), rows), expected)
     short = {key: value[:1] for key, value in rows.items()}
     given = []
-    Calls(loss.rows).embed(lambda features: given.append(features) or loss._embed(features), short)
+    Calls(loss.rows).embed(
+        lambda features: given.append(features) or embed(loss.model, features), short
+    )
     given, expected = given[0], dict(model.preprocess(texts[:1]))
     assert given.pop("modality") == expected.pop("modality") == "text"
     torch.testing.assert_close(given, expected)
@@ -205,7 +208,7 @@ def test_a_static_model_takes_texts_without_padding():
     loss, texts = own(model, max_length=12), make_texts(6)
     given = []
     Calls(loss.rows).embed(
-        lambda features: given.append(features) or loss._embed(features),
+        lambda features: given.append(features) or embed(loss.model, features),
         loss.rows.pack(columns(model, texts)),
     )
     torch.testing.assert_close(given, [model.preprocess(texts)])

@@ -1,6 +1,7 @@
 """A row remembers what its embedding takes: at learning rate 0 nothing is ever stale."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import negcache_torch as negcache
@@ -8,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from negcache_sentence_transformers import NegativeCacheLoss
-from negcache_sentence_transformers._calls import Calls
+from negcache_sentence_transformers._calls import Calls, embed
 from negcache_sentence_transformers._contents import NO_TEXT
 from programs import torchrun
 from sentence_transformers import SentenceTransformer
@@ -202,7 +203,9 @@ def test_routes_may_give_other_fields(tmp_path):
     )
     assert "token_type_ids" in loss.rows.dtypes
     calls = []
-    Calls(loss.rows).embed(lambda features: calls.append(features) or loss._embed(features), rows)
+    Calls(loss.rows).embed(
+        lambda features: calls.append(features) or embed(loss.model, features), rows
+    )
     assert {each["task"]: "token_type_ids" in each for each in calls} == {
         "query": True,
         "document": False,
@@ -221,25 +224,25 @@ def test_rows_come_back_in_order_and_as_the_model_made_them(tmp_path, kind):
     model = transformer(tmp_path, **KINDS[kind])
     loss = own(model)
     columns = [column for batch in batches(model, 2) for column in batch]
-    expected = torch.cat([loss._embed(column) for column in columns])
+    expected = torch.cat([embed(loss.model, column) for column in columns])
     calls = []
 
-    def embed(features):
+    def noted(features):
         calls.append(features)
-        return loss._embed(features)
+        return embed(loss.model, features)
 
     rows = loss.rows.pack(columns)
-    torch.testing.assert_close(Calls(loss.rows).embed(embed, rows), expected)
+    torch.testing.assert_close(Calls(loss.rows).embed(noted, rows), expected)
     if isinstance(model[0], Packing) or not model[1].include_prompt:
         assert len(calls) == len(PROMPTS)  # of a class of the user's nothing is known
     else:
         assert len(calls) == 1
     order = torch.randperm(len(expected))
     mixed = {key: value[order] for key, value in rows.items()}
-    torch.testing.assert_close(Calls(loss.rows).embed(embed, mixed), expected[order])
+    torch.testing.assert_close(Calls(loss.rows).embed(noted, mixed), expected[order])
     alone = {key: value[3:6] for key, value in rows.items()}
     calls.clear()
-    Calls(loss.rows).embed(embed, alone)
+    Calls(loss.rows).embed(noted, alone)
     (found,), given = calls, dict(columns[1])
     assert found.keys() | {"prompt_length"} == given.keys() | {"prompt_length"}
     for key, value in given.items():
@@ -263,11 +266,11 @@ def test_prompt_lengths_may_be_tensors_one_for_all_or_one_for_each_text(tmp_path
     one, other = [model.preprocess(["w5 w6 w7"], prompt=prompt) for prompt in ("w1 ", "w1 w5 ")]
     other = model.preprocess(["w6 w7"], prompt="w1 w5 ")  # the same tokens
     assert torch.equal(one["input_ids"], other["input_ids"])
-    expected = torch.cat([loss._embed(one), loss._embed(other)])
+    expected = torch.cat([embed(loss.model, one), embed(loss.model, other)])
     both = {key: torch.cat([one[key]] * 2) for key in loss.rows.dtypes}
     both |= {"modality": "text", "prompt_length": torch.tensor([2, 3])}
     rows = loss.rows.pack([both])
-    torch.testing.assert_close(Calls(loss.rows).embed(loss._embed, rows), expected)
+    torch.testing.assert_close(Calls(loss.rows).embed(partial(embed, loss.model), rows), expected)
     assert rows["id"].tolist() == loss.rows.pack([one, other])["id"].tolist()
     assert len(set(rows["id"].tolist())) == 2
     for length in (torch.tensor(2), torch.tensor([2])):

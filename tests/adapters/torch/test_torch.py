@@ -299,11 +299,12 @@ def test_exponentials_do_not_depend_on_how_they_are_made(spread):
 
 
 def test_rows_of_one_number_are_sent_whatever_their_strides():
-    rows = torch.arange(4).reshape(1, 4).T
-    assert rows.is_contiguous()
-    assert rows.stride() == (1, 4)
-    (back,) = _replicas._unpack(_replicas._pack([rows]), [rows])
-    assert torch.equal(back, rows)
+    one = torch.arange(8).reshape(1, 8).unbind(1)[3]
+    for rows, strides in ((torch.arange(4).reshape(1, 4).T, (1, 4)), (one, (8,))):
+        assert rows.is_contiguous()
+        assert rows.stride() == strides
+        (back,) = _replicas._unpack(_replicas._pack([rows]), [rows])
+        assert torch.equal(back, rows)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what TensorBoard imports
