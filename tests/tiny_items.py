@@ -45,6 +45,22 @@ class Images(Tower):
         return features
 
 
+class Patches(Images):
+    """Images of which all patches, four each, are rows of one tensor."""
+
+    def preprocess(self, inputs, prompt=None, **kwargs):
+        pixels = super().preprocess(inputs)["pixel_values"]
+        return {
+            "pixel_values": pixels.reshape(4 * len(inputs), -1),
+            "sizes": pixels.new_ones(len(inputs)),
+        }
+
+    def forward(self, features):
+        rows = features["pixel_values"].reshape(len(features["sizes"]), -1)
+        features["sentence_embedding"] = self.layer(rows)
+        return features
+
+
 class Sounds(Tower):
     """Sounds of any length: the mean over their frames of `numbers` samples."""
 

@@ -21,7 +21,7 @@ def count_of(column: Mapping[str, Any]) -> int:
         rows, _, _ = to_rows(column)
     except KindError:
         tensors = [column[TOKENS]] if TOKENS in column else [each for _, each in _tensors(column)]
-        return len(tensors[0]) if tensors else 0
+        return min((len(each) for each in tensors), default=0)  # others have patches, or frames
     return len(rows[MASK])
 
 

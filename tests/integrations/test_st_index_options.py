@@ -5,7 +5,7 @@ import pytest
 import torch
 from negcache_sentence_transformers import NegativeCacheLoss
 from test_st_index import ITEMS, PROMPT, batch_of, own
-from tiny_items import WIDTH, make_clip, make_images
+from tiny_items import WIDTH, Patches, make_clip, make_images, texts_to
 from tiny_transformer import make_model, make_texts
 
 
@@ -50,6 +50,26 @@ def test_a_prompt_or_length_that_columns_do_not_have_is_noticed(tmp_path):
         loss(batch_of(model, items, numbers.tolist(), **column), numbers)
         loss(batch_of(model, items, [[3, 4]], **column), torch.tensor([[3, 4]])).backward()
         assert loss.metrics["staleness"] < 1e-10
+
+
+def test_features_without_rows_work_but_in_mini_batches(tmp_path):
+    """Their anchors are known by their positives' numbers."""
+    images, items = make_images(6), make_texts(ITEMS)
+    for size in (None, 2):
+        model = texts_to(Patches(192))
+        loss = own(model, items, mini_batch_size=size, in_batch_negatives=False)
+        for step, start in enumerate((0, 3)):
+            anchors = model.preprocess(images[start : start + 3], task="document")
+            numbers = torch.arange(start, start + 6).reshape(2, 3).T
+            columns = [
+                anchors,
+                *(model.preprocess([items[n] for n in each], task="query") for each in numbers.T),
+            ]
+            if size is None:
+                assert torch.isfinite(loss(columns, numbers)), step
+                continue
+            with pytest.raises(negcache.KindError, match=r"'pixel_values'.: leave mini_batch_size"):
+                loss(columns, numbers)
 
 
 def test_options_are_checked(tmp_path):
