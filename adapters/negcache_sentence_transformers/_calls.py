@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ._contents import NO_TEXT, TEXT
 from ._facts import FACTS
+from ._forms import MADE_WITH
 from ._tokens import TokenRows
 from ._wrappers import found_behind, parallel
+
+if TYPE_CHECKING:
+    from ._item_calls import ItemCalls
 
 Rows = dict[str, Tensor]
 
@@ -53,6 +58,10 @@ class Calls(NamedTuple):
         found = self._kind_by_kind(embed, _at(taken, live), last)
         return found.new_zeros((count, found.shape[1])).index_copy(0, live, found)
 
+    def of_anchors(self, _: Mapping[str, Any]) -> "Calls":
+        """Return how a batch's anchors are embedded: as their rows say."""
+        return self
+
     def _kind_by_kind(self, embed: Any, rows: Rows, last: Any) -> Tensor:
         kinds = self.rows.kinds(rows[FACTS])
         calls = {kind: rows if index is None else _at(rows, index) for kind, index in kinds.items()}
@@ -63,7 +72,8 @@ class Calls(NamedTuple):
         place, start = torch.zeros(count, dtype=torch.int64, device=device), 0
         for number, (kind, own) in enumerate(sorted(calls.items()), 1):
             final = last if number == len(calls) else None
-            parts += self._in_chunks(embed, kind, own, final, parts)
+            features = partial(self.rows.features, kind=kind)
+            parts += in_parts(embed, features, own, self.size, final, parts)
             if kind in kinds:  # else another process's, and nobody's embedding
                 index = kinds[kind]
                 size = count if index is None else len(index)
@@ -73,24 +83,6 @@ class Calls(NamedTuple):
         if len(parts) == 1:
             return parts[0][:count]
         return torch.cat(parts)[place]
-
-    def _in_chunks(
-        self, embed: Any, kind: str, rows: Rows, last: Any, before: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """Return the embeddings of rows of one kind, in one or more parts."""
-
-        def network(rows: Rows) -> Tensor:
-            found: Tensor = embed(self.rows.features(rows, kind))
-            return found
-
-        chunked = network if self.size is None else in_chunks(network, self.size)
-        if last is None:
-            return [chunked(rows)]
-        count = len(rows[FACTS])
-        cut = 0 if self.size is None else (count - 1) // self.size * self.size
-        parts = [chunked({key: value[:cut] for key, value in rows.items()})] if cut else []
-        final = self.rows.features({key: value[cut:] for key, value in rows.items()}, kind)
-        return [*parts, last(final, [*before, *parts])]
 
     def _calls_of_all(self, own: dict[str, Rows]) -> dict[str, Rows]:
         """Return the calls of this process, and a row for each kind that only others have."""
@@ -113,6 +105,33 @@ class Calls(NamedTuple):
         return calls
 
 
+def in_parts(
+    embed: Callable[[dict[str, Any]], Tensor],
+    features: Callable[[Rows], dict[str, Any]],
+    rows: Rows,
+    size: int | None,
+    last: Callable[[dict[str, Any], list[Tensor]], Tensor] | None,
+    before: Sequence[Tensor],
+) -> list[Tensor]:
+    """Return the embeddings of rows of one kind, in one or more parts.
+
+    features:    what the model takes for rows
+    before:      embeddings of the calls before; for the other arguments see `Calls`
+    """
+
+    def network(rows: Rows) -> Tensor:
+        return embed(features(rows))
+
+    chunked = network if size is None else in_chunks(network, size)
+    if last is None:
+        return [chunked(rows)]
+    count = len(next(iter(rows.values())))
+    cut = 0 if size is None else (count - 1) // size * size
+    parts = [chunked({key: value[:cut] for key, value in rows.items()})] if cut else []
+    final = features({key: value[cut:] for key, value in rows.items()})
+    return [*parts, last(final, [*before, *parts])]
+
+
 class Embedder(NamedTuple):
     """Embeds a step's texts with a model that the trainer may have wrapped.
 
@@ -122,7 +141,7 @@ class Embedder(NamedTuple):
 
     model: nn.Module
     wrapped: DistributedDataParallel | None
-    calls: Calls
+    calls: "Calls | ItemCalls"
     behind: bool
 
     @classmethod
@@ -145,7 +164,8 @@ class Embedder(NamedTuple):
         """Return embeddings (B, D) of a column's features."""
         if self.calls.size is None and not self.calls.joint:
             return embed(self.model, anchors)
-        return self.calls.embed(self._inside, self.calls.rows.unstored(anchors))
+        rows = self.calls.rows.unstored(anchors)
+        return self.calls.of_anchors(anchors).embed(self._inside, rows)
 
     def items(self, rows: Mapping[str, Tensor], queries: Tensor) -> Tensor:
         """Return embeddings (n, D) of rows as they are stored.
@@ -171,7 +191,8 @@ class Embedder(NamedTuple):
 
 def embed(model: nn.Module, features: Mapping[str, Any]) -> Tensor:
     """Return normalised embeddings (n, D), at least as wide as float32."""
-    rows = model(dict(features))["sentence_embedding"]  # modules write into what they get
+    given = {key: value for key, value in features.items() if key != MADE_WITH}
+    rows = model(given)["sentence_embedding"]  # modules write into what they get
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return functional.normalize(rows, dim=1)
 

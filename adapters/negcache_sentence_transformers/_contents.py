@@ -59,16 +59,30 @@ NOTHING_AROUND = Around(torch.empty(0), torch.empty(0))
 def ids_of_others(features: Mapping[str, Any]) -> Tensor:
     """Return int64 (B,): equal for equal images or whatever else is no text.
 
+    Zeros at the end of an axis, as padding has them, do not count.
+
     Raises KindError where no tensor has a row for each of them.
     """
-    given = [value for value in features.values() if isinstance(value, Tensor) and value.dim() > 1]
-    if not given or any(len(value) != len(given[0]) for value in given):
+    given = [
+        (key, value)
+        for key, value in sorted(features.items())
+        if isinstance(value, Tensor) and value.ndim > 0
+    ]
+    if not given or any(len(value) != len(given[0][1]) for _, value in given):
         raise KindError(
             f"the anchors are {sorted(features)}: expected tokens, or tensors of B rows each, by "
             "which equal anchors are known."
         )
-    words = torch.cat([value.flatten(1).double() for value in given], 1).view(torch.int64)
-    return text_ids(words, torch.ones_like(words))
+    found = torch.zeros((), dtype=torch.int64, device=given[0][1].device)
+    for _, value in given:
+        exact = value.contiguous().float().view(torch.int32) if value.is_floating_point() else value
+        factors = torch.full((1,), _GAMMA, dtype=torch.int64, device=value.device)
+        for size in value.shape[1:]:
+            place = torch.arange(1, size + 1, device=value.device) * _GAMMA
+            factors = _mixed(factors[..., None] + (place ^ (place >> 29)))
+        own = (exact.long() * (factors | 1)).reshape(len(value), -1).sum(1)
+        found = _mixed(found ^ _mixed(own))
+    return found
 
 
 def text_ids(tokens: Tensor, mask: Tensor) -> Tensor:
@@ -82,3 +96,8 @@ def text_ids(tokens: Tensor, mask: Tensor) -> Tensor:
     for _ in range(2):
         mixed = (mixed ^ (mixed >> 29)) * _MIX
     return torch.where(live, mixed ^ (mixed >> 32), 0).sum(1)
+
+
+def _mixed(value: Tensor) -> Tensor:
+    value = (value ^ (value >> 29)) * _MIX
+    return value ^ (value >> 32)

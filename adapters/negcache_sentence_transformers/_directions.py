@@ -40,12 +40,20 @@ class Directions(NamedTuple):
 
     @classmethod
     def of(
-        cls, names: Any, partition_mode: Any, *, correction: Any, cut: bool, sharded: bool
+        cls,
+        names: Any,
+        partition_mode: Any,
+        *,
+        correction: Any,
+        cut: bool,
+        by_number: bool,
+        sharded: bool,
     ) -> "Directions":
         """Raise KindError or OptionError for directions that make no loss.
 
         correction: the option staleness_correction; cut: whether embeddings are cut to several
-        widths; sharded: whether there are several processes
+        widths; by_number: whether items are known by number; sharded: whether there are several
+        processes
         """
         if isinstance(names, str) or not isinstance(names, Iterable):
             raise KindError(f"directions is {names!r}: expected several, as ('query_to_doc',).")
@@ -76,6 +84,11 @@ class Directions(NamedTuple):
             raise OptionError(
                 f"matryoshka_dims with directions {names!r}: the scores of further directions are "
                 "those of whole embeddings. Use directions=('query_to_doc',), or no widths."
+            )
+        if by_number and not found.plain:
+            raise OptionError(
+                f"features='index' with directions {names!r}: further directions store anchors, "
+                "which have no numbers. Use directions=('query_to_doc',), or features='content'."
             )
         if sharded and not found.plain:
             raise OptionError(

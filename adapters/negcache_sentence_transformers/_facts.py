@@ -11,7 +11,6 @@ from torch import Tensor
 
 FACTS, PROMPT = "facts", "prompt_length"
 WORDS = 12  # int64 of a row's facts
-_ROOM = 8 * WORDS
 _PLAIN = {"modality": "text"}  # what a text is anyhow
 
 
@@ -52,19 +51,24 @@ def prompt_lengths(given: Mapping[str, Any], count: int, device: torch.device) -
     return lengths.long().reshape(-1).expand(count)
 
 
-def encode(form: list[Any], facts: Mapping[str, Any]) -> Tensor:
-    """Return int64 (WORDS,): the form of a row's features and the facts about it, as JSON.
+def encode(
+    form: list[Any],
+    facts: Mapping[str, Any],
+    words: int = WORDS,
+    advice: str = "give the model's tasks shorter names",
+) -> Tensor:
+    """Return int64 (words,): the form of a row's features and the facts about it, as JSON.
 
     The words themselves are stored and no numbers for them: so a row means the same on another
     process, and after another start. Raises OptionError for facts that are too long.
     """
-    letters = _json([form, facts])
-    if len(letters) > _ROOM:
+    letters, room = _json([form, facts]), 8 * words
+    if len(letters) > room:
         raise OptionError(
             f"what the model says of a batch takes {len(letters)} bytes, {letters.decode()}, and a "
-            f"row stores {_ROOM}: give the model's tasks shorter names."
+            f"row stores {room}: {advice}."
         )
-    return torch.frombuffer(bytearray(letters.ljust(_ROOM)), dtype=torch.int64)
+    return torch.frombuffer(bytearray(letters.ljust(room)), dtype=torch.int64)
 
 
 def decode(words: Tensor) -> list[str]:

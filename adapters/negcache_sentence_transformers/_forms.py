@@ -15,7 +15,9 @@ _ENDS = ("cu_seq_lens_q", "cu_seq_lens_k")  # 0, and where each text ends
 _LONGEST = ("max_length_q", "max_length_k")
 _POSITIONS, _TEXT = "position_ids", "seq_idx"
 _PACKED = (*_ENDS, *_LONGEST, _POSITIONS, _TEXT)
+MADE_WITH = "made_with"  # where a column says how the model's preprocess was called, in JSON
 _RESULTS = {"sentence_embedding", "token_embeddings", "all_layer_embeddings"}  # of a pass before
+_NO_FEATURES = {MADE_WITH, *_RESULTS}
 
 
 def to_rows(
@@ -26,7 +28,7 @@ def to_rows(
     A form is its name, the number of a text's first position, and the names of what it lacks of all
     that its kind may have. Raises KindError for features that are not tokens.
     """
-    given = {key: value for key, value in features.items() if key not in _RESULTS}
+    given = {key: value for key, value in features.items() if key not in _NO_FEATURES}
     form: list[Any] = ["padded", 0]
     if _ENDS[0] in given and TOKENS in given:
         tokens = given.pop(TOKENS).reshape(-1)

@@ -1,6 +1,7 @@
 """How many tokens a slot of the cache holds, and what that costs."""
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from negcache_torch import FieldSpec, OptionError
 logger = logging.getLogger(__name__)
 _LONG = 1_024  # tokens: past this nobody would take a length unasked
 _SHARE = 2**30  # bytes that tokens may take unasked
+_AGE_BYTES = 4
 _NO_LIMIT = 2**24  # tokenizers without a limit say 1e30
 
 
@@ -51,6 +53,11 @@ def tell_cost(specs: Mapping[str, FieldSpec], cache_size: int, length: int) -> N
     logger.warning("%s: %s.", text[0].upper() + text[1:], advice)
 
 
+def slot_bytes(specs: Mapping[str, FieldSpec]) -> int:
+    """Return what a slot takes, its age included."""
+    return _AGE_BYTES + sum(map(_bytes, specs.values()))
+
+
 def _checked(length: Any, name: str) -> int:
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise OptionError(f"{name} is {length!r}: expected a positive number of tokens.")
@@ -58,7 +65,5 @@ def _checked(length: Any, name: str) -> int:
 
 
 def _bytes(spec: FieldSpec) -> int:
-    count = 1
-    for size in spec.shape:
-        count *= size
-    return count * spec.dtype.itemsize
+    item: int = spec.dtype.itemsize
+    return math.prod(spec.shape) * item

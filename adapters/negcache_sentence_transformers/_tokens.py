@@ -53,24 +53,19 @@ class TokenRows(NamedTuple):
 
         Raises OptionError where no length is known, and KindError for a model without tokens.
         """
-        dtypes: dict[str, torch.dtype] = {}
-        around: dict[str | None, Around] = {}
-        refused = None
-        for task in _tasks(model):
-            try:
-                rows, text = _sample(model, _TEXT, task)
-                dtypes |= {key: value.dtype for key, value in rows.items()}
-                around[task] = Around.of(_sample(model, "", task)[1], text)
-            except KindError as error:
-                refused = error
-            except Exception:  # noqa: BLE001, S110  # a route for images, or none: a batch will tell
-                pass
+        dtypes, around, refused = _asked(model)
         if not dtypes and refused is not None:
             raise refused
         if not dtypes:
             dtypes = dict.fromkeys(_USUAL, torch.int64)
         token_bytes = sum(_stored(key, dtype).itemsize for key, dtype in dtypes.items())
         return cls(slot_length(model, max_length, token_bytes), dtypes, around, model)
+
+    @classmethod
+    def unasked_length(cls, model: Any) -> "TokenRows":
+        """Return rows that are not stored, of a model that may take something else than texts."""
+        dtypes, around, _ = _asked(model)
+        return cls(0, dtypes, around, model)
 
     def specs(self) -> dict[str, FieldSpec]:
         """Return the fields to store: the tokens, what goes with them, and the text's ids."""
@@ -109,6 +104,14 @@ class TokenRows(NamedTuple):
         rows, _, given = to_rows(column)
         lengths = prompt_lengths(given, len(rows[TOKENS]), rows[TOKENS].device)
         return self._contents(rows, given, lengths)
+
+    def anchors(self, column: Mapping[str, Any], _: Mapping[str, Tensor]) -> Tensor:
+        """Return int64 (n,), by which anchors are told apart."""
+        return self.contents(column)
+
+    def told(self) -> dict[str, Any]:
+        """Return what the model card tells of how rows are kept."""
+        return {"features": "content"}
 
     def kinds(self, words: Tensor) -> dict[str, Tensor | None]:
         """Return the rows of each kind, by their facts; None where all are of one.
@@ -180,6 +183,28 @@ class TokenRows(NamedTuple):
     ) -> Tensor:
         around = self.around.get(given.get("task"), self.around.get(None, NOTHING_AROUND))
         return around.contents(rows[TOKENS], rows[MASK].bool(), prompts)
+
+
+def _asked(
+    model: Any,
+) -> tuple[dict[str, torch.dtype], dict[str | None, Around], KindError | None]:
+    """Return what the model makes of a text, what it puts around one, and what it is no model of.
+
+    On each of its routes that answers.
+    """
+    dtypes: dict[str, torch.dtype] = {}
+    around: dict[str | None, Around] = {}
+    refused = None
+    for task in _tasks(model):
+        try:
+            rows, text = _sample(model, _TEXT, task)
+            dtypes |= {key: value.dtype for key, value in rows.items()}
+            around[task] = Around.of(_sample(model, "", task)[1], text)
+        except KindError as error:
+            refused = error
+        except Exception:  # noqa: BLE001, S110  # a route for images, or none: a batch will tell
+            pass
+    return dtypes, around, refused
 
 
 def _tasks(model: Any) -> list[str | None]:

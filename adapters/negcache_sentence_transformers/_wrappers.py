@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from negcache_torch import OptionError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import adaptive_layer, matryoshka
@@ -49,6 +50,22 @@ def found_behind(wrapped: DistributedDataParallel, others: list[Tensor]) -> Iter
         yield
     finally:
         hook.remove()
+
+
+def refuse_shards(model: nn.Module) -> None:
+    """Raise OptionError where each call of the model waits for other processes' calls.
+
+    DistributedDataParallel is called once a step, whatever is drawn.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        bases = {base.__name__ for part in model.modules() for base in type(part).__mro__}
+        wrapped = parallel(model) is None and model is not bare(model)
+        if wrapped or "FSDPModule" in bases:
+            raise OptionError(
+                "features='index' in several processes takes a model in DistributedDataParallel, "
+                "or a bare one: others, such as FSDP and DeepSpeed, need as many calls of the "
+                "model in each process, and these depend on what is drawn."
+            )
 
 
 def refuse_wrappers(model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """The loss: MultipleNegativesRankingLoss against everything in a cache."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,12 @@ from ._calls import Embedder, Rows, embed
 from ._contents import TEXT
 from ._datasets import DATASET, number_of_batch
 from ._directions import ANCHOR, DOCUMENT, Batch, Directions, reverse
+from ._item_calls import embedder_of
+from ._items import NUMBER, ItemRows, numbers_in, packed, rows_of
 from ._known import RING, RING_FIELDS, Ids, Known, enters, known_of
 from ._options import CITATION, checked_scale, processes
-from ._slots import tell_cost
-from ._tokens import ID, TokenRows
+from ._slots import slot_bytes, tell_cost
+from ._tokens import ID
 from ._wrappers import bare, may_route, refuse_wrappers
 
 _EMBEDDING = "embedding"
@@ -27,7 +29,8 @@ _EMBEDDING = "embedding"
 class NegativeCacheLoss(nn.Module):
     """Cross-entropy of each anchor's positive against a cache of texts; for the trainer's `loss`.
 
-    model:              a SentenceTransformer that takes positives and negatives as tokens
+    model:              a SentenceTransformer that takes positives and negatives as tokens; with
+                        features="index" as what it likes
     cache_size:         C, texts that the cache holds; of all processes together
     scale:              factor on the cosine similarities, the inverse of the temperature
     estimator:          "exact_query", "shared" or "paper", see `negcache_core.losses.estimators`
@@ -46,6 +49,13 @@ class NegativeCacheLoss(nn.Module):
     directions, partition_mode: as in MultipleNegativesRankingLoss, what competes beside an anchor's
                         documents, and in which softmax; see below
     own_loop:           True in a training loop of your own, which saves `loss.state_dict()`
+    features:           "content": a slot has a text's tokens; "index": the number of an item, of
+                        which the model's features are made anew when it is drawn
+    items:              number -> what the model's preprocess takes, such as a list of texts or a
+                        Dataset's column of images
+    prompt:             with which the items' columns are made, or that of each task, in a training
+                        loop of your own: a trainer's columns say it themselves
+    check_items:        whether a row of each column is compared with its item, each step
 
     Columns are those of MultipleNegativesRankingLoss: anchor, positive, and any number of negatives
     of the anchor. Negatives compete with their own anchor, exactly, and enter the cache beside the
@@ -70,6 +80,12 @@ class NegativeCacheLoss(nn.Module):
     further directions also with explicit negatives. In evaluation the loss is against the cache as
     it is; nothing is drawn or written.
 
+    With features="index" a model takes what it likes: images, audio, texts. The data's column
+    "label" has the number of each row's positive, (B,), or those of positive and negatives,
+    (B, 1 + H). Two numbers are two items; equal texts are still no negatives of each other, while
+    of equal images each may be the other's. An anchor that is no text is known by its values. In
+    evaluation, where items may be others, the column may be missing.
+
     Call `keep_cache(trainer)` before `trainer.train()`: a trainer saves its model, not its loss. In
     several processes the cache is in shards, one for each, and negatives are those of all; in one
     step some may be at pairs and others at triplets. With `group_by_dataset` a text that two data
@@ -77,9 +93,9 @@ class NegativeCacheLoss(nn.Module):
 
     Raises OptionError where it trains and nothing would save its cache, where it is made in one of
     several processes before they are joined, where a batch does not say of which data set it is,
-    where MatryoshkaLoss or AdaptiveLayerLoss wraps it, for directions without "query_to_doc", or
-    with others in several processes; KindError for a model that is no SentenceTransformer or takes
-    no tokens.
+    where MatryoshkaLoss or AdaptiveLayerLoss wraps it, where a row is not what its number stands
+    for, for directions without "query_to_doc", or with others in several processes or with
+    features="index"; KindError for a model that is no SentenceTransformer or takes no tokens.
     Source: the paper, sections 3.1 and 3.2.
 
     >>> from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -114,6 +130,10 @@ class NegativeCacheLoss(nn.Module):
         directions: Iterable[str] = ("query_to_doc",),
         partition_mode: str = "joint",
         own_loop: bool = False,
+        features: str = "content",
+        items: Sequence[Any] | None = None,
+        prompt: str | Mapping[str, str] | None = None,
+        check_items: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(model, SentenceTransformer):
@@ -131,10 +151,12 @@ class NegativeCacheLoss(nn.Module):
             partition_mode,
             correction=staleness_correction,
             cut=matryoshka_dims is not None,
+            by_number=features == "index",
             sharded=self.sharded,
         )
         self.directions, plain = self._directions.names, self._directions.plain
-        self.rows, self.routes = TokenRows.of(model, max_length), may_route(model)
+        self.rows = rows_of(features, model, items, prompt, max_length, check=check_items)
+        self.routes = may_route(model)
         fields = self.rows.specs()
         width: Any = model.get_embedding_dimension()  # the manager refuses None
         groups = {DATASET: negcache.FieldSpec((), torch.int64)} if group_by_dataset else {}
@@ -142,8 +164,9 @@ class NegativeCacheLoss(nn.Module):
         kinds = self._directions.fields()
         more_ids, group_key = self._directions.keys(DATASET if group_by_dataset else None)
         specs = {**fields, **RING_FIELDS, **kinds, **groups, _EMBEDDING: embedding}
-        if max_length is None:
+        if max_length is None and self.rows.length is not None:
             tell_cost(specs, cache_size, self.rows.length)
+        self.slot_bytes = slot_bytes(specs)
         data_keys = tuple(key for key in fields if key != ID)
         kind = "DistributedCacheClassificationLoss" if self.sharded else "CacheClassificationLoss"
         self.handler = negcache.CacheLossHandler(
@@ -155,7 +178,7 @@ class NegativeCacheLoss(nn.Module):
                 estimator=estimator,
                 num_samples=num_samples,
                 in_batch_negatives=in_batch_negatives and plain,
-                id_keys=(TEXT, *RING, *more_ids),
+                id_keys=tuple(key for key in (TEXT, NUMBER, *RING, *more_ids) if key in specs),
                 **({} if plain else {"reducer": None}),
                 group_key=group_key,
                 max_staleness=max_staleness,
@@ -190,9 +213,9 @@ class NegativeCacheLoss(nn.Module):
     ) -> Tensor:
         """Return the loss of a batch, and in training update the cache.
 
-        sentence_features: the features of each column's B texts; labels: not used
+        sentence_features: the features of each column's B texts
+        labels:            with features="index" the items' numbers, (B,) or (B, 1 + H)
         """
-        del labels
         anchor, *columns = sentence_features
         if not columns:
             raise negcache.KeysError(
@@ -206,9 +229,10 @@ class NegativeCacheLoss(nn.Module):
                 "of your own make the loss with own_loop=True, and save loss.state_dict()."
             )
         refuse_wrappers(self.model)
-        handler, rows = self.handler, self.rows.pack(columns)
-        known = self._known_of(Ids(self.rows.contents(anchor), rows[ID], rows[TEXT]))
-        embedder = self._embedder()
+        handler = self.handler
+        rows = packed(self.rows, columns, labels, self.model, handler.cache, learning=learning)
+        known = self._known_of(Ids(self.rows.anchors(anchor, rows), rows[ID], rows[TEXT]), rows)
+        embedder = self._embedder(columns)
         queries = embedder.anchors(anchor)
         if not self._directions.plain:
             return self._in_directions(
@@ -259,6 +283,7 @@ class NegativeCacheLoss(nn.Module):
             "similarity_fct": "cos_sim",
             "mini_batch_size": self.mini_batch_size,
             "max_length": self.rows.length,
+            **self.rows.told(),
             "group_by_dataset": self.group_by_dataset,
         }
 
@@ -267,13 +292,18 @@ class NegativeCacheLoss(nn.Module):
         """The paper, in BibTeX, for the model card."""
         return CITATION
 
+    def extra_repr(self) -> str:
+        """Return what `print(loss)` tells beside the handler's lines."""
+        told = "".join(f"{key}={value!r}, " for key, value in self.rows.told().items())
+        return f"{told}{self.slot_bytes:,} bytes a slot"
+
     def _in_directions(
         self, queries: Tensor, anchors: Rows, rows: Rows, known: Known, *, learning: bool
     ) -> Tensor:
-        back = self._known_of(reverse(anchors, rows[TEXT][: len(queries)]))
+        back = self._known_of(reverse(anchors, rows[TEXT][: len(queries)]), {})
         rows |= known.labels | self._directions.labels(rows, DOCUMENT)
         anchors |= back.labels | self._directions.labels(anchors, ANCHOR)
-        items = partial(self._embedder().items, queries=queries)
+        items = partial(self._embedder(()).items, queries=queries)
         batch = Batch(queries, items(rows), rows, anchors, known, back, self.in_batch_negatives)
         loss, result = batch.loss(self._directions, self.handler, items if learning else None)
         if learning:
@@ -286,17 +316,23 @@ class NegativeCacheLoss(nn.Module):
         if self.report is not None:
             self.report(self._logged())
 
-    def _known_of(self, ids: Ids) -> Known:
-        labels = {}
+    def _known_of(self, ids: Ids, rows: Mapping[str, Tensor]) -> Known:
+        labels = numbers_in(rows)
         if self.group_by_dataset:
             number = number_of_batch(self.dataset_name)
             ids = ids.of_dataset(number)
-            labels = {DATASET: torch.full_like(ids.slots, number)}
+            labels |= {DATASET: torch.full_like(ids.slots, number)}
         handler = self.handler
         placement, xp = handler.cache_loss.placement, handler.backend.xp
-        return known_of(ids, {ID: ids.slots, **labels}, handler.cache, placement, xp)
+        known = known_of(ids, {ID: ids.slots, **labels}, handler.cache, placement, xp)
+        known.own.update(
+            {key: each[: len(ids.anchors), None] for key, each in numbers_in(rows).items()}
+        )
+        return known
 
-    def _embedder(self) -> Embedder:
+    def _embedder(self, columns: Sequence[Mapping[str, Any]]) -> Embedder:
+        if isinstance(self.rows, ItemRows):
+            return embedder_of(self.model, self.rows, self.mini_batch_size, columns)
         return Embedder.of(
             self.model, self.rows, self.mini_batch_size, sharded=self.sharded, routes=self.routes
         )

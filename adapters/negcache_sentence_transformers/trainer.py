@@ -1,5 +1,6 @@
 """Save a loss's cache with the trainer's checkpoints, go on from there, and log its metrics."""
 
+import copy
 import json
 import logging
 import secrets
@@ -19,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ._datasets import SameDataset
+from ._items import ItemRows, Telling
 from ._saved import load, save
 from .loss import NegativeCacheLoss
 
@@ -68,6 +70,11 @@ def keep_cache(
         trainer.train_dataset = trainer.preprocess_dataset(trainer.train_dataset, "train")
         trainer.eval_dataset = trainer.preprocess_dataset(trainer.eval_dataset, "eval")
         keeper.hook("compute_loss", _naming(trainer.compute_loss, losses))
+    if any(isinstance(loss.rows, ItemRows) for loss in losses.values()):
+        collator = copy.copy(trainer.data_collator)
+        if hasattr(collator, "preprocess_fn"):
+            collator.preprocess_fn = Telling(collator.preprocess_fn)
+            keeper.hook("data_collator", collator)
     if isinstance(trainer.loss, dict):
         sharded = [loss for loss in losses.values() if loss.sharded]
         if sharded:

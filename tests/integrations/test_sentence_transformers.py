@@ -323,6 +323,7 @@ def test_the_model_card_and_a_dict_of_losses(model, tmp_path):
     assert keeper.losses() == losses
     assert losses["b"].get_config_dict() == {
         "cache_size": 16,
+        "features": "content",
         "scale": 10.0,
         "estimator": "exact_query",
         "num_samples": 1,

@@ -88,7 +88,7 @@ def test_the_card_and_what_is_refused(model):
     both = ("query_to_doc", "doc_to_query")
     with pytest.raises(negcache.OptionError, match="matryoshka_dims with directions"):
         loss_of(model, directions=both)
-    with pytest.raises(negcache.OptionError, match="17"):
+    with pytest.raises(negcache.ShapeError, match="17"):
         loss_of(model, matryoshka_dims=(17,), matryoshka_weights=None)
     with pytest.raises(negcache.OptionError, match="paper"):
         loss_of(model, estimator="paper")
