@@ -1,4 +1,7 @@
-"""The loss: MultipleNegativesRankingLoss against everything in a cache."""
+"""The loss: MultipleNegativesRankingLoss against everything in a cache.
+
+More than 300 lines, as half of them are what users read: the docstring, and the options.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -235,9 +238,8 @@ class NegativeCacheLoss(nn.Module):
         embedder = self._embedder(columns)
         queries = embedder.anchors(anchor)
         if not self._directions.plain:
-            return self._in_directions(
-                queries, self.rows.pack([anchor]), rows, known, learning=learning
-            )
+            own = packed(self.rows, [anchor], None, self.model, handler.cache, learning=learning)
+            return self._in_directions(queries, own, rows, known, learning=learning)
         rows |= known.labels
         count = len(queries)
         positives = {key: value[:count] for key, value in rows.items()}

@@ -327,6 +327,8 @@ def test_the_model_card_and_a_dict_of_losses(model, tmp_path):
         "scale": 10.0,
         "estimator": "exact_query",
         "num_samples": 1,
+        "matryoshka_dims": None,
+        "matryoshka_weights": None,
         "in_batch_negatives": True,
         "max_staleness": 0.2,
         "staleness_correction": False,
