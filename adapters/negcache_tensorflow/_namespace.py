@@ -38,10 +38,10 @@ def zeros(shape: Any, *, dtype: tf.DType) -> tf.Tensor:
 
 
 def full(shape: Any, value: Any, *, dtype: tf.DType, device: Any = None) -> tf.Tensor:
-    del device  # a number that is cast would be rounded to float32 first
-    return tf.fill(
-        shape, tf.cast(value, dtype) if tf.is_tensor(value) else tf.constant(value, dtype)
-    )
+    del device
+    if not tf.is_tensor(value):
+        value = dtype.as_numpy_dtype(value)  # tf.cast would round it to float32 first
+    return tf.fill(shape, tf.cast(value, dtype))
 
 
 def full_like(like: tf.Tensor, value: Any, *, dtype: tf.DType) -> tf.Tensor:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from negcache_core.arrays._array import Array, dtype_kind, dtype_name
 from negcache_core.arrays.backend import Backend
-from negcache_core.arrays.exclusion import Exclusions
+from negcache_core.arrays.exclusion import Exclusions, Labels
 from negcache_core.arrays.validation import (
     array_of,
     check_device,
@@ -84,7 +84,7 @@ def check_retrieval(retrieval: Any, backend: Backend, **wanted: bool) -> Retriev
                 "retrieve() returned."
             )
     stale = retrieval.stale_embeddings
-    for parts in (_ends, _rows, _batch, _pool, _places):  # each may rely on those before
+    for parts in (_ends, _rows, _others, _batch, _pool, _places):  # each may rely on those before
         for name, value, expected, kind in parts(retrieval):
             what = f"retrieval.{name}"
             if not hasattr(value, "dtype"):  # it is used as it is
@@ -119,21 +119,31 @@ def _rows(retrieval: Retrieval) -> Iterator[Part]:
         yield "readout", retrieval.readout, (rows, width), "floating"
 
 
+def _others(retrieval: Retrieval) -> Iterator[Part]:
+    if retrieval.others is None:
+        return
+    rows = shape_of(retrieval.drawn, "retrieval.drawn")[0]
+    if not isinstance(retrieval.others, Others):
+        raise KindError(
+            f"retrieval.others is a {type(retrieval.others).__name__}: expected retrieve()'s "
+            "record."
+        )
+    place, labels = retrieval.others
+    if not isinstance(labels, Labels):
+        raise KindError(
+            f"retrieval.others.labels is a {type(labels).__name__}: expected retrieve()'s "
+            "record."
+        )
+    yield "others.place", place, (rows,), "integer"
+    for ids in labels.arrays():
+        if ids is not None:
+            yield "others.labels", ids, ("n",), "integer"
+    if retrieval.positive_bias is not None:
+        yield "positive_bias", retrieval.positive_bias, ("n",), "floating"
+
+
 def _batch(retrieval: Retrieval) -> Iterator[Part]:
     rows = shape_of(retrieval.drawn, "retrieval.drawn")[0]
-    if retrieval.others is not None:
-        if not isinstance(retrieval.others, Others):
-            raise KindError(
-                f"retrieval.others is a {type(retrieval.others).__name__}: expected retrieve()'s "
-                "record."
-            )
-        place, labels = retrieval.others
-        yield "others.place", place, (rows,), "integer"
-        for ids in labels.arrays():
-            if ids is not None:
-                yield "others.labels", ids, ("n",), "integer"
-        if retrieval.positive_bias is not None:
-            yield "positive_bias", retrieval.positive_bias, ("n",), "floating"
     if retrieval.own is not None:
         if not isinstance(retrieval.own, Exclusions):
             raise KindError(
