@@ -131,8 +131,7 @@ def _others(retrieval: Retrieval) -> Iterator[Part]:
     place, labels = retrieval.others
     if not isinstance(labels, Labels):
         raise KindError(
-            f"retrieval.others.labels is a {type(labels).__name__}: expected retrieve()'s "
-            "record."
+            f"retrieval.others.labels is a {type(labels).__name__}: expected retrieve()'s record."
         )
     yield "others.place", place, (rows,), "integer"
     for ids in labels.arrays():
