@@ -1,9 +1,11 @@
 """A sentence-transformers model made on the spot: a real Transformer, a few thousand weights."""
 
+import negcache_torch as negcache
 import numpy as np
 import torch
 from datasets import Dataset
 from negcache_sentence_transformers import keep_cache
+from negcache_sentence_transformers._contents import text_ids
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -86,3 +88,22 @@ def make_trainer(folder, model, loss, data, *, keep=True, **options):
 
 def weights(module):
     return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def columns(model, *texts):
+    return [model.preprocess(list(column)) for column in texts]
+
+
+def gradients(model, loss):
+    return torch.autograd.grad(
+        loss, list(model.parameters()), allow_unused=True, materialize_grads=True
+    )
+
+
+def written(loss):
+    return loss.handler.cache.age != negcache.EMPTY
+
+
+def ids_of(model, texts):
+    features = model.preprocess(list(texts))
+    return text_ids(features["input_ids"], features["attention_mask"]).tolist()

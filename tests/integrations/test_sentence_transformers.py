@@ -22,12 +22,16 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tiny_transformer import (
     BATCH,
     TOKENS,
+    columns,
+    gradients,
+    ids_of,
     make_model,
     make_pairs,
     make_texts,
     make_tokenizer,
     make_trainer,
     weights,
+    written,
 )
 from torch import nn
 
@@ -39,25 +43,6 @@ def model(tmp_path):
 
 def own(model, cache_size=32, **options):
     return NegativeCacheLoss(model, cache_size, own_loop=True, generator=0, **options)
-
-
-def columns(model, *texts):
-    return [model.preprocess(list(column)) for column in texts]
-
-
-def gradients(model, loss):
-    return torch.autograd.grad(
-        loss, list(model.parameters()), allow_unused=True, materialize_grads=True
-    )
-
-
-def written(loss):
-    return loss.handler.cache.age != negcache.EMPTY
-
-
-def ids_of(model, texts):
-    features = model.preprocess(list(texts))
-    return text_ids(features["input_ids"], features["attention_mask"]).tolist()
 
 
 class Noise(nn.Module):

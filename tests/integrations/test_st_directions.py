@@ -14,7 +14,17 @@ from negcache_sentence_transformers._contents import text_ids
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from test_st_rows import routed, transformer
 from test_st_together import batch_of, make_loss
-from tiny_transformer import make_model, make_pairs, make_texts, make_trainer, weights
+from tiny_transformer import (
+    columns,
+    gradients,
+    ids_of,
+    make_model,
+    make_pairs,
+    make_texts,
+    make_trainer,
+    weights,
+    written,
+)
 from torch import nn
 
 ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -40,23 +50,9 @@ def own(model, cache_size=64, **options):
     return NegativeCacheLoss(model, cache_size, own_loop=True, generator=0, **options)
 
 
-def columns(model, *texts):
-    return [model.preprocess(list(column)) for column in texts]
-
-
-def gradients(model, loss):
-    return torch.autograd.grad(
-        loss, list(model.parameters()), allow_unused=True, materialize_grads=True
-    )
-
-
 def embed(model, texts):
     rows = model(dict(model.preprocess(list(texts))))["sentence_embedding"]
     return nn.functional.normalize(rows, dim=1)
-
-
-def written(loss):
-    return loss.handler.cache.age != negcache.EMPTY
 
 
 class Noise(nn.Module):
@@ -238,11 +234,6 @@ def stale_rows(loss, model, texts):
         anchor = data["id"][slot].item() not in names
         found[names[tokens[slot]], "query" if anchor else "doc"] = data["embedding"][slot]
     return found
-
-
-def ids_of(model, texts):
-    features = model.preprocess(list(texts))
-    return text_ids(features["input_ids"], features["attention_mask"]).tolist()
 
 
 def law_of_draws(loss, batch, slots):

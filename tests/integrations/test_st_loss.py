@@ -23,12 +23,16 @@ from sentence_transformers.sparse_encoder.modules import SpladePooling
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_transformer import (
     BATCH,
+    columns,
+    gradients,
+    ids_of,
     make_model,
     make_pairs,
     make_texts,
     make_tokenizer,
     make_trainer,
     weights,
+    written,
 )
 
 
@@ -39,25 +43,6 @@ def model(tmp_path):
 
 def own(model, cache_size=32, **options):
     return NegativeCacheLoss(model, cache_size, own_loop=True, generator=0, **options)
-
-
-def columns(model, *texts):
-    return [model.preprocess(list(column)) for column in texts]
-
-
-def written(loss):
-    return loss.handler.cache.age != negcache.EMPTY
-
-
-def ids_of(model, texts):
-    features = model.preprocess(list(texts))
-    return text_ids(features["input_ids"], features["attention_mask"]).tolist()
-
-
-def gradients(model, loss):
-    return torch.autograd.grad(
-        loss, list(model.parameters()), allow_unused=True, materialize_grads=True
-    )
 
 
 class Oracle:

@@ -8,7 +8,12 @@ from sentence_transformers.sentence_transformer.losses import (
     MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
-from tiny_transformer import make_model, make_texts
+from tiny_transformer import (
+    columns,
+    gradients,
+    make_model,
+    make_texts,
+)
 from torch.nn.functional import cross_entropy, normalize
 
 WIDTHS, FACTORS = (16, 8, 4), (1.0, 0.5, 2.0)
@@ -23,16 +28,6 @@ def loss_of(model, **options):
     options = {"matryoshka_dims": WIDTHS, "matryoshka_weights": FACTORS, **options}
     return NegativeCacheLoss(
         model, 32, own_loop=True, generator=0, dtype=torch.float64, max_staleness=None, **options
-    )
-
-
-def columns(model, *texts):
-    return [model.preprocess(list(column)) for column in texts]
-
-
-def gradients(model, loss):
-    return torch.autograd.grad(
-        loss, list(model.parameters()), allow_unused=True, materialize_grads=True
     )
 
 
