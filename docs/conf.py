@@ -15,12 +15,13 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx_copybutton",
+    "sphinx_design",
     "mathml",
     "plain_docstrings",
     "public_names",
 ]
 exclude_patterns = ["_build"]
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3  # links to headings, as GitHub has them
 nitpicky = True
 # Types of other libraries are named, not linked: the site is built without a network.
