@@ -74,14 +74,14 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray[Any,
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise CheckpointError(
-                    f"{source} has format {metadata.get('format')!r}: expected {FORMAT!r}, a file "
-                    "that a handler's save wrote."
+                    f"{source} has format {metadata.get('format')!r}: expected {FORMAT!r}, as "
+                    "written by a handler's save."
                 )
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
     except SafetensorError as error:
         raise CheckpointError(
-            f"{source} is no whole safetensors file ({error}): it was cut short, overwritten, or "
-            "made by something else. Load an earlier checkpoint."
+            f"{source} is not a complete safetensors file ({error}): it was truncated, "
+            "overwritten, or written by something else. Load an earlier checkpoint."
         ) from error
     text = metadata.get("notes", "")
     if metadata.get("sha256") != _digest(arrays, text):

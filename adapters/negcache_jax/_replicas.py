@@ -27,8 +27,8 @@ class MeshAxis(Replicas[Array]):
             self.count = jax.lax.axis_size(name)
         except NameError as error:
             raise OptionError(
-                f"no mesh axis {name!r} is in scope: call this inside of jax.shard_map over a mesh "
-                "with that axis, or name the axis that your mesh has as the loss's group."
+                f"no mesh axis {name!r} is in scope: call this inside jax.shard_map over a mesh "
+                "with that axis, or make the loss with your mesh's axis as its group."
             ) from error
         self.name, self.rank, self.turns = name, jax.lax.axis_index(name), self.count
 
@@ -53,8 +53,8 @@ class MeshAxis(Replicas[Array]):
             if size is not None and here * self.count != size:
                 raise ShapeError(
                     f"cache {name!r} has {here} slots on each of {self.count} devices along "
-                    f"{self.name!r}: expected {size} in all. Pass the state through shard_map "
-                    "with handler.specs() among in_specs and out_specs."
+                    f"{self.name!r}: expected {size} in total. Pass the state through shard_map "
+                    "with handler.specs() in in_specs and out_specs."
                 )
 
     def gather(self, arrays: Sequence[Array], sizes: Sequence[int]) -> list[Array]:

@@ -31,8 +31,8 @@ class NoStore(Store):
     def read(self) -> Caches:
         """Raise KindError."""
         raise KindError(
-            "this handler holds no state: bind one to it, bound = handler.bind(state), and "
-            "take bound.state afterwards."
+            "this handler holds no state: bind one with bound = handler.bind(state), and read "
+            "bound.state afterwards."
         )
 
 

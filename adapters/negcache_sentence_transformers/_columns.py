@@ -12,7 +12,7 @@ from ._facts import PROMPT
 from ._forms import MASK, TOKENS, to_features, to_rows
 
 _CLOSE = 0.01  # of the largest value: a batch may be rounded to fewer bits
-_WHOLE = "a row of what the model makes of a column cannot be told from the others"
+_WHOLE = "the model's output for a column cannot be split into rows"
 
 
 def count_of(column: Mapping[str, Any]) -> int:
@@ -40,7 +40,7 @@ def some_of(column: Mapping[str, Any], count: int, index: Tensor) -> dict[str, A
         rows, form, given = {}, None, dict(column)
     odd = [key for key, value in _tensors(given) if len(value) != count and key != PROMPT]
     if odd:
-        raise KindError(f"{_WHOLE}, {odd}: leave mini_batch_size out, and empty texts.")
+        raise KindError(f"{_WHOLE}, {odd}: leave out mini_batch_size, and empty texts.")
     given = {key: value[index] if _by_row(value, count) else value for key, value in given.items()}
     if form is None:
         return given

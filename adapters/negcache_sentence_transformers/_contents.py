@@ -70,8 +70,8 @@ def ids_of_others(features: Mapping[str, Any]) -> Tensor:
     ]
     if not given or any(len(value) != len(given[0][1]) for _, value in given):
         raise KindError(
-            f"the anchors are {sorted(features)}: expected tokens, or tensors of B rows each, by "
-            "which equal anchors are known."
+            f"the anchors have {sorted(features)}: expected tokens, or tensors of B rows each, "
+            "to recognise equal anchors by."
         )
     found = torch.zeros((), dtype=torch.int64, device=given[0][1].device)
     for _, value in given:

@@ -26,9 +26,9 @@ def number_of_batch(name: str | None) -> int:
     """Return the number of the data set that a batch says it is of; raise OptionError for None."""
     if name is None:
         raise OptionError(
-            "the loss has group_by_dataset=True, and the batch does not say of which data set it "
-            "is: give the trainer a DatasetDict, before keep_cache(trainer), also to evaluate; in "
-            "a training loop of your own set loss.dataset_name."
+            "the loss has group_by_dataset=True, but the batch does not say which data set it "
+            "is from: give the trainer a DatasetDict before keep_cache(trainer), for evaluation "
+            "too; in your own training loop set loss.dataset_name."
         )
     return dataset_number(name)
 
@@ -76,9 +76,9 @@ class SameDataset(SetEpochMixin, BatchSampler):
         if few:
             rows = [len(each) for each in dataset.datasets]
             raise OptionError(
-                f"the data sets have {rows} rows, and number {few[0]} of them makes "
+                f"the data sets have {rows} rows, and number {few[0]} makes only "
                 f"{len(batch_samplers[few[0]])} batches: with a dict of losses all {count} "
-                "processes are at one data set in a step, each at a batch of its own. Lower "
+                "processes use the same data set in a step, each with its own batch. Lower "
                 "per_device_train_batch_size, or leave out this data set."
             )
         grouped = [_Groups(each, count) for each in batch_samplers]

@@ -56,12 +56,14 @@ class Directions(NamedTuple):
         processes
         """
         if isinstance(names, str) or not isinstance(names, Iterable):
-            raise KindError(f"directions is {names!r}: expected several, as ('query_to_doc',).")
+            raise KindError(
+                f"directions is {names!r}: expected several names, such as ('query_to_doc',)."
+            )
         names = tuple(names)
         unknown = [name for name in names if name not in WANTED]
         if unknown or "query_to_doc" not in names or len(names) > len(set(names)):
             raise OptionError(
-                f"directions is {names!r}: expected 'query_to_doc', which has the positive, and "
+                f"directions is {names!r}: expected 'query_to_doc', which has the positive, plus "
                 f"any others of {list(WANTED)}, each once."
             )
         if partition_mode not in {"joint", "per_direction"}:
@@ -71,29 +73,31 @@ class Directions(NamedTuple):
         found = cls(names, partition_mode == "joint")
         if not found.joint and {"query_to_query", "doc_to_doc"} & set(names):
             raise OptionError(
-                "partition_mode='per_direction' is for 'query_to_doc' and 'doc_to_query': the "
-                "positive is not among the candidates of 'query_to_query' and 'doc_to_doc', which "
-                "have no loss of their own. Use partition_mode='joint'."
+                "partition_mode='per_direction' is for 'query_to_doc' and 'doc_to_query': "
+                "'query_to_query' and 'doc_to_doc' have no loss of their own, because the "
+                "positive is not among their candidates. Use partition_mode='joint'."
             )
         if found.joint and found.views == 2 and correction:
             raise OptionError(
-                f"staleness_correction=True changes the mass of each view alone, and directions "
-                f"{names!r} have one softmax over both: leave it out."
+                "staleness_correction=True corrects each view separately, but directions "
+                f"{names!r} share one softmax over both: leave it out."
             )
         if cut and not found.plain:
             raise OptionError(
-                f"matryoshka_dims with directions {names!r}: the scores of further directions are "
-                "those of whole embeddings. Use directions=('query_to_doc',), or no widths."
+                f"matryoshka_dims does not work with directions {names!r}: further directions "
+                "score whole embeddings. Use directions=('query_to_doc',), or leave "
+                "matryoshka_dims out."
             )
         if by_number and not found.plain:
             raise OptionError(
-                f"features='index' with directions {names!r}: further directions store anchors, "
-                "which have no numbers. Use directions=('query_to_doc',), or features='content'."
+                f"features='index' does not work with directions {names!r}: further directions "
+                "store anchors, which have no numbers. Use directions=('query_to_doc',), or "
+                "features='content'."
             )
         if sharded and not found.plain:
             raise OptionError(
-                f"directions is {names!r} in several processes, and negatives of further "
-                "directions are not exchanged among them: train in one process, or with "
+                f"directions is {names!r} in several processes, but negatives of further "
+                "directions are not exchanged between processes: train in one process, or with "
                 "directions=('query_to_doc',)."
             )
         return found

@@ -29,9 +29,9 @@ def split(
     for key, value in facts.items():
         if not _is_plain(value):
             raise KindError(
-                f"the model says {key!r} of a batch, a {type(value).__name__}: beside tokens and "
-                "masks a row stores strings, numbers and None. Leave it out of what the model's "
-                "preprocess returns, or say it in these."
+                f"the model's preprocess returns {key!r}, a {type(value).__name__}: besides "
+                "tokens and masks, a row can store only strings, numbers and None. Leave it "
+                "out, or express it in these."
             )
     if not told:
         return [facts], lengths
@@ -65,8 +65,8 @@ def encode(
     letters, room = _json([form, facts]), 8 * words
     if len(letters) > room:
         raise OptionError(
-            f"what the model says of a batch takes {len(letters)} bytes, {letters.decode()}, and a "
-            f"row stores {room}: {advice}."
+            f"the model's facts about a batch take {len(letters)} bytes, {letters.decode()}, but "
+            f"a row stores {room}: {advice}."
         )
     return torch.frombuffer(bytearray(letters.ljust(room)), dtype=torch.int64)
 

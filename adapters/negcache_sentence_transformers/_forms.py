@@ -48,8 +48,8 @@ def to_rows(
     rows = {k: v for k, v in given.items() if isinstance(v, Tensor) and k != PROMPT}
     if MASK not in rows or any(value.shape != shape for value in rows.values()):
         raise KindError(
-            f"the model makes {sorted(given)} of a text: expected {TOKENS!r} and {MASK!r} of shape "
-            "(rows, tokens), as a Transformer makes them, or those of a StaticEmbedding."
+            f"the model turns a text into {sorted(given)}: expected {TOKENS!r} and {MASK!r} of "
+            "shape (rows, tokens), as from a Transformer, or the inputs of a StaticEmbedding."
         )
     return rows, form, {key: value for key, value in given.items() if key not in rows}
 

@@ -31,9 +31,9 @@ _TASK, _PROMPT, _LENGTH = "task", "prompt", "max_length"
 _WORDS = 24  # int64 of what a row remembers
 _SHORTER = "give shorter prompts"
 _ADVICE = (
-    "features='index' takes for each row the number of its positive in items, shape (B,), or with "
-    "H columns of negatives those of positive and negatives, (B, 1 + H): in the data's column "
-    "'label', or in a training loop of your own as loss(features, labels)."
+    "features='index' needs for each row the number of its positive in items, shape (B,), or "
+    "with H columns of negatives the numbers of positive and negatives, (B, 1 + H): in the "
+    "data's column 'label', or in your own training loop as loss(features, labels)."
 )
 
 
@@ -77,8 +77,9 @@ class ItemRows:
         held = int(cache.data[NUMBER].max())
         if held >= len(self.items):
             raise OptionError(
-                f"the cache has item {held}, and items has {len(self.items)}: expected the items "
-                "that it was filled with. Empty it, loss.handler.reset(), or give all of them."
+                f"the cache has item {held}, but items has {len(self.items)}: expected the items "
+                "that the cache was filled with. Empty it with loss.handler.reset(), or pass "
+                "all of them."
             )
         count = count_of(columns[0])
         device = _device_of(columns[0])
@@ -144,7 +145,7 @@ class ItemRows:
         """Return how a column was made: as it says, or by this one's options."""
         task = column.get(_TASK)
         if task is not None and not isinstance(task, str):
-            raise KindError(f"a column's task is {task!r}: expected its name, one for all rows.")
+            raise KindError(f"a column's task is {task!r}: expected one name for all rows.")
         own = {_PROMPT: self.prompt, _LENGTH: self.length}
         own = {key: _of_task(value, task) for key, value in own.items() if value is not None}
         if MADE_WITH not in column:
@@ -153,8 +154,8 @@ class ItemRows:
         for key, value in own.items():
             if value != made.get(key):
                 raise OptionError(
-                    f"the loss has {key}={value!r} for items, and the trainer has made a column "
-                    f"of them with {made.get(key)!r}: leave it out of the loss."
+                    f"the loss has {key}={value!r} for items, but the trainer made a column of "
+                    f"them with {made.get(key)!r}: leave it out of the loss."
                 )
         return made
 
@@ -169,13 +170,13 @@ class ItemRows:
         shapes = [(count, columns), *([(count,)] if columns == 1 else [])]
         if tuple(labels.shape) not in shapes:
             raise ShapeError(
-                f"labels has shape {tuple(labels.shape)}, and the batch {count} rows with "
+                f"labels has shape {tuple(labels.shape)}, but the batch has {count} rows and "
                 f"{columns - 1} columns of negatives: {_ADVICE}"
             )
         outside = (labels < 0) | (labels >= len(self.items))
         if outside.any():
             raise OptionError(
-                f"labels has the number {int(labels[outside][0])}, and items has "
+                f"labels has the number {int(labels[outside][0])}, but items has "
                 f"{len(self.items)}: expected 0 to {len(self.items) - 1}."
             )
         return labels.reshape(count, columns)
@@ -189,10 +190,10 @@ class ItemRows:
             wrong = unlike(self.fetch([own[row]], how, _device_of(column)), column, row)
             if wrong is not None:
                 raise OptionError(
-                    f"row {row} of the batch's column {place} is to be item {own[row]}, and has "
-                    f"other {wrong!r} than the model makes of that item: are the numbers those of "
-                    "items, and are prompt and max_length those of the columns? For features that "
-                    "differ from one time to the next, give check_items=False."
+                    f"row {row} of the batch's column {place} should be item {own[row]}, but its "
+                    f"{wrong!r} differ from what the model makes of that item: do the numbers "
+                    "refer to items, and do prompt and max_length match the columns? If "
+                    "features differ from one call to the next, pass check_items=False."
                 )
         self.step += 1
 
@@ -208,8 +209,8 @@ def rows_of(
     named = [key for key, value in (("items", items), ("prompt", prompt)) if value is not None]
     if named:
         raise OptionError(
-            f"the loss has {named}, which features='index' takes, and features is 'content', "
-            "which stores what the batches have."
+            f"the loss has {named}, which only features='index' uses, but features is 'content', "
+            "which stores what is in the batches."
         )
     return TokenRows.of(model, max_length)
 
@@ -257,7 +258,7 @@ def _checked_items(items: Any) -> Any:
     if not known or isinstance(items, str | bytes | Mapping):
         raise KindError(
             f"items is a {type(items).__name__}: expected a sequence, such as a list or a column "
-            "of a Dataset, in which a number finds what the model's preprocess takes."
+            "of a Dataset, that has an input of the model's preprocess at each number."
         )
     if not len(items):
         raise OptionError("items is empty: expected at least one item.")
@@ -267,7 +268,7 @@ def _checked_items(items: Any) -> Any:
 def _checked_prompt(prompt: Any) -> Any:
     every = prompt.values() if isinstance(prompt, Mapping) else [prompt]
     if not all(each is None or isinstance(each, str) for each in every):
-        raise KindError(f"prompt is {prompt!r}: expected a text, or a dict of those of each task.")
+        raise KindError(f"prompt is {prompt!r}: expected a text, or a dict with one text per task.")
     return prompt
 
 

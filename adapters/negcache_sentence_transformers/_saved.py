@@ -38,17 +38,21 @@ def load(losses: Mapping[str, NegativeCacheLoss], folder: Path) -> None:
     own, saved = _state_of(losses), _saved_in(folder)
     wrong = [line for name in own.keys() & saved for line in _misfits(name, own, saved)]
     if not own.keys() & saved:
-        wrong = [f"of the losses {sorted(saved)}, and the trainer's are {sorted(own)}"]
+        wrong = [f"it is for the losses {sorted(saved)}, but the trainer's are {sorted(own)}"]
     if wrong:
         raise CheckpointError(
-            f"the cache saved in {folder} does not fit the trainer's: it is {'; '.join(wrong)}. "
-            "Make the losses with the options that they were saved with; or go on with empty "
-            "caches, keep_cache(trainer, start_empty=True)."
+            f"the cache saved in {folder} does not fit the trainer's: {'; '.join(wrong)}. Make "
+            "the losses with the options that they were saved with, or continue with empty "
+            "caches: keep_cache(trainer, start_empty=True)."
         )
     for name in sorted(own.keys() - saved):
-        logger.warning("The checkpoint has no cache of the loss %r: it starts as it is.", name)
+        logger.warning(
+            "The checkpoint has no cache for the loss %r, which starts with the cache it has.", name
+        )
     for name in sorted(saved.keys() - own):
-        logger.warning("The checkpoint's cache of the loss %r is left out: no such loss.", name)
+        logger.warning(
+            "The checkpoint's cache for the loss %r is ignored: there is no such loss.", name
+        )
     wanted = {
         name: {key: value for key, value in state.items() if key in saved[name]}
         for name, state in own.items()
@@ -66,21 +70,21 @@ def _misfits(name: str, own: Saved, saved: Saved) -> Iterator[str]:
     missing = sorted(mine.keys() - found - {_WINDOW})
     unknown = sorted(found.keys() - mine - {_WINDOW})
     if missing:
-        yield f"of {name!r} without {[_field(key) for key in missing]}"
+        yield f"for {name!r} it lacks {[_field(key) for key in missing]}"
     if unknown:
-        yield f"of {name!r} with {[_field(key) for key in unknown]}, which it has not"
+        yield f"for {name!r} it has {[_field(key) for key in unknown]}, which the loss lacks"
     shared = sorted(mine.keys() & found)
     slots = [each[_AGE].shape[0] for each in (found, mine)] if _AGE in shared else [0, 0]
     if slots[0] != slots[1]:
-        yield f"of {name!r} with cache_size={slots[0]}, where it has {slots[1]}"
+        yield f"for {name!r} it has cache_size={slots[0]}, but the loss has {slots[1]}"
         return
     for key in shared:
         shapes = [tuple(each[key].shape) for each in (found, mine)]
         dtypes = [each[key].dtype for each in (found, mine)]
         if shapes[0] != shapes[1] or dtypes[0] != dtypes[1]:
             yield (
-                f"of {name!r} with {_field(key)!r} of shape {shapes[0]} and {dtypes[0]}, where it "
-                f"has {shapes[1]} and {dtypes[1]}"
+                f"for {name!r} it has {_field(key)!r} of shape {shapes[0]} and {dtypes[0]}, but "
+                f"the loss has {shapes[1]} and {dtypes[1]}"
             )
 
 

@@ -24,8 +24,8 @@ def slot_length(model: Any, max_length: int | Mapping[str, int] | None, token_by
         length = model.max_seq_length
         if length is None or not length < _NO_LIMIT:
             raise OptionError(
-                f"the model's max_seq_length is {length}, and a cache stores rows of one length: "
-                "give max_length, the most tokens that a text may have. Each of them takes "
+                f"the model's max_seq_length is {length}, but a cache stores rows of one length: "
+                "pass max_length, the most tokens that a text may have. Each token takes "
                 f"{token_bytes} bytes in every slot: {256 * token_bytes:,} bytes a slot for 256."
             )
         return _checked(length, "the model's max_seq_length")
@@ -47,9 +47,9 @@ def tell_cost(specs: Mapping[str, FieldSpec], cache_size: int, length: int) -> N
         f"the model allows {length:,} tokens, so a slot takes {slot:,} bytes, {tokens:,} of them "
         f"for tokens and masks, and {cache_size:,} slots take {slot * cache_size / 1e6:,.0f} MB"
     )
-    advice = "give max_length, the most tokens that a text of your data has"
+    advice = "set max_length to the most tokens that any of your texts has"
     if tokens * cache_size > _SHARE:
-        raise OptionError(f"{text}: {advice}, or max_length={length} to take them.")
+        raise OptionError(f"{text}: {advice}, or pass max_length={length} to accept that.")
     logger.warning("%s: %s.", text[0].upper() + text[1:], advice)
 
 

@@ -148,16 +148,16 @@ class TokenRows(NamedTuple):
         unknown = sorted(rows.keys() - self.dtypes.keys())
         if unknown:
             raise KeysError(
-                f"a column has {unknown}, and the cache was made for {sorted(self.dtypes)}: what "
-                "the model gave for a text when the loss was made. Make the loss anew."
+                f"a column has {unknown}, but the cache was made for {sorted(self.dtypes)}, "
+                "which the model returned for a text when the loss was made. Make a new loss."
             )
         tokens, live = rows[TOKENS], rows[MASK].bool()
         count, width = tokens.shape
         length = width if length is None else length
         if width > length:
             raise ShapeError(
-                f"a text has {width} tokens and the cache stores {length}: make the loss with "
-                "a larger max_length, or lower the model's max_seq_length."
+                f"a text has {width} tokens, but the cache stores {length}: make the loss with a "
+                "larger max_length, or lower the model's max_seq_length."
             )
         if form[0] in {"padded", "counted"}:
             form += sorted(self.dtypes.keys() - rows.keys())

@@ -62,9 +62,10 @@ def refuse_shards(model: nn.Module) -> None:
         wrapped = parallel(model) is None and model is not bare(model)
         if wrapped or "FSDPModule" in bases:
             raise OptionError(
-                "features='index' in several processes takes a model in DistributedDataParallel, "
-                "or a bare one: others, such as FSDP and DeepSpeed, need as many calls of the "
-                "model in each process, and these depend on what is drawn."
+                "features='index' in several processes needs a model in "
+                "DistributedDataParallel, or an unwrapped one: others, such as FSDP and "
+                "DeepSpeed, need the same number of model calls in each process, but that "
+                "number depends on what is drawn."
             )
 
 
@@ -75,13 +76,13 @@ def refuse_wrappers(model: nn.Module) -> None:
         forward = vars(module).get("forward")
         if isinstance(forward, _LAYERS):
             raise OptionError(
-                "AdaptiveLayerLoss or Matryoshka2dLoss is around NegativeCacheLoss: they take "
+                "AdaptiveLayerLoss or Matryoshka2dLoss wraps NegativeCacheLoss: they take "
                 "embeddings from earlier layers, which the cache does not hold. Use "
-                "NegativeCacheLoss alone; for embeddings that may be cut, "
+                "NegativeCacheLoss alone; for embeddings that can be shortened, "
                 "NegativeCacheLoss(matryoshka_dims=…)."
             )
         if isinstance(forward, _CUTS):
             raise OptionError(
-                "MatryoshkaLoss is around NegativeCacheLoss: it cuts the embeddings that the cache "
+                "MatryoshkaLoss wraps NegativeCacheLoss: it cuts the embeddings that the cache "
                 "holds whole. Use NegativeCacheLoss(matryoshka_dims=…) instead of wrapping it."
             )

@@ -227,9 +227,9 @@ class NegativeCacheLoss(nn.Module):
         learning = bare(self.model).training and torch.is_grad_enabled()
         if learning and self.report is None and not self.own_loop:
             raise negcache.OptionError(
-                "a trainer saves its model and not its loss, so the cache would be lost with its "
-                "checkpoints: call keep_cache(trainer) before trainer.train(). In a training loop "
-                "of your own make the loss with own_loop=True, and save loss.state_dict()."
+                "a trainer saves its model but not its loss, so the cache would be lost with "
+                "its checkpoints: call keep_cache(trainer) before trainer.train(). In your own "
+                "training loop, make the loss with own_loop=True, and save loss.state_dict()."
             )
         refuse_wrappers(self.model)
         handler = self.handler

@@ -129,12 +129,12 @@ class _Keeper(TrainerCallback):
         del control
         losses, note = self.losses(), state.stateful_callbacks.get(_NOTE)
         if state.global_step > 0 and self.start_empty:
-            self._empty("The training goes on with empty caches: start_empty=True.")
+            self._empty("Training continues with empty caches, because of start_empty=True.")
         elif note is not None:
             load(losses, self._find(args, state, note))
         elif state.global_step > 0:
             logger.warning(
-                "The checkpoint was saved by a training without a negative cache: it starts empty."
+                "The checkpoint was saved without a negative cache: the cache starts empty."
             )
         elif self.trainer.model_init is not None:
             self._empty("The trainer's model_init made a new model: its cache starts empty.")
@@ -143,8 +143,8 @@ class _Keeper(TrainerCallback):
             HubStrategy.ALL_CHECKPOINTS,
         }:
             logger.warning(
-                "Checkpoints are pushed to the hub before the cache is saved into them: to go on "
-                "from one that was pushed, upload its folder %s… too.",
+                "Checkpoints are pushed to the hub before the cache is saved into them: to "
+                "resume from a pushed one, upload its folder %s… too.",
                 _FOLDER,
             )
         (self.folder,) = broadcast_object_list([_FOLDER + secrets.token_hex(8)])
@@ -189,9 +189,9 @@ class _Keeper(TrainerCallback):
             load(self.losses(), checkpoint / told["stateful_callbacks"][_NOTE]["folder"])
         except (OSError, KeyError, CheckpointError) as error:
             logger.warning(
-                "The trainer is back at its best model, of %s, and the cache is that of the last "
-                "step: none was saved there, or not one that fits (%s). Before this model trains "
-                "on, call loss.handler.reset().",
+                "The trainer is back at its best model, from %s, but the cache is that of the "
+                "last step: none was saved there, or not one that fits (%s). Before training "
+                "this model further, call loss.handler.reset().",
                 checkpoint,
                 error,
             )
@@ -210,11 +210,11 @@ class _Keeper(TrainerCallback):
             if (checkpoint / note["folder"] / ".metadata").is_file():  # written last
                 return checkpoint / note["folder"]
         raise OptionError(
-            f"the trainer resumes at step {state.global_step}, and the cache of that checkpoint, "
+            f"the trainer resumes at step {state.global_step}, but the cache of that checkpoint, "
             f"{note['folder']}, is in none of {[str(each) for each in checkpoints]}: name the "
-            "checkpoint, keep_cache(trainer, checkpoint=…). Where it is lost, or was never saved, "
-            "as with save_only_model, go on with an empty one: keep_cache(trainer, "
-            "start_empty=True)."
+            "checkpoint with keep_cache(trainer, checkpoint=…). If the cache is lost, or was "
+            "never saved, as with save_only_model, continue with an empty one: "
+            "keep_cache(trainer, start_empty=True)."
         )
 
 
@@ -225,14 +225,15 @@ def _check_names(trainer: SentenceTransformerTrainer, grouped: list[str]) -> Non
     for what, given in (("train_dataset", train), ("eval_dataset", evaluated)):
         if given is not None and not isinstance(given, DatasetDict):
             raise OptionError(
-                f"the losses {grouped} have group_by_dataset=True, and {what} is a "
-                f"{type(given).__name__}: expected a DatasetDict, whose names tell data sets apart."
+                f"the losses {grouped} have group_by_dataset=True, but {what} is a "
+                f"{type(given).__name__}: expected a DatasetDict, whose names tell data sets "
+                "apart."
             )
     unknown = [] if train is None or evaluated is None else sorted(set(evaluated) - set(train))
     if unknown:
         raise OptionError(
-            f"eval_dataset has {unknown}, which train_dataset has not: with group_by_dataset=True "
-            "no row of the cache would compete there. Give them the names of data sets in training."
+            f"eval_dataset has {unknown}, which train_dataset lacks: with group_by_dataset=True "
+            "no row of the cache would compete there. Give them the names of training data sets."
         )
 
 

@@ -28,8 +28,9 @@ class _DistributedLoss:
         strategy = tf.distribute.get_strategy()
         if self.top_k is not None and isinstance(strategy, tf.distribute.TPUStrategy):
             raise OptionError(
-                "top_k needs each replica to know while it is traced which one it is, and a TPU's "
-                "replicas share one trace: leave top_k out to draw from the softmax over all slots."
+                "top_k needs each replica to know while tracing which one it is, but a TPU's "
+                "replicas share one trace: leave top_k out to draw from the softmax over all "
+                "slots."
             )
         self.placement = self.placement.of(StrategyReplicas(strategy))
 

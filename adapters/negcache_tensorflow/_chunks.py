@@ -223,9 +223,9 @@ class _Watched:
             if found:
                 raise OptionError(
                     f"the network {does} ({', '.join(found)}), as dropout layers and batch "
-                    "normalisation do in training: computed again for the gradient, it would not "
-                    "be the same. Call it with training=False, or draw with tf.random.stateless_* "
-                    "from seeds (n, 2) among the features."
+                    "normalisation do in training: recomputed for the gradient, its output "
+                    "would differ. Call it with training=False, or draw with "
+                    "tf.random.stateless_* from seeds (n, 2) in the features."
                 )
 
 

@@ -57,7 +57,7 @@ class StrategyReplicas(Replicas[Any]):
         del like  # TensorFlow places tensors itself
         if None in own:
             raise ShapeError(
-                "the batch has an unknown number of rows, and a cache in shards needs to know it: "
+                "the batch has an unknown number of rows, but a sharded cache needs to know it: "
                 "batch the dataset with drop_remainder=True."
             )
         self._check_equal(own, "replicas have unequal batches: batch with drop_remainder=True.")
@@ -66,7 +66,7 @@ class StrategyReplicas(Replicas[Any]):
     def texts(self, own: str, like: tf.Tensor) -> list[str]:
         del like
         number = zlib.crc32(own.encode()) >> 1  # of 31 bits
-        self._check_equal([number], f"the workers are not set up alike; this one has {own}.")
+        self._check_equal([number], f"the workers are set up differently; this one has {own}.")
         return [own] * self.count
 
     def noise(
@@ -117,7 +117,7 @@ class StrategyReplicas(Replicas[Any]):
         context = tf.distribute.get_replica_context()
         if context is None or tf.distribute.get_strategy() is not self.strategy:
             raise OptionError(
-                "a cache in shards is used outside of its strategy: make loss and handler inside "
+                "a sharded cache is used outside its strategy: make loss and handler inside "
                 "strategy.scope(), and call them in strategy.run."
             )
         return context

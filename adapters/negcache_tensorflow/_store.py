@@ -76,9 +76,9 @@ class VariableStore(Store):
         """Raise OptionError: variables, and functions that were traced with them, stay."""
         del caches
         raise OptionError(
-            "resize changes shapes, and TensorFlow's variables keep theirs: make a handler with "
-            "the new cache_size, and new.load(path, resize=True) what this one's save(path) wrote, "
-            "or new.restore(handler.cache, resize=True)."
+            "resize changes shapes, but TensorFlow's variables keep theirs: make a new handler "
+            "with the new cache_size, and call new.load(path, resize=True) on what this one's "
+            "save(path) wrote, or new.restore(handler.cache, resize=True)."
         )
 
     @tf.autograph.experimental.do_not_convert
@@ -102,8 +102,8 @@ def _variable(value: tf.Tensor, name: str, aggregation: tf.VariableAggregation) 
     several = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
     if several and strategy.num_replicas_in_sync > 1 and value.dtype not in _BROADCAST:
         raise DTypeError(
-            f"field {name!r} is {value.dtype.name}, and a MultiWorkerMirroredStrategy makes "
-            f"variables of {[dtype.name for dtype in _BROADCAST]} only: choose one of these."
+            f"field {name!r} is {value.dtype.name}, but a MultiWorkerMirroredStrategy makes only "
+            f"variables of {[dtype.name for dtype in _BROADCAST]}: choose one of these."
         )
     return tf.Variable(
         value,

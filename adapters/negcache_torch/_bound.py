@@ -44,7 +44,7 @@ class _Handler(_Mode):
         setup = self._setup
         if not setup.placement.sharded:
             raise OptionError(
-                "distributed_state_dict is for a cache in shards: this handler's loss is a "
+                "distributed_state_dict is for a sharded cache: this handler's loss is a "
                 f"{type(self.cache_loss).__name__}. Use state_dict()."
             )
         state, replicas = self.state_dict(), setup.placement.replicas

@@ -71,9 +71,9 @@ def refuse_recomputation() -> None:
     """
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # noqa: SLF001
         raise OptionError(
-            "a step of the cache is run in a backward pass, as torch.utils.checkpoint does with "
-            "what it wraps: it would draw other negatives and update the cache a second time. "
-            "Checkpoint the towers inside of the step, not the step."
+            "a step of the cache runs in a backward pass, as it does inside "
+            "torch.utils.checkpoint: it would draw other negatives and update the cache a "
+            "second time. Checkpoint the towers inside the step, not the step."
         )
 
 

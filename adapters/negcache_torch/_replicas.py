@@ -22,7 +22,7 @@ class ProcessGroup(Replicas[Tensor]):
     def __init__(self, group: Any = None) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise OptionError(
-                "a cache is to be shared between processes, and torch.distributed is not "
+                "a cache is to be shared between processes, but torch.distributed is not "
                 "initialised: call torch.distributed.init_process_group first, or use "
                 "CacheClassificationLoss without use_cross_replica in one process."
             )

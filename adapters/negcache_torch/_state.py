@@ -72,9 +72,10 @@ class OwnState(nn.Module):
 
     def _replicate_for_data_parallel(self) -> Self:
         raise OptionError(
-            "a cache is in a torch.nn.DataParallel, which runs copies of the model in threads and "
-            "drops what they write: rows and draws would be lost. Use one process for each device "
-            "with torch.nn.parallel.DistributedDataParallel, or keep the handler outside."
+            "a cache is inside torch.nn.DataParallel, which runs copies of the model in threads "
+            "and discards what they write: rows and draws would be lost. Use one process for "
+            "each device with torch.nn.parallel.DistributedDataParallel, or keep the handler "
+            "outside."
         )
 
     def _save_to_state_dict(

@@ -138,8 +138,8 @@ class MissingCache(str):
     def __format__(self, spec: str) -> str:
         handler = ".".join(self.split(".")[:-3])  # before tables, the cache and the field
         return (
-            f"{self!s}: the state_dict has no cache for the handler at {handler!r}, as that of a "
-            "model which was trained without. load_state_dict(state, strict=False) loads the rest "
+            f"{self!s}: the state_dict has no cache for the handler at {handler!r}, like that of "
+            "a model trained without one. load_state_dict(state, strict=False) loads the rest "
             "and leaves the cache as it is, at first empty; handler.prefill can fill it."
         )
 
@@ -163,8 +163,9 @@ def check_loaded(handler: Any, state_dict: dict[str, Any], prefix: str, *argumen
     if own != given:
         raise KeysError(
             f"the state_dict of the handler at {prefix!r} lacks {sorted(own - given)} and has "
-            f"unknown {sorted(given - own)}: expected the state of one with the same fields and "
-            "options. Make such a one, load into it, and pass its cache to handler.restore."
+            f"unknown {sorted(given - own)}: expected the state of a handler with the same "
+            "fields and options. Make a handler with the saved fields and options, load into "
+            "it, and pass its cache to handler.restore."
         )
     count, ages = 0, []
     for name, table in store.tables.items():

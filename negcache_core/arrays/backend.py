@@ -256,7 +256,7 @@ class Backend(Generic[ArrayT]):
     def all_gather(self, array: ArrayT, group: Any = None) -> ArrayT:
         """Concatenate `array` (n, …) over the replicas of a group, in the order of their ranks."""
         raise OptionError(
-            f"use_cross_replica=True needs a distributed backend, and {self.name!r} runs in one "
+            f"use_cross_replica=True needs a distributed backend, but {self.name!r} runs in one "
             "process: use negcache_torch or negcache_tensorflow, or leave the option off."
         )
 

@@ -108,8 +108,8 @@ def as_array(value: Any, what: str, backend: Backend) -> Array:
     if backend.owns(value):
         return value
     refusal = KindError(
-        f"{what} is a {type(value).__name__}, of which {backend.name} makes no array: expected an "
-        "array, or lists of numbers that make one."
+        f"{what} is a {type(value).__name__}, which {backend.name} cannot turn into an array: "
+        "expected an array, or nested lists of numbers."
     )
     try:
         array = backend.to_array(value)

@@ -54,8 +54,8 @@ def named_caches(cache: Any, fields: tuple[str, ...], backend: Backend) -> Cache
             if shape_of(own, key)[1:] != shape_of(other, key)[1:] or own.dtype != other.dtype:
                 raise ShapeError(
                     f"field {key!r} of cache {name!r} has row shape {tuple(own.shape)[1:]} and "
-                    f"dtype {own.dtype}, elsewhere {tuple(other.shape)[1:]} and {other.dtype}: "
-                    "caches that are treated as one need equal fields."
+                    f"dtype {own.dtype}, but elsewhere {tuple(other.shape)[1:]} and "
+                    f"{other.dtype}: caches that are used as one need equal fields."
                 )
         if each.age.shape[0] is None:
             raise ShapeError(f"cache {name!r} has an unknown capacity: set its static shape.")
@@ -67,9 +67,9 @@ def check_window(caches: Caches, max_staleness: float | None) -> None:
     """Raise OptionError where a loss wants a window and nobody keeps one."""
     if max_staleness is not None and caches.window is None:
         raise OptionError(
-            f"the loss has max_staleness={max_staleness}, and the window that it sets is state, "
-            "which a handler keeps: call the loss through a CacheLossHandler or a "
-            "NegativeCacheLoss, or leave max_staleness out."
+            f"the loss has max_staleness={max_staleness}, whose window is state that only a "
+            "handler keeps: call the loss through a CacheLossHandler or a NegativeCacheLoss, or "
+            "leave max_staleness out."
         )
 
 

@@ -83,8 +83,9 @@ def warn_of_nonfinite(count: int) -> None:
     """Say that rows of a cache to load were left out, if any were."""
     if count:
         warnings.warn(
-            f"{count} rows of the cache to load have an embedding that is not finite: their slots "
-            "were emptied, as each would have made every loss NaN. Find out what wrote them.",
+            f"{count} rows of the cache to load have an embedding that is not finite: their "
+            "slots were emptied, because each would have made every loss NaN. Find out what "
+            "wrote them.",
             NonFiniteWarning,
             stacklevel=4,
         )

@@ -55,7 +55,7 @@ def check_rows(
             counts[key], sized = array.shape[0], array
     if not alike:
         raise ShapeError(
-            f"{what} has row counts {counts}: expected one number of rows in all fields."
+            f"{what} has row counts {counts}: expected the same number of rows in all fields."
         )
     if not arrays:
         return {}, 0
@@ -78,7 +78,7 @@ def check_castable(given: Any, stored: Any, what: str) -> None:
     fits = dtype_kind(given) == kind and (kind != "integer" or _holds(stored, given))
     if not fits:
         raise DTypeError(
-            f"{what} has dtype {dtype_name(given)} and its field stores {dtype_name(stored)}: "
+            f"{what} has dtype {dtype_name(given)}, but its field stores {dtype_name(stored)}: "
             "expected the field's dtype, any floating one for a floating field, or a narrower "
             "integer for an integer field. Cast the rows, or declare the field with their dtype."
         )
@@ -166,7 +166,7 @@ def check_stand_in(
         missing = [key for key in data_keys if key not in features]
         if missing:
             raise KeysError(
-                f"pos_features lack {missing}: expected all that the item network takes, "
+                f"pos_features lack {missing}: expected everything that the item network takes, "
                 f"{list(data_keys)}."
             )
         given = {key: features[key] for key in data_keys}

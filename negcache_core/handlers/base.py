@@ -284,8 +284,8 @@ class BaseHandler:
                 tell_of_nothing_learned(self._store.read())
         elif check_flag(training, "training") and not self.in_training:
             raise OptionError(
-                "training=True was given to a handler in evaluation mode: call .train() on it, or "
-                "on the module that it is a part of."
+                "training=True was given to a handler in evaluation mode: call .train() on it, "
+                "or on the module that contains it."
             )
         if not training:
             options.pop("noise", None)

@@ -65,16 +65,17 @@ def diagnose(setup: Setup, caches: Caches, metrics: Mapping[str, Any]) -> list[s
             "rises while the cache fills. prefill() fills it at once."
         )
     if not figures:
-        return [*said, "No step has run whose figures are known, so nothing more can be said."]
+        return [*said, "No step's figures are known yet, so there is nothing more to say."]
     said += _of_staleness(figures) + _of_scores(figures, filled or 0) + _of_scale(setup.loss)
     if figures.get("masked_count"):
         empty = not figures.get("fill")
-        why = "the cache was empty." if empty else "no row may oppose their queries."
+        why = "the cache was empty." if empty else "no row may be a negative for their queries."
         said.append(f"{figures['masked_count']:.0f} draws of a step found no row: {why}")
     if figures.get("nonfinite_count"):
         count = figures["nonfinite_count"]
         said.append(
-            f"a tower overflows: {count:.0f} embeddings of a step were left out as not finite."
+            f"a tower overflows: {count:.0f} embeddings of a step were left out because they are "
+            "not finite."
         )
     return said or [_healthy(figures)]
 
@@ -90,7 +91,7 @@ def warn_of_harm(step: int, metrics: Mapping[str, Any]) -> bool:
     if stale < HARMFUL_STALENESS:
         return False
     warnings.warn(
-        f"after {step} steps of training the cache does harm: {_of_staleness(metrics)[0]} "
+        f"after {step} steps of training the cache is doing harm: {_of_staleness(metrics)[0]} "
         "handler.diagnose() says more; this warning is not repeated.",
         TrainingWarning,
         stacklevel=2,
@@ -106,8 +107,8 @@ def tell_of_nothing_learned(caches: Caches) -> None:
     if written_slots([cache.age for cache in caches.values()]) == 0:
         logger.warning(
             "A step was called without gradients, as under torch.no_grad(): it counts as an "
-            "evaluation, and the cache stays empty. Pass training=True to fill it by such steps, "
-            "or use prefill(); in evaluation call .eval(), or pass training=False."
+            "evaluation, and the cache stays empty. Pass training=True to fill it in such "
+            "steps, or use prefill(); for evaluation call .eval(), or pass training=False."
         )
 
 
@@ -118,8 +119,11 @@ def _of_staleness(figures: Mapping[str, Any]) -> list[str]:
         "on average)"
     )
     if stale >= STRANGE_STALENESS:
-        why = "Was a checkpoint loaded into one of them only, or is the learning rate far too high?"
-        return [f"{measured}: the item tower is hardly the one that embedded these rows. {why}"]
+        why = (
+            "Was a checkpoint loaded into only one of the two, or is the learning rate far too "
+            "high?"
+        )
+        return [f"{measured}: the item tower can hardly be the one that embedded these rows. {why}"]
     if stale >= HIGH_STALENESS:
         advice = "Lower it, refresh() rows between steps, or make the cache smaller."
         return [f"{measured}: rows are too old for this learning rate. {advice}"]
@@ -144,7 +148,7 @@ def _of_scores(figures: Mapping[str, float], filled: int) -> list[str]:
         why = "The towers have learned nothing yet, or the scale is too low."
         said.append(f"{measured}: scores hardly tell items apart. {why}")
     if positive > 0.95:
-        why = "Make the cache larger, or look whether the features give the positive away."
+        why = "Make the cache larger, or check whether the features give the positive away."
         said.append(f"positive_probability {positive:.2f}: these negatives teach little. {why}")
     return said
 
@@ -157,7 +161,7 @@ def _of_scale(loss: Any) -> list[str]:
     if value is None or value < RUNAWAY_SCALE:
         return []
     advice = "Fix it: 20 suits embeddings of length 1."
-    return [f"the trained scale is {value:.0f}: it has run away, and the towers over-fit. {advice}"]
+    return [f"the trained scale is {value:.0f}: it has run away, and the towers overfit. {advice}"]
 
 
 def _healthy(figures: Mapping[str, float]) -> str:

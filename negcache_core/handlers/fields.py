@@ -37,8 +37,8 @@ def fields_of(
     both = in_order(set(given) & set(beside))
     if both:
         raise KeysError(
-            f"features and labels both have {both}: name each field once. Labels are kept beside "
-            "the features, and the item network does not get them."
+            f"features and labels both have {both}: name each field once. Labels are stored with "
+            "the features, but the item network does not get them."
         )
     sizes: dict[str, Any] = {}
     specs = {
@@ -49,8 +49,8 @@ def fields_of(
     row = _embedding_spec(embedding, sizes, backend)
     if len(set(sizes.values())) > 1:
         raise ShapeError(
-            f"the example batch has rows by field {sizes}: expected one row of every field, and "
-            "one embedding, for each item."
+            f"the example batch has row counts {sizes}: expected one row of every field, and one "
+            "embedding, for each item."
         )
     key = EMBEDDING
     while key in specs:

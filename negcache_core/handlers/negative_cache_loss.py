@@ -149,6 +149,6 @@ def _check_named(item_keys: tuple[str, ...], unique_key: Any, fields: Fields) ->
     if missing:
         known = [key for key in fields.specs if key != fields.embedding_key]
         raise KeysError(
-            f"id_keys, group_key, log_frequency_key or unique_key names {missing}, and features "
+            f"id_keys, group_key, log_frequency_key or unique_key names {missing}, but features "
             f"and labels have {known}: add the field to labels, labels={{{missing[0]!r}: …}}."
         )

@@ -70,8 +70,8 @@ def stored_features(
     missing = [key for key in wanted if key not in features]
     if missing:
         raise KeysError(
-            f"features lack {missing}: the cache stores {wanted} of each item, and features "
-            f"have {in_order(features)}."
+            f"features lack {missing}: the cache stores {wanted} of each item, but features have "
+            f"{in_order(features)}."
         )
     return {key: features[key] for key in wanted}
 
@@ -117,7 +117,7 @@ def stand_in(
         missing = [key for key in keys if key not in check_mapping(features[name], "features")]
         if missing:
             raise KeysError(
-                f"features lack {missing}: the loss needs {list(keys)} of each positive, and "
+                f"features lack {missing}: the loss needs {list(keys)} of each positive, but "
                 f"features have {in_order(features[name])}."
             )
         given = {key: features[name][key] for key in keys}

@@ -123,8 +123,8 @@ def check_sharing(
         return
     if use_cross_replica:
         raise OptionError(
-            "use_cross_replica=True keeps a whole cache on every replica, and a "
-            "DistributedCacheClassificationLoss cuts it into shards: choose one of the two."
+            "use_cross_replica=True keeps a whole cache on every replica, but a "
+            "DistributedCacheClassificationLoss splits it into shards: choose one of the two."
         )
     if group is not None and group != getattr(loss, "group", None):
         raise OptionError("the handler and its loss have different groups: give both the same.")
@@ -179,7 +179,7 @@ def _check_loss(
         other = getattr(cache_loss, what, own)
         if other != own:
             raise OptionError(
-                f"the handler has {what}={own!r} and its loss {other!r}: give both the same."
+                f"the handler has {what}={own!r}, but its loss has {other!r}: give both the same."
             )
     item_keys = getattr(cache_loss, "item_keys", ())
     missing = [key for key in item_keys if key not in manager.specs]
@@ -213,6 +213,6 @@ def _check_item_fields(loss: CacheClassificationLoss, manager: CacheManager) -> 
 def _check_backend(part: Any, what: str, backend: Backend) -> None:
     if type(part.backend) is not type(backend):
         raise KindError(
-            f"{what} is made for {part.backend.name} and the handler for {backend.name}: take both "
-            "from one package."
+            f"{what} is made for {part.backend.name} but the handler for {backend.name}: take "
+            "both from the same package."
         )

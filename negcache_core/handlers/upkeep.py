@@ -32,8 +32,8 @@ def refresh(
         capacity = caches[name].age.shape[0]
         if count > capacity:
             raise CapacityError(
-                f"n is {count} and the cache has {capacity} slots: expected at most all of "
-                "them. Lower n."
+                f"n is {count}, but the cache has {capacity} slots: expected at most that many. "
+                "Lower n."
             )
     with setup.backend.no_gradient():
         plans: dict[str, UpdatePlan | None] = {}
@@ -123,7 +123,7 @@ def _corpus(setup: Setup, cache: NegativeCache, features: Any) -> tuple[dict[str
     rows, total = check_rows(given, cache, "features", setup.backend, too_many)
     if not isinstance(total, int):
         raise OptionError(
-            "features have an unknown number of rows: prefill runs eagerly. Call it outside of "
+            "features have an unknown number of rows: prefill runs eagerly. Call it outside "
             "tf.function, or give the features a static shape."
         )
     xp = setup.backend.xp
@@ -201,10 +201,13 @@ def _wrapped(progress: Progress, batches: list[_Batch]) -> Iterator[_Batch]:
     """Yield what `progress` makes of the batches; raise KindError unless it is these."""
     wrapped = progress(batches)
     if not isinstance(wrapped, Iterable):
-        raise KindError(f"progress returned {wrapped!r}: expected the batches, as tqdm.tqdm does.")
+        raise KindError(
+            f"progress returned {wrapped!r}: expected an iterable of the batches, as tqdm.tqdm "
+            "returns."
+        )
     for batch in wrapped:
         if not isinstance(batch, _Batch):
-            raise KindError(f"progress gave {batch!r}: expected the batches that it was given.")
+            raise KindError(f"progress yielded {batch!r}: expected the batches that it was given.")
         yield batch
 
 

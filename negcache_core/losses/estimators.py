@@ -208,21 +208,22 @@ def check_estimator(
     if retrieval_fn and estimator.shares_draws:
         raise OptionError(
             f"estimator {name!r} needs the probabilities of the draws, which a retrieval_fn does "
-            "not tell: leave retrieval_fn out, or use estimator='paper'."
+            "not give: leave retrieval_fn out, or use estimator='paper'."
         )
     if retrieval_fn and correction:
         raise OptionError(
-            "staleness_correction needs the probabilities of the draws, which a retrieval_fn does "
-            "not tell: leave one of the two out."
+            "staleness_correction needs the probabilities of the draws, which a retrieval_fn "
+            "does not give: leave one of the two out."
         )
     if transform and estimator.needs_linear_scores:
         raise OptionError(
-            f"estimator {name!r} needs scores that are linear in the query, which a "
-            "score_transform is not: use scale= for a temperature, or estimator='shared'."
+            f"estimator {name!r} needs scores that are linear in the query, but a "
+            "score_transform may be nonlinear: use scale= for a temperature, or "
+            "estimator='shared'."
         )
     if top_k and estimator.reads_out:
         raise OptionError(
-            f"estimator {name!r} reads out the whole cache, and top_k has a query compete with "
-            "k slots only: leave top_k out, or use estimator='shared'."
+            f"estimator {name!r} reads out the whole cache, but with top_k a query competes with "
+            "only k slots: leave top_k out, or use estimator='shared'."
         )
     return name

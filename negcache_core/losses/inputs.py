@@ -78,9 +78,9 @@ def check_request(
     if scores_positives:
         if pos_doc_embeddings is None:
             raise OptionError(
-                "margin compares a row's score with the positive's, and there are no positives: "
-                "pass pos_doc_embeddings to the loss's retrieve(), or pos_item_embeddings to the "
-                "handler's."
+                "margin compares a row's score with the positive's, but there are no positives: "
+                "pass pos_doc_embeddings to the loss's retrieve(), or pos_item_embeddings to "
+                "the handler's."
             )
         shape, what = (queries.shape[0], table.shape[1]), "pos_doc_embeddings"
         positives = embeddings_of(pos_doc_embeddings, shape, what, backend, like=table)
@@ -145,8 +145,9 @@ def check_hard_labels(
     missing = [key for key in keys if key not in features]
     if missing:
         raise KeysError(
-            f"hard_negative_features lack {missing}: expected an array (B, H) for each of id_keys "
-            f"and group_key, {keys}. Without hard_negative_features they all count."
+            f"hard_negative_features lack {missing}: expected an array (B, H) for each of "
+            f"id_keys and group_key, {keys}. Without hard_negative_features all hard negatives "
+            "count."
         )
     own = retrieval.own
     if own is None:
@@ -154,8 +155,8 @@ def check_hard_labels(
     told = [each for each in own.arrays() if each is not None]
     if len(told) != len(keys):
         raise OptionError(
-            f"retrieval.own has {len(told)} fields of id_keys and group_key, and this loss "
-            f"{len(keys)}: pass what this very loss's retrieve() returned."
+            f"retrieval.own has {len(told)} fields of id_keys and group_key, but this loss has "
+            f"{len(keys)}: pass what this loss's own retrieve() returned."
         )
     shape, found = tuple(hard.shape[:2]), []
     for key, like in zip(keys, told, strict=True):
@@ -177,8 +178,9 @@ def check_competing(
     """
     if of_widths:
         raise OptionError(
-            "competing_scores were given to a loss with matryoshka_dims, which has a softmax for "
-            "each width, and a score is of one: give these candidates as hard_negative_embeddings."
+            "competing_scores were given to a loss with matryoshka_dims, which has a softmax "
+            "for each width, but a score belongs to one width: pass these candidates as "
+            "hard_negative_embeddings."
         )
     what, advice = "competing_scores", "One row for each query, -inf for no candidate."
     rows = retrieval.drawn.shape[0]

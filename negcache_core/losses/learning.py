@@ -24,7 +24,9 @@ WORDS = {
 def check_constant(constant: Any) -> tuple[str, ...]:
     """Return the names of what may be constant; raise KindError or OptionError for others."""
     if isinstance(constant, str) or not isinstance(constant, Iterable):
-        raise KindError(f"constant is {constant!r}: expected several names, as ('positives',).")
+        raise KindError(
+            f"constant is {constant!r}: expected several names, such as ('positives',)."
+        )
     names = tuple(constant)
     unknown = [name for name in names if name not in WORDS]
     if unknown:
@@ -67,7 +69,7 @@ def learning_alike(embedded: Embedded, constant: Iterable[str], backend: Backend
 def _mixed(constants: Sequence[str], learning: Sequence[str]) -> OptionError:
     still, moving = (" and ".join(WORDS[name] for name in names) for names in (constants, learning))
     return OptionError(
-        f"{still} carry no gradient, and {moving} do: the item network would learn from {moving} "
-        "alone. Embed all items by the network that is trained, outside of no_grad and without "
-        f"detach or stop_gradient. If it is meant, pass constant={tuple(constants)!r}."
+        f"{still} carry no gradient, but {moving} do: the item network would learn from {moving} "
+        "alone. Embed all items with the network that is trained, outside no_grad and without "
+        f"detach or stop_gradient. If this is intended, pass constant={tuple(constants)!r}."
     )

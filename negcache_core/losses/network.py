@@ -44,9 +44,8 @@ def _refusal(
         if key in fields or not subscripted:
             return None
         return KeysError(
-            f"the item network reads field {key!r}, and is given {fields}, the data_keys: labels "
-            f"that are kept beside are not among them. Add {key!r} to data_keys, or do without it "
-            "in the network."
+            f"the item network reads field {key!r}, but gets {fields}, the data_keys: labels are "
+            f"not among them. Add {key!r} to data_keys, or do not use it in the network."
         )
     if isinstance(error, AttributeError):
         about = _is_features(error.obj, fields)
@@ -61,8 +60,9 @@ def _refusal(
     if not about and not (inside and _reads_nothing(item_network, features)):
         return None
     return KindError(
-        f"the item network raised {type(error).__name__}, as it was called with a dict of arrays, "
-        f"fields {fields}: wrap yours, such as lambda features: encoder(features[{fields[0]!r}])."
+        f"the item network raised {type(error).__name__} when called with a dict of arrays, "
+        f"fields {fields}: wrap yours, for example lambda features: "
+        f"encoder(features[{fields[0]!r}])."
     )
 
 

@@ -118,7 +118,7 @@ def _given_ids(positive_ids: Any, id_keys: tuple[str, ...]) -> Mapping[str, Any]
     """Return `positive_ids` by key; an array is that of the first one."""
     if not id_keys:
         raise OptionError(
-            "positive_ids were given to a loss without id_keys: name the cache's fields of ids."
+            "positive_ids were given to a loss without id_keys: name the cache's id fields."
         )
     if not isinstance(positive_ids, Mapping):
         return {id_keys[0]: positive_ids}
@@ -134,7 +134,7 @@ def _ids(positive_ids: Any, rows: Any, table: Array, what: str, backend: Backend
     ids = array_of(positive_ids, (rows,) if single else (rows, "P"), what, backend, advice)
     ids = check_device(ids[:, None] if single else ids, table, what, backend)
     if ids.shape[1] == 0:
-        raise ShapeError(f"{what} has no columns: expected one id or more for each query.")
+        raise ShapeError(f"{what} has no columns: expected at least one id for each query.")
     if dtype_kind(ids.dtype) != "integer":
         raise DTypeError(f"{what} has dtype {dtype_name(ids.dtype)}: expected integers.")
     return ids

@@ -34,7 +34,7 @@ class Prefixes(NamedTuple):
         """Raise ShapeError unless embeddings of this width have every one of these."""
         if width is not None and self.widest > width:
             raise ShapeError(
-                f"matryoshka_dims has {self.widest}, and embeddings are {width} wide: name widths "
+                f"matryoshka_dims has {self.widest}, but embeddings are {width} wide: use widths "
                 f"of at most {width}."
             )
 

@@ -79,8 +79,8 @@ def check_retrieval(retrieval: Any, backend: Backend, **wanted: bool) -> Retriev
     for name, here in wanted.items():
         if (getattr(retrieval, name) is not None) != here:
             raise OptionError(
-                f"retrieval has {'no ' if here else ''}{name}, and this loss "
-                f"{'needs it' if here else 'has no use for it'}: pass what this very loss's "
+                f"retrieval has {'no ' if here else ''}{name}, but this loss "
+                f"{'needs it' if here else 'has no use for it'}: pass what this loss's own "
                 "retrieve() returned."
             )
     stale = retrieval.stale_embeddings

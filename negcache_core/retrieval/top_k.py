@@ -34,7 +34,7 @@ def check_groups(k: int, slots: int) -> None:
     """Raise CapacityError unless there is at least one slot for each of k groups."""
     if k > slots:
         raise CapacityError(
-            f"top_k is {k} and there are {slots} slots: at most one group for each slot. Lower "
+            f"top_k is {k}, but there are {slots} slots: at most one group for each slot. Lower "
             "top_k, or raise cache_size."
         )
 

@@ -32,7 +32,7 @@ def bring_home(
     """
     if sum(sizes) > min(slots):
         raise CapacityError(
-            f"the replicas insert {sum(sizes)} rows a step, and with unique_key all may come to "
+            f"the replicas insert {sum(sizes)} rows a step, and with unique_key all may go to "
             f"one shard of {min(slots)} slots: raise cache_size, or insert fewer rows."
         )
     every, counted = replicas.gather([keys, mask], sizes)

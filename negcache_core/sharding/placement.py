@@ -67,8 +67,8 @@ class Shards(Placement):
             sizes = shard_slots(manager.cache_size, replicas.count)
             if 0 in sizes:
                 raise CapacityError(
-                    f"cache {name!r} of {manager.cache_size} slots leaves a replica of "
-                    f"{replicas.count} without any, {list(sizes)}: raise cache_size."
+                    f"cache {name!r} of {manager.cache_size} slots leaves one of "
+                    f"{replicas.count} replicas without any, {list(sizes)}: raise cache_size."
                 )
             shards[name] = manager.init_shard(sizes[replicas.rank])
         return shards
@@ -91,8 +91,7 @@ class Shards(Placement):
                 what = "positive_ids" if len(keys) == 1 else f"positive_ids[{key!r}]"
                 raise ShapeError(
                     f"{what} have {[numbers[place] for numbers in every]} columns by rank: "
-                    "expected one number of them. Fill up short rows with an id that is there "
-                    "already."
+                    "expected the same number on every rank. Pad short rows by repeating an id."
                 )
         first = 1 + len(columns)
         return Sizes(
@@ -238,6 +237,7 @@ def check_equal_shards(
     for name, manager in managers.items():
         if manager.cache_size % count:
             raise CapacityError(
-                f"cache {name!r} of {manager.cache_size} slots cannot be cut into {count} equal "
-                f"shards, one for each {holder}: choose a cache_size that is a multiple of {count}."
+                f"cache {name!r} of {manager.cache_size} slots cannot be split into {count} "
+                f"equal shards, one for each {holder}: choose a cache_size that is a multiple of "
+                f"{count}."
             )

@@ -126,7 +126,7 @@ class Replicas(ABC, Generic[ArrayT]):
             f"{name} is " + ", ".join(f"{facts.get(name)} on {r}" for r, facts in enumerate(every))
             for name in unlike
         )
-        raise OptionError(f"the ranks are not set up alike: {given}. Give all of them the same.")
+        raise OptionError(f"the ranks are set up differently: {given}. Give all of them the same.")
 
 
 def _as_text(facts: Mapping[str, Any]) -> str:

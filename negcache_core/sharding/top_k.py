@@ -80,8 +80,8 @@ def _best_of_shared_groups(
     if not isinstance(rank, int):
         slots = sum(capacities[0])
         raise OptionError(
-            f"top_k is {k}, and its groups do not fit {len(capacities)} shards of {slots} slots: "
-            f"here a group cannot lie in two of them. Choose {len(capacities)} times a divisor of "
+            f"top_k is {k}, but its groups do not fit {len(capacities)} shards of {slots} slots: "
+            f"a group cannot span two of them. Choose {len(capacities)} times a divisor of "
             f"{slots}."
         )
     before, after = (

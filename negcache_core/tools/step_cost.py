@@ -126,7 +126,8 @@ def scaling(
         elsewhere = round(draws // world_size * (world_size - 1) / world_size)
     if elsewhere > draws:
         raise OptionError(
-            f"draws_elsewhere is {elsewhere} of {draws} draws in a step: expected at most those."
+            f"draws_elsewhere is {elsewhere} of {draws} draws in a step: expected at most that "
+            "many."
         )
     step = _Step(
         slots=longest,

@@ -112,7 +112,7 @@ def test_anchors_may_be_images_of_which_equal_ones_are_one():
         scores = 20.0 * query @ items.T
         expected.append(nn.functional.cross_entropy(scores, torch.tensor([0])))
     torch.testing.assert_close(value.detach(), torch.stack(expected).mean())
-    with pytest.raises(negcache.KindError, match=r"the anchors are \['grid', 'pixel_values'\]"):
+    with pytest.raises(negcache.KindError, match=r"the anchors have \['grid', 'pixel_values'\]"):
         loss([{"pixel_values": images, "grid": torch.ones(3, 2)}, model.preprocess(TEXTS[:2])])
 
 
