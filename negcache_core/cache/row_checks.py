@@ -1,4 +1,4 @@
-"""Checks of what a caller hands in as rows of a cache; see `negcache_core.arrays.validation`."""
+"""Checks of what a caller passes as rows of a cache; see `negcache_core.arrays.validation`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ def check_rows(
 ) -> tuple[dict[str, Array], Any]:
     """Check rows by field against a cache's tables; return them as arrays, and their number.
 
-    too_many: makes the error for more rows than slots; None where any number will do
+    too_many: makes the error for more rows than slots; None if any number is allowed
     """
     arrays: dict[str, Array] = {}
     counts: dict[str, int] = {}
@@ -96,7 +96,7 @@ def _holds(stored: Any, given: Any) -> bool:
 
 
 class CheckedRows(dict[str, Array]):
-    """Rows by field that were checked against the caches, as a handler does with its batch."""
+    """Rows by field, already checked against the caches, as a handler checks its batch."""
 
 
 class NewRows(NamedTuple):
@@ -118,7 +118,7 @@ class Refresh(NamedTuple):
 def check_new_rows(
     new_items: Any, cache: NegativeCache, backend: Backend, mask: Any = None
 ) -> NewRows:
-    """Check rows that are to be inserted: every field of the cache, one number of rows."""
+    """Check rows to insert: every field of the cache, with the same number of rows."""
     rows = check_mapping(new_items, "new_items")
     check_keys(rows, cache.data, "new_items", exact=True)
     arrays, count = check_rows(rows, cache, "new_items", backend, too_many_rows)
@@ -156,9 +156,9 @@ def check_refresh(
 def check_stand_in(
     features: Any, data_keys: tuple[str, ...], cache: NegativeCache, backend: Backend
 ) -> dict[str, Array] | None:
-    """Check features that may stand in for drawn rows; return them in the cache's dtypes.
+    """Check features that may replace drawn rows; return them in the cache's dtypes.
 
-    None where there are no rows.
+    None if there are no rows.
     """
     rows: Any = features
     if not isinstance(features, CheckedRows):

@@ -1,4 +1,4 @@
-"""The state of a handler on a disk and back; checked whole before any of it is put in place."""
+"""Save and load a handler's state; all of it is checked before any is put in place."""
 
 import os
 from collections.abc import Mapping
@@ -49,7 +49,7 @@ def save(setup: Setup, store: Store, path: str | os.PathLike[str]) -> None:
 def load(
     setup: Setup, store: Store, path: str | os.PathLike[str], *, resize: bool, draws: bool
 ) -> None:
-    """Take over what `save` wrote, with the state of its draws unless `draws` is False."""
+    """Load what `save` wrote, with the state of the draws unless `draws` is False."""
     _check_whole(setup, "load")
     resize, draws = check_flag(resize, "resize"), check_flag(draws, "draws")
     arrays, states = read_arrays(path)
@@ -74,7 +74,7 @@ def restore(
     *,
     resize: bool,
 ) -> None:
-    """Take over the rows and ages of caches of any library."""
+    """Load the rows and ages of caches of any library."""
     _check_whole(setup, "restore")
     caches = cache if isinstance(cache, Mapping) else {SINGLE: cache}
     _take_over(setup, store, caches, resize=check_flag(resize, "resize"))
@@ -170,7 +170,7 @@ def _joined(*parts: str) -> str:
 
 
 def _by_name(arrays: Mapping[str, Any]) -> dict[str, NegativeCache]:
-    """Return the caches whose arrays go by names that `_joined` made."""
+    """Return the caches from arrays under the names that `_joined` made."""
     found: dict[str, NegativeCache] = {}
     for joined, array in arrays.items():
         name, *rest = map(unquote, joined.split("/"))

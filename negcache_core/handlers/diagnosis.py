@@ -1,4 +1,4 @@
-"""What a handler's figures say of its training, in plain sentences."""
+"""What a handler's figures say about its training, in plain sentences."""
 
 import logging
 import warnings
@@ -18,13 +18,13 @@ HIGH_STALENESS = 0.1
 HARMFUL_STALENESS = 0.5
 STRANGE_STALENESS = 1.0
 """Two random directions have a staleness of 2: at a quarter of that rows mislead more than help, at
-half of it they hardly tell of these towers."""
+half of it they say almost nothing about these towers."""
 
 FIRST_LOOK = 64
-"""The first step at which figures are read for a warning; later ones are at twice as many each."""
+"""The first step at which figures are read for a warning; each later one is at twice as many."""
 
 ENOUGH = 64
-"""Rows from which on it means something how many of them compete."""
+"""The number of rows from which on it matters how many of them compete."""
 
 RUNAWAY_SCALE = 50.0
 
@@ -47,13 +47,13 @@ def describe(name: str, setup: Setup, caches: Caches | None, metrics: Mapping[st
     if window is not None:
         known += f", window {window:,.0f} steps"
     if stale is None and all(filled == 0 for filled in fills):
-        known = "; no step yet"  # where a slot is written, a compiled step kept no metrics
+        known = "; no step yet"  # if a slot is written, a compiled step kept no metrics
     lines.append(f"  {loss_in_words(setup.loss)}{known})")
     return "\n".join(lines)
 
 
 def diagnose(setup: Setup, caches: Caches, metrics: Mapping[str, Any]) -> list[str]:
-    """Return sentences on the cache and on a step's metrics, each with its figures."""
+    """Return sentences about the cache and a step's metrics, each with its figures."""
     capacity = sum(int(cache.age.shape[0]) for cache in caches.values())
     filled = written_slots([cache.age for cache in caches.values()])
     found = {key: number_of(value) for key, value in metrics.items()}
@@ -81,9 +81,9 @@ def diagnose(setup: Setup, caches: Caches, metrics: Mapping[str, Any]) -> list[s
 
 
 def warn_of_harm(step: int, metrics: Mapping[str, Any]) -> bool:
-    """Warn if the step's figures are plainly bad; return whether that was so.
+    """Warn if the step's figures are clearly bad; return whether they were.
 
-    Reads them at steps 64, 128, 256, … only, so that a device is hardly ever waited for.
+    Reads them only at steps 64, 128, 256, …, so that it seldom waits for a device.
     """
     if step < FIRST_LOOK or step & (step - 1):
         return False
@@ -100,9 +100,9 @@ def warn_of_harm(step: int, metrics: Mapping[str, Any]) -> bool:
 
 
 def tell_of_nothing_learned(caches: Caches) -> None:
-    """Log it if a step without gradients meets an empty cache, which it leaves empty.
+    """Log a message if a step without gradients meets an empty cache, which it leaves empty.
 
-    No Python warning: where these are errors, an evaluation must not fail for it.
+    Not a Python warning: where those are errors, an evaluation must not fail because of it.
     """
     if written_slots([cache.age for cache in caches.values()]) == 0:
         logger.warning(

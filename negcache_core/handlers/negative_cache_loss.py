@@ -143,7 +143,7 @@ class NegativeCacheLoss(CacheLossHandler):
 
 
 def _check_named(item_keys: tuple[str, ...], unique_key: Any, fields: Fields) -> None:
-    """Raise KeysError unless every field that an option names is there."""
+    """Raise KeysError unless every field that an option names exists."""
     named = [*item_keys, *([unique_key] if isinstance(unique_key, str) else [])]
     missing = [key for key in named if key not in fields.specs]
     if missing:

@@ -25,7 +25,7 @@ def check_scale(scale: Any, backend: Backend) -> Any:
 
 
 def scale_for(scale: Any, like: Array, backend: Backend) -> Any:
-    """Return a number, or an array of one value that goes with `like`; a function is called."""
+    """Return a number, or an array of one value that fits `like`; call a function."""
     value = scale() if callable(scale) else scale
     if isinstance(value, (int, float)):
         check_number(value, "scale")
@@ -36,7 +36,7 @@ def scale_for(scale: Any, like: Array, backend: Backend) -> Any:
         raise ShapeError(f"scale has shape {sizes}: expected one value, shape ().")
     if dtype_kind(array.dtype) not in {"floating", "integer"}:
         raise DTypeError(f"scale has dtype {dtype_name(array.dtype)}: expected a floating one.")
-    # Scalars on the host go with arrays anywhere.
+    # Scalars on the host work with arrays on any device.
     if backend.has_devices and array.device != like.device and str(array.device) != "cpu":
         raise DeviceError(f"scale is on {array.device}, but the queries are on {like.device}.")
     return array

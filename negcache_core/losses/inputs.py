@@ -39,9 +39,9 @@ def check_request(
     *,
     scores_positives: bool,
 ) -> Checked:
-    """Return what `retrieve` was given: queries, positives, stand-ins, noise, and embeddings.
+    """Return the checked arguments of `retrieve`: queries, positives, features, noise, embeddings.
 
-    scores_positives: whether the positives' embeddings (B, D) are needed, or None will do
+    scores_positives: whether the positives' embeddings (B, D) are needed, or may be None
     """
     cache = caches.first()
     table = cache.data[wanted.embedding_key]
@@ -96,7 +96,7 @@ def check_embeddings(
     embedding_key: str,
     backend: Backend,
 ) -> Embedded:
-    """Return the embeddings of phase two, in the shapes that a retrieval makes of them."""
+    """Return the embeddings of phase two, in the shapes that the retrieval requires."""
     (rows, draws), like = retrieval.drawn.shape, retrieval.stale_embeddings
     total, width = None if rows is None else rows * draws, like.shape[1]
     output, hard = "the item network's output", None
@@ -131,7 +131,7 @@ def check_hard_labels(
     group_key: str | None,
     backend: Backend,
 ) -> Labels | None:
-    """Return the labels (B, H) of hard negatives (B, H, D), or None where they are not to be told.
+    """Return the labels (B, H) of hard negatives (B, H, D), or None if they have none.
 
     Other fields of `features` are not read.
     """
@@ -213,7 +213,7 @@ def check_pairs(
 ) -> None:
     """Raise unless there is one positive for each query, before anything is drawn.
 
-    cache: as the user gave it; it is asked for the width of its rows, and not checked
+    cache: as the user passed it; only the width of its rows is read, without a check
     """
     for what, array in (
         ("query_embeddings", query_embeddings),

@@ -1,4 +1,4 @@
-"""The options of the loss, checked as it is made."""
+"""The options of the loss, checked when it is made."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -68,7 +68,7 @@ def check_max_staleness(limit: Any) -> float | None:
 def check_matryoshka(dims: Any, weights: Any, estimator: Any, **others: Any) -> Prefixes | None:
     """Return the widths, ascending, with their weights; None for no dims.
 
-    others: options that do not go with dims, by name
+    others: options that do not work with dims, by name
     """
     if dims is None:
         if weights is not None:

@@ -87,7 +87,7 @@ def check_retrieval(retrieval: Any, backend: Backend, **wanted: bool) -> Retriev
     for parts in (_ends, _rows, _others, _batch, _pool, _places):  # each may rely on those before
         for name, value, expected, kind in parts(retrieval):
             what = f"retrieval.{name}"
-            if not hasattr(value, "dtype"):  # it is used as it is
+            if not hasattr(value, "dtype"):  # it is used unchanged
                 raise KindError(f"{what} is a {type(value).__name__}: expected retrieve()'s array.")
             array = array_of(value, expected, what, backend)
             if dtype_kind(array.dtype) != kind:

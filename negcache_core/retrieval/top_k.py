@@ -100,7 +100,7 @@ def best_of_groups(cache: CacheScores, start: int, groups: int, width: int) -> t
         return xp.max(scores, axis=1), place + first[:, None]
 
     if width > cache.tile:
-        # A fold over the whole tiles of all groups, and one over what is left of each.
+        # One fold over the whole tiles of all groups, and one over their remainders.
         tiles, rest = divmod(width, cache.tile)
         parts = cache.backend.fold_tiles(
             lambda at: best(start + at // tiles * width + at % tiles * cache.tile, 1, cache.tile),

@@ -1,4 +1,4 @@
-"""A network that sees a large batch a few rows at a time, and remembers one such chunk."""
+"""A network that sees a large batch a few rows at a time, and keeps only one chunk in memory."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -91,7 +91,7 @@ def _flattened(
 
 
 def _nested(layout: Any, parts: Iterator[Array]) -> Any:
-    """Return a structure of `_flattened` with the next of `parts` for each array."""
+    """Return a structure from `_flattened` with the next of `parts` for each array."""
     if layout is True:
         return next(parts)
     if isinstance(layout, dict):
@@ -125,7 +125,7 @@ def _check_first_sizes(arrays: Sequence[Array], names: Sequence[str]) -> None:
 
 
 def _checked_output(output: Any, like: Array, backend: Backend) -> Array:
-    """Return the network's output for a chunk; raise unless it has a row for each row."""
+    """Return the network's output for a chunk; raise unless it has one row per input row."""
     if not hasattr(output, "shape") or not hasattr(output, "dtype"):
         raise KindError(
             f"the network returned a {type(output).__name__}: expected one array, with a row for "
