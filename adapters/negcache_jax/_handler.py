@@ -1,4 +1,4 @@
-"""What a handler is in JAX besides the core's: without state, which goes in and comes out."""
+"""Handlers in JAX: they have no state; it is an argument and a result."""
 
 import math
 import os
@@ -193,7 +193,7 @@ class StateHandler(Silent):
         return self.bind(state).diagnose(metrics)
 
     def _after(self, name: str, state: HandlerState, *arguments: Any, **options: Any) -> Any:
-        """Return the state after a method of the core's handler."""
+        """Return the state after a method of the core's handler ran."""
         bound = self.bind(state)
         getattr(bound, name)(*arguments, **options)
         return bound.state

@@ -1,4 +1,4 @@
-"""Exchange between the devices along an axis of a mesh, inside of `jax.shard_map`."""
+"""Exchange between the devices along an axis of a mesh, inside `jax.shard_map`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,8 +16,8 @@ class MeshAxis(Replicas[Array]):
 
     One program runs on all of them, so their sizes are equal and known, and only the rank is
     traced. No shape may depend on a draw: each device makes every draw, as if all were its own, and
-    the others' are told apart by their owner. It does so in as many turns as there are devices, for
-    no more memory than its own draws take.
+    then selects by owner. It does this in as many turns as there are devices, which takes no more
+    memory than its own draws.
     """
 
     lasting = False  # the rank is a part of one trace
@@ -45,7 +45,7 @@ class MeshAxis(Replicas[Array]):
         return [own] * self.count
 
     def agree(self, own: Mapping[str, Any], like: Array) -> None:
-        """Return: one program runs on all devices."""
+        """Do nothing: one program runs on all devices."""
 
     def check_slots(self, slots: Mapping[str, int], facts: Mapping[str, Any]) -> None:
         for name, here in slots.items():
@@ -61,7 +61,7 @@ class MeshAxis(Replicas[Array]):
         return [jax.lax.all_gather(array, self.name, tiled=True) for array in arrays]
 
     def total(self, sums: Array, xp: Any) -> Array:
-        return jax.lax.psum(sums, self.name)  # which shard_map knows to be the same everywhere
+        return jax.lax.psum(sums, self.name)  # shard_map knows that this is the same everywhere
 
     def gather_fresh(self, array: Array, sizes: Sequence[int]) -> Array:
         return jax.lax.all_gather(array, self.name, tiled=True)  # JAX transposes it to a sum
@@ -74,8 +74,8 @@ class MeshAxis(Replicas[Array]):
         return self.parts(array, sizes).sum(0)  # one operation for any number of devices
 
     def serve(self, arrays: Sequence[Array], route: Route) -> list[Array]:
-        # Every device sends a row for each draw, and the asker takes the owner's. As much is sent
-        # as to sum up masked rows, and any dtype and any value passes.
+        # Every device sends a row for each draw; the receiver takes the owner's. This sends as much
+        # as a sum of masked rows, but works for any dtype and any value.
         owner, place = self.own(route.owner, route.sizes), jnp.arange(route.sizes[0])
         return [self.parts(array, route.sizes)[owner, place] for array in arrays]
 

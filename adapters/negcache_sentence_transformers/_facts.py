@@ -1,4 +1,4 @@
-"""What a batch says of all its texts (prompt length, task, …), as a few numbers beside each row."""
+"""Facts about all texts of a batch (prompt length, task, …), as a few numbers in each row."""
 
 import hashlib
 import json
@@ -10,18 +10,18 @@ from negcache_torch import KindError, OptionError
 from torch import Tensor
 
 FACTS, PROMPT = "facts", "prompt_length"
-WORDS = 12  # int64 of a row's facts
-_PLAIN = {"modality": "text"}  # what a text is anyhow
+WORDS = 12  # int64 numbers of a row's facts
+_PLAIN = {"modality": "text"}  # what a text is by default
 
 
 def split(
     given: Mapping[str, Any], count: int, device: torch.device
 ) -> tuple[list[dict[str, Any]], Tensor]:
-    """Return the distinct facts of a batch's texts, and which of them each text has, (n,).
+    """Return the distinct facts of a batch's texts, and the index of each text's, (n,).
 
-    given: what a batch has beside its rows; a prompt's length may be a tensor, one number or (n,)
+    given: what a batch has besides its rows; a prompt's length may be a tensor, one number or (n,)
 
-    Raises KindError for what is no text, number or None.
+    Raises KindError for anything but text, numbers and None.
     """
     facts = dict(given)
     lengths = prompt_lengths(given, count, device)
@@ -40,7 +40,7 @@ def split(
 
 
 def prompt_lengths(given: Mapping[str, Any], count: int, device: torch.device) -> Tensor:
-    """Return int64 (n,): how many tokens the prompt of each text has; 0 where nothing is said."""
+    """Return int64 (n,): how many tokens the prompt of each text has; 0 if unknown."""
     lengths = given.get(PROMPT)
     lengths = torch.as_tensor(0 if lengths is None else lengths, device=device)
     if lengths.is_floating_point() or (lengths.numel() != 1 and lengths.shape != (count,)):
@@ -59,8 +59,8 @@ def encode(
 ) -> Tensor:
     """Return int64 (words,): the form of a row's features and the facts about it, as JSON.
 
-    The words themselves are stored and no numbers for them: so a row means the same on another
-    process, and after another start. Raises OptionError for facts that are too long.
+    This stores the text itself, not numbers for it, so a row means the same in another process
+    and after a restart. Raises OptionError for facts that are too long.
     """
     letters, room = _json([form, facts]), 8 * words
     if len(letters) > room:
@@ -72,27 +72,27 @@ def encode(
 
 
 def decode(words: Tensor) -> list[str]:
-    """Return the JSON of rows' words (n, WORDS)."""
+    """Return the JSON in rows' words (n, WORDS)."""
     return [
         bytes(row).decode().rstrip() for row in words.cpu().contiguous().view(torch.uint8).tolist()
     ]
 
 
 def parse(kind: str) -> tuple[list[Any], dict[str, Any]]:
-    """Return form and facts of a JSON."""
+    """Return the form and the facts in a JSON."""
     form, facts = json.loads(kind)
     return form, {key: tuple(v) if isinstance(v, list) else v for key, v in facts.items()}
 
 
 def without_prompt(kind: str) -> str:
-    """Return the JSON without the length of a prompt."""
+    """Return the JSON without the prompt length."""
     form, facts = json.loads(kind)
     facts.pop(PROMPT, None)
     return _json([form, facts]).decode()
 
 
 def signature(facts: Mapping[str, Any]) -> int:
-    """Return an int64 hash of facts, 0 where they say no more than that it is a text."""
+    """Return an int64 hash of facts, 0 if they say only that it is a text."""
     telling = {k: v for k, v in facts.items() if v and _PLAIN.get(k) != v}
     if not telling:
         return 0

@@ -1,4 +1,4 @@
-"""Rows that hold an item's number: what it stands for is fetched when the row is drawn."""
+"""Rows that hold an item's number: the item itself is fetched when the row is drawn."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,7 +28,7 @@ from ._wrappers import bare, refuse_shards
 
 NUMBER = "number"
 _TASK, _PROMPT, _LENGTH = "task", "prompt", "max_length"
-_WORDS = 24  # int64 of what a row remembers
+_WORDS = 24  # int64 numbers of what a row remembers
 _SHORTER = "give shorter prompts"
 _ADVICE = (
     "features='index' needs for each row the number of its positive in items, shape (B,), or "
@@ -38,22 +38,22 @@ _ADVICE = (
 
 
 class ItemRows:
-    """How items become rows: by their number in a sequence.
+    """How items become rows: through their number in a sequence.
 
     items:      number -> what the model's preprocess takes: a text, an image, a dict of audio, …
-    prompt, max_length: with which the items' columns are made, or those of each task; None: what a
-                trainer's columns say
-    check:      whether a row of each column is compared with what its number stands for, each step
+    prompt, max_length: those of the items' columns, or one per task; None: what a trainer's
+                columns say
+    check:      whether each step compares one row of each column with the item of its number
 
-    With its number a row remembers how its column was made: task, prompt and max_length. So are its
-    features when it is drawn.
+    With its number, a row remembers how its column was made: task, prompt and max_length. A drawn
+    row's features are made the same way.
     """
 
     def __init__(self, model: Any, items: Any, prompt: Any, length: Any, *, check: bool) -> None:
         self.model, self.items, self.check, self.step = model, _checked_items(items), check, 0
         self.prompt, self.length = _checked_prompt(prompt), length
         if length is not None:
-            slot_length(model, length, 0)  # raises where it is no length
+            slot_length(model, length, 0)  # raises if it is not a length
         self.texts = TokenRows.unasked_length(model)
 
     def specs(self) -> dict[str, FieldSpec]:
@@ -72,7 +72,7 @@ class ItemRows:
     ) -> dict[str, Tensor]:
         """Return rows to store, column by column; raise before anything is changed.
 
-        labels: numbers (B,) or (B, 1 + H); in evaluation None too, for items that have none
+        labels: numbers (B,) or (B, 1 + H); in evaluation also None, for items without numbers
         """
         held = int(cache.data[NUMBER].max())
         if held >= len(self.items):
@@ -83,7 +83,7 @@ class ItemRows:
             )
         count = count_of(columns[0])
         device = _device_of(columns[0])
-        if labels is None and not learning:  # each is another than all that have numbers
+        if labels is None and not learning:  # each is a new item, unlike any with a number
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
             numbers = -1 - rank * 2**32 - torch.arange(count * len(columns), device=device)
         else:
@@ -98,16 +98,16 @@ class ItemRows:
         return {NUMBER: numbers, FACTS: torch.cat(words), TEXT: torch.cat(texts), ID: numbers}
 
     def contents(self, column: Mapping[str, Any], numbers: Tensor) -> Tensor:
-        """Return ids of what items say, (n,): of their tokens, or else their numbers."""
+        """Return ids of the items' content, (n,): of their tokens, or else their numbers."""
         try:
             return self.texts.contents(column) if TOKENS in column else numbers
-        except KindError:  # tokens are not all
+        except KindError:  # there is more than tokens
             return numbers
 
     def anchors(self, column: Mapping[str, Any], rows: Mapping[str, Tensor]) -> Tensor:
-        """Return ids of what anchors say, (B,): of their tokens, or else of all their values.
+        """Return ids of the anchors' content, (B,): of their tokens, or else of all their values.
 
-        rows: those of the items; anchors that cannot be told by row are known by their positives'
+        rows: those of the items; anchors without values by row are identified by their positives'
               numbers
         """
         try:
@@ -116,16 +116,16 @@ class ItemRows:
             return rows[NUMBER][: count_of(column)]
 
     def unstored(self, column: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return rows of anchors, which no cache stores; the column has what to embed."""
+        """Return rows of anchors, which no cache stores; the column has the features to embed."""
         none = torch.zeros(count_of(column), dtype=torch.int64, device=_device_of(column))
         return {TEXT: self.contents(column, none)}
 
     def told(self) -> dict[str, Any]:
-        """Return what the model card tells of how rows are kept."""
+        """Return what the model card says about how rows are kept."""
         return {"features": "index", "items": len(self.items)}
 
     def kinds(self, words: Tensor) -> list[tuple[dict[str, Any], Tensor]]:
-        """Return how rows were made, by their facts, and which of them so."""
+        """Return how rows were made, by their facts, and which rows were made so."""
         distinct, which = words.unique(dim=0, return_inverse=True)
         return [
             (parse(kind)[1], (which == place).nonzero()[:, 0])
@@ -135,14 +135,14 @@ class ItemRows:
     def fetch(
         self, numbers: Iterable[int], made: Mapping[str, Any], device: torch.device
     ) -> dict[str, Any]:
-        """Return what the model makes of items, as the trainer's collator would."""
+        """Return the model's features of items, as the trainer's collator would make them."""
         options = {_TASK: None, _PROMPT: None, **made}
         found = self.model.preprocess([self.items[number] for number in numbers], **options)
         told = {_TASK: made[_TASK]} if _TASK in made else {}
         return batch_to_device({**found, **told}, device)
 
     def _made(self, column: Mapping[str, Any]) -> dict[str, Any]:
-        """Return how a column was made: as it says, or by this one's options."""
+        """Return how a column was made: as it records, or by these options."""
         task = column.get(_TASK)
         if task is not None and not isinstance(task, str):
             raise KindError(f"a column's task is {task!r}: expected one name for all rows.")
@@ -184,7 +184,7 @@ class ItemRows:
     def _compare(
         self, columns: Sequence[Mapping[str, Any]], numbers: list[list[int]], made: list[Any]
     ) -> None:
-        """Raise OptionError where a row is not what its number stands for, another each step."""
+        """Raise OptionError if a row is not its number's item; checks another row each step."""
         row = self.step % len(numbers[0])
         for place, (column, own, how) in enumerate(zip(columns, numbers, made, strict=True), 2):
             wrong = unlike(self.fetch([own[row]], how, _device_of(column)), column, row)
@@ -201,7 +201,7 @@ class ItemRows:
 def rows_of(
     features: Any, model: Any, items: Any, prompt: Any, max_length: Any, *, check: bool
 ) -> TokenRows | ItemRows:
-    """Return how a loss keeps rows. Raises OptionError or KindError for options that do not fit."""
+    """Return how a loss keeps rows. Raises OptionError or KindError for options that clash."""
     if features == "index":
         return ItemRows(model, items, prompt, max_length, check=check)
     if features != "content":
@@ -216,13 +216,13 @@ def rows_of(
 
 
 class Telling:
-    """The `preprocess` of a model, which says beside its features how it was called."""
+    """The `preprocess` of a model, which also records how it was called."""
 
     def __init__(self, preprocess: Callable[..., Mapping[str, Any]]) -> None:
         self.preprocess = preprocess
 
     def __call__(self, inputs: Sequence[Any], **options: Any) -> dict[str, Any]:
-        """Return features as the model makes them, and how they were made."""
+        """Return features as the model makes them, with a record of how."""
         made = {key: options.get(key) for key in (_TASK, _PROMPT, _LENGTH)}
         told = json.dumps({key: value for key, value in made.items() if value is not None})
         return {**self.preprocess(inputs, **options), MADE_WITH: told}
@@ -237,19 +237,19 @@ def packed(
     *,
     learning: bool,
 ) -> dict[str, Tensor]:
-    """Return rows to store of a batch's columns; raise OptionError for numbers of no use.
+    """Return rows to store from a batch's columns; raise OptionError for unusable numbers.
 
-    model: with what is around it
+    model: with its wrappers
     """
     if isinstance(rows, ItemRows):
         refuse_shards(model)
-        rows.model = bare(model)  # a trainer may have made a new one
+        rows.model = bare(model)  # a trainer may have made a new model
         return rows.pack(columns, labels, cache, learning=learning)
     return rows.pack(columns)
 
 
 def numbers_in(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the numbers of rows that have some, by their key."""
+    """Return the numbers of rows that have them, by key."""
     return {NUMBER: rows[NUMBER]} if NUMBER in rows else {}
 
 

@@ -1,4 +1,4 @@
-"""The state of losses in a folder of a checkpoint and back; looked at whole before it is loaded."""
+"""Save and load the state of losses in a checkpoint's folder; all is checked before loading."""
 
 import logging
 import re
@@ -23,17 +23,17 @@ Saved = dict[str, dict[str, Any]]  # by loss, by key of its handler's state
 
 
 def save(losses: Mapping[str, NegativeCacheLoss], folder: Path) -> None:
-    """Write the state of losses, all processes together."""
+    """Write the state of losses; all processes do this together."""
     _exchange(dcp.save, _joined(_state_of(losses)), folder)
 
 
 def load(losses: Mapping[str, NegativeCacheLoss], folder: Path) -> None:
-    """Read into the live state of losses, all processes together.
+    """Read into the live state of losses; all processes do this together.
 
-    Where no window of ages was saved, all rows compete at first. Losses that were not saved are
-    left as they are, with a warning, if others were.
+    If no window of ages was saved, all rows compete at first. Losses that were not saved are left
+    unchanged, with a warning, if others were saved.
 
-    Raises CheckpointError, before anything is changed, where what was saved does not fit.
+    Raises CheckpointError, before anything is changed, if what was saved does not fit.
     """
     own, saved = _state_of(losses), _saved_in(folder)
     wrong = [line for name in own.keys() & saved for line in _misfits(name, own, saved)]
@@ -65,7 +65,7 @@ def load(losses: Mapping[str, NegativeCacheLoss], folder: Path) -> None:
 
 
 def _misfits(name: str, own: Saved, saved: Saved) -> Iterator[str]:
-    """Say what of one loss was saved otherwise than it has it."""
+    """Yield how one loss's saved state differs from its own."""
     mine, found = own[name], saved[name]
     missing = sorted(mine.keys() - found - {_WINDOW})
     unknown = sorted(found.keys() - mine - {_WINDOW})
@@ -106,7 +106,7 @@ class _Table:
 def _saved_in(folder: Path) -> Saved:
     try:
         tables = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    except Exception as error:  # a file that was cut short fails in many ways
+    except Exception as error:  # a truncated file fails in many ways
         raise CheckpointError(f"the cache saved in {folder} cannot be read: {error}") from error
     found: Saved = {}
     for joined, table in tables.items():
@@ -118,11 +118,11 @@ def _saved_in(folder: Path) -> Saved:
 
 
 def _open_window(loss: NegativeCacheLoss) -> None:
-    """Let all rows compete at first, as a handler does that loads rows without a window."""
+    """Let all rows compete at first, as a handler does when it loads rows without a window."""
     state = loss.handler.state_dict()
     window = state.pop(_WINDOW)
     loss.handler.load_state_dict(state)
-    if loss.sharded:  # as wide as the oldest row in any shard wants it
+    if loss.sharded:  # as wide as the oldest row in any shard needs
         dist.all_reduce(window, dist.ReduceOp.MAX)
 
 
@@ -135,6 +135,6 @@ def _joined(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _exchange(verb: Any, state: dict[str, Tensor], folder: Path) -> None:
-    with warnings.catch_warnings():  # one process alone is no reason to warn
+    with warnings.catch_warnings():  # no warning for a single process
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         verb(state, checkpoint_id=folder)

@@ -8,17 +8,17 @@ from typing import Any
 from negcache_torch import FieldSpec, OptionError
 
 logger = logging.getLogger(__name__)
-_LONG = 1_024  # tokens: past this nobody would take a length unasked
-_SHARE = 2**30  # bytes that tokens may take unasked
+_LONG = 1_024  # tokens: beyond this, do not use a length without telling the user
+_SHARE = 2**30  # bytes that tokens may take without asking the user
 _AGE_BYTES = 4
-_NO_LIMIT = 2**24  # tokenizers without a limit say 1e30
+_NO_LIMIT = 2**24  # tokenizers without a limit report 1e30
 
 
 def slot_length(model: Any, max_length: int | Mapping[str, int] | None, token_bytes: int) -> int:
-    """Return the most tokens of a text: what is given, else what the model allows.
+    """Return the most tokens of a text: the given number, else what the model allows.
 
-    max_length:  a number, or that of each task, as training arguments may have it
-    token_bytes: what a token takes in a slot, with masks and types
+    max_length:  a number, or one per task, as in training arguments
+    token_bytes: bytes that a token takes in a slot, with masks and types
     """
     if max_length is None:
         length = model.max_seq_length
@@ -35,12 +35,12 @@ def slot_length(model: Any, max_length: int | Mapping[str, int] | None, token_by
 
 
 def tell_cost(specs: Mapping[str, FieldSpec], cache_size: int, length: int) -> None:
-    """Say what slots as long as the model allows cost, before they take memory.
+    """Report what slots of the longest allowed length cost, before they take memory.
 
-    Raises OptionError where their tokens take more than a gibibyte; a smaller cost is logged.
+    Raises OptionError if their tokens take more than a gibibyte; a smaller cost is logged.
     """
     if length <= _LONG or not isinstance(cache_size, int):
-        return  # the manager refuses what is no size
+        return  # the manager refuses what is not a size
     slot = sum(_bytes(spec) for spec in specs.values())
     tokens = sum(_bytes(spec) for spec in specs.values() if spec.shape == (length,))
     text = (
@@ -54,7 +54,7 @@ def tell_cost(specs: Mapping[str, FieldSpec], cache_size: int, length: int) -> N
 
 
 def slot_bytes(specs: Mapping[str, FieldSpec]) -> int:
-    """Return what a slot takes, its age included."""
+    """Return the bytes of a slot, its age included."""
     return _AGE_BYTES + sum(map(_bytes, specs.values()))
 
 

@@ -1,4 +1,4 @@
-"""negcache's classes in TensorFlow; what mypy knows of them stands in _bound.pyi."""
+"""negcache's classes in TensorFlow; mypy reads their types from _bound.pyi."""
 
 import contextlib
 from typing import Any
@@ -94,4 +94,4 @@ BOUND = bind(
         "NegativeCacheLoss": _FrontDoor,
     },
 )
-globals().update(BOUND._asdict())  # the names are those of _bound.pyi
+globals().update(BOUND._asdict())  # the names match _bound.pyi
