@@ -28,7 +28,7 @@ import tensorflow as tf
 from installed_source import source_files
 from negcache_keras import CacheLayer
 
-KNOWN = 24  # imports of a file that its query has at most
+KNOWN = 24  # the most imports in a file's query
 WORDS, BUCKETS = 8, 4_096  # words of a module's dotted name, hashed
 WIDTH = 64
 SCALE = 20.0
@@ -39,7 +39,7 @@ Features = Mapping[str, tf.Tensor]
 
 
 class Imports(NamedTuple):
-    """Who imports what; module number 0 is none, and fills up rows.
+    """Who imports what; module number 0 means none, and pads rows.
 
     modules:  names, by number
     known:    int32 (files, KNOWN), the imports that a file's query may have
@@ -56,7 +56,7 @@ class Imports(NamedTuple):
 def mine(max_files: int | None = None) -> Imports:
     """Read the imports of installed files: the first module of each import line, relative ones not.
 
-    Files with fewer than 4 imports are left out, and so are modules that one file alone imports.
+    Files with fewer than 4 imports are left out, and so are modules that only one file imports.
     """
     files = []
     for found in _imports_of_files():
@@ -68,7 +68,9 @@ def mine(max_files: int | None = None) -> Imports:
     modules = ["", *sorted(name for name, count in counts.items() if count > 1)]
     numbers = {name: number for number, name in enumerate(modules)}
     kept = [[numbers[name] for name in sorted(found) if name in numbers] for found in files]
-    kept = [ids for ids in kept if len(ids) > 2]  # one held out, and one to be found by another
+    kept = [
+        ids for ids in kept if len(ids) > 2
+    ]  # one is held out, and one must be found from another
     known, held_out = np.zeros((len(kept), KNOWN), np.int32), np.zeros(len(kept), np.int32)
     for row, ids in enumerate(kept):
         held_out[row] = ids.pop(row % len(ids))
@@ -102,7 +104,7 @@ def dataset(data: Imports, batch_size: int) -> tf.data.Dataset:
 class TwoTower(keras.Model):
     """A tower for files, one for modules, and a loss between them.
 
-    modules:    how many there are, the one that is none included
+    modules:    how many there are, including the one that means none
     cache_size: slots of the cache; 0 for in-batch negatives alone
     """
 
@@ -125,15 +127,15 @@ class TwoTower(keras.Model):
         self.cache = CacheLayer(make_loss(cache_size)) if cache_size else None
 
     def item_network(self, features: Features) -> tf.Tensor:
-        """Return (n, WIDTH), of modules that the features item_id and words are of."""
+        """Return (n, WIDTH) for modules, from the features item_id and words."""
         own = self.module_embedding(features["item_id"])
         return self.normalize(own + self.word_tower(features["words"]))
 
     def call(self, x: Mapping[str, Any]) -> tuple[tf.Tensor, tf.Tensor]:
-        """Return the embeddings of files and of the modules that belong to them."""
+        """Return the embeddings of files and of their modules."""
         return self.file_tower(x["known"]), self.item_network(x["item"])
 
-    def compute_loss(  # what Keras's own train_step and test_step call
+    def compute_loss(  # called by Keras's own train_step and test_step
         self,
         x: Mapping[str, Any],
         y: None,
@@ -141,9 +143,9 @@ class TwoTower(keras.Model):
         sample_weight: tf.Tensor | None = None,
         training: bool = True,
     ) -> tf.Tensor:
-        """Return the loss of a batch; the cache is updated where it is training."""
+        """Return the loss of a batch; update the cache in training."""
         del y, sample_weight
-        # What else the file imports is no wrong answer: the names stand in for absent ones.
+        # The file's other imports are not wrong answers; its own module replaces absent ones.
         own = x["item"]["item_id"][:, None]
         ids = tf.concat([own, tf.where(x["known"] > 0, x["known"], own)], axis=1)
         if self.cache is None:
@@ -163,13 +165,13 @@ def make_loss(cache_size: int) -> negcache.NegativeCacheLoss:
         scale=SCALE,
         labels={"log_q": negcache.FieldSpec((), "float32")},
         id_keys=("item_id",),
-        log_frequency_key="log_q",  # the cache has popular modules many times over
+        log_frequency_key="log_q",  # the cache holds popular modules many times
         generator=0,
     )
 
 
 def in_batch_loss(query: tf.Tensor, item: tf.Tensor, ids: tf.Tensor, features: Features) -> Any:
-    """Return the same cross-entropy, with the same corrections, over the batch's items alone."""
+    """Return the same cross-entropy, with the same corrections, over the batch's items only."""
     scores = SCALE * tf.matmul(query, item, transpose_b=True)
     diagonal = tf.eye(tf.shape(scores)[0], dtype=tf.bool)
     right = tf.reduce_any(ids[:, :, None] == features["item_id"], axis=1)
@@ -182,13 +184,13 @@ def recall_at_10(scores: np.ndarray, data: Imports) -> float:
     """Return the share of files whose held-out import is among the ten best of `scores`."""
     scores = np.array(np.broadcast_to(scores, (len(data.known), len(data.modules))))
     scores[:, 0] = -np.inf
-    np.put_along_axis(scores, data.known, -np.inf, axis=1)  # those are known
+    np.put_along_axis(scores, data.known, -np.inf, axis=1)  # already known
     own = np.take_along_axis(scores, data.held_out[:, None], axis=1)
     return float(((scores <= own).sum(axis=1) > len(data.modules) - 10).mean())
 
 
 def scores_of(model: TwoTower, data: Imports) -> np.ndarray:
-    """Return (files, modules), the products of all with all."""
+    """Return (files, modules), the products of all pairs."""
     items = model.item_network(
         {key: tf.constant(data.features[key]) for key in ("item_id", "words")}
     )
@@ -201,11 +203,11 @@ def _imports_of_files() -> Iterator[set[str]]:
 
 
 def _hash(text: str) -> int:
-    return zlib.crc32(text.encode())  # the same in every process
+    return zlib.crc32(text.encode())  # the same in all processes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Mine, train without and with a cache, and say what each recommends."""
+    """Mine, train without and with a cache, and print what each recommends."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -223,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = TwoTower(len(data.modules), cache_size)
         model.compile(keras.optimizers.Adam(options.learning_rate))
         callbacks = []
-        if options.out is not None and cache_size:  # the weights have the cache in them
+        if options.out is not None and cache_size:  # the weights include the cache
             weights = str(options.out / "model.weights.h5")
             callbacks = [
                 keras.callbacks.ModelCheckpoint(weights, save_weights_only=True),

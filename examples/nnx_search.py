@@ -51,7 +51,7 @@ class Towers(nnx.Module):
 
 
 def make_loss(cache_size: int, width: int) -> negcache.NegativeCacheLoss:
-    """Return the loss; its state is apart from it."""
+    """Return the loss; its state is separate."""
     return negcache.NegativeCacheLoss(
         cache_size,
         features={"tokens": negcache.FieldSpec((ITEM_WORDS,), jnp.int32)},
@@ -65,7 +65,7 @@ def make_loss(cache_size: int, width: int) -> negcache.NegativeCacheLoss:
 def make_train_step(loss_fn: negcache.NegativeCacheLoss) -> Callable[..., Any]:
     """Return the compiled step: it trains the towers, and returns the next state and metrics."""
 
-    # The state is donated, so that the cache is written where it is.
+    # The state is donated, so that the cache is written in place.
     @nnx.jit(donate_argnames="state")
     def train_step(
         towers: Towers,
@@ -94,7 +94,7 @@ def make_train_step(loss_fn: negcache.NegativeCacheLoss) -> Callable[..., Any]:
 
 @nnx.jit
 def ranks(towers: Towers, data: Data) -> Array:
-    """Return where each held-out query finds its item among all items: 1 is best."""
+    """Return the rank of each held-out query's item among all items; 1 is best."""
     items = jax.lax.map(lambda row: towers.embed_items(row[None])[0], data.items, batch_size=256)
     scores = towers.embed_queries(data.queries[data.held_out]) @ items.T
     own = jnp.take_along_axis(scores, data.answers, axis=1)
@@ -108,13 +108,13 @@ def evaluate(towers: Towers, data: Data) -> tuple[float, float]:
 
 
 class Run:
-    """All that a run goes on from: towers, optimizer, the cache's state, and the steps done."""
+    """Everything that a run resumes from: towers, optimizer, the cache's state, and the step."""
 
     def __init__(self, cache_size: int, width: int) -> None:
         loss_fn = make_loss(cache_size, width)
         self.towers = Towers(width, nnx.Rngs(0))
         self.optimizer = nnx.Optimizer(self.towers, optax.adam(3e-3), wrt=nnx.Param)
-        # An array of integers: not all releases of Orbax save the newer kind of key.
+        # An integer array: not all Orbax releases can save the newer kind of key.
         self.state, self.step = loss_fn.init(jax.random.PRNGKey(1)), 0
         self.train_step = make_train_step(loss_fn)
 
@@ -124,12 +124,12 @@ class Run:
         return {**models, "cache": self.state, "step": np.asarray(self.step)}
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint; whenever the process dies, it is there whole or not at all."""
+        """Write a checkpoint; if the process dies, it is complete or absent."""
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder, self.arrays())
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint, bit for bit."""
+        """Resume from a checkpoint, bit for bit."""
         with ocp.StandardCheckpointer() as checkpointer:
             saved = checkpointer.restore(folder, self.arrays())
         nnx.update(self.towers, saved["towers"])
@@ -139,7 +139,7 @@ class Run:
     def train(self, data: Data, options: argparse.Namespace) -> None:
         """Train up to `options.steps`, with a log for TensorBoard."""
         log = Writer(str(options.out / "log"))
-        # All batches are of one size: another one would be compiled anew.
+        # All batches have one size: another one would be compiled again.
         rows = batches(data.train, options.steps, options.batch_size)
         for step in range(self.step, options.steps):
             ids = data.item_of[rows[step]]

@@ -27,11 +27,11 @@ from sentence_transformers.util import semantic_search
 from tokenizers import BertWordPieceTokenizer
 
 OUT = Path(__file__).resolve().parents[1] / "runs" / "sentence_transformers_search"
-TOKENS = 256  # of a text; what is longer is cut off
+TOKENS = 256  # of a text; longer ones are cut
 
 
 def make_model(pairs: Sequence[Pair]) -> SentenceTransformer:
-    """Return a model of one vector for each token, random as yet."""
+    """Return a model of one vector per token, still random."""
     tokenizer = BertWordPieceTokenizer()
     texts = [text for pair in pairs for text in (pair.query, pair.code)]
     tokenizer.train_from_iterator(texts, vocab_size=16_384, show_progress=False)
@@ -62,7 +62,7 @@ def as_dataset(pairs: Sequence[Pair]) -> Dataset:
 
 
 def train(model: SentenceTransformer, pairs: Sequence[Pair], options: argparse.Namespace) -> None:
-    """Train by the trainer, as with any of its losses; two lines are about the cache."""
+    """Train with the trainer, as with any of its losses; two lines concern the cache."""
     arguments = SentenceTransformerTrainingArguments(
         str(options.out),
         max_steps=options.steps,

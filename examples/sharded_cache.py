@@ -1,4 +1,4 @@
-"""Train the docstring search on several processes, with one cache cut into a shard for each.
+"""Train the docstring search on several processes, with one cache split into a shard for each.
 
     torchrun --nproc-per-node 2 examples/sharded_cache.py --steps 500
 
@@ -32,7 +32,7 @@ class Towers(SearchModel):
 
 
 def make_loss(towers: Towers, slots: int) -> negcache.NegativeCacheLoss:
-    """Return a loss that holds this process's shard of `slots` slots, where the towers are."""
+    """Return a loss that holds this process's shard of `slots` slots, on the towers' device."""
     return negcache.NegativeCacheLoss(
         slots,
         features={"tokens": negcache.FieldSpec((ITEM_WORDS,), torch.int32)},
@@ -71,7 +71,7 @@ def state_of(
     optimizer: torch.optim.Optimizer,
     done: Tensor,
 ) -> dict[str, Any]:
-    """Return all that a run goes on from, by name; the cache's tables are the live ones."""
+    """Return everything that a run resumes from, by name; the cache's tables are the live ones."""
     towers_state, optimizer_state = get_state_dict(towers, optimizer)
     return {
         "towers": towers_state,
@@ -88,7 +88,7 @@ def load(
     optimizer: torch.optim.Optimizer,
     done: Tensor,
 ) -> None:
-    """Go on from a checkpoint, whatever the number of processes that saved it."""
+    """Resume from a checkpoint, whatever the number of processes that saved it."""
     state = state_of(towers, loss_fn, optimizer, done)
     dcp.load(state, checkpoint_id=folder)  # the cache's tables and `done` in place
     set_state_dict(
@@ -100,7 +100,7 @@ def load(
 
 
 def train(options: argparse.Namespace, device: torch.device) -> None:
-    """Train, and say what the search finds before and after."""
+    """Train, and print what the search finds before and after."""
     torch.manual_seed(0)
     towers = DistributedDataParallel(Towers(options.width, sparse=False).to(device))
     loss_fn = make_loss(towers.module, options.slots)
@@ -149,8 +149,8 @@ def main() -> None:
     else:
         torch.set_num_threads(1)
     train(options, device)
-    # DistributedDataParallel must be gone by here: as the last to hold the group it would wait for
-    # gloo's threads while it holds Python's lock, for which these may wait.
+    # DistributedDataParallel must be gone by here: as the last owner of the group it would wait for
+    # gloo's threads while it holds Python's lock, which these may need.
     gc.collect()
     dist.destroy_process_group()
 
