@@ -1,4 +1,4 @@
-"""One framework over a grid of sizes: the command line that the benchmarks of time share."""
+"""One framework over a grid of sizes: the command line shared by the timing benchmarks."""
 
 import argparse
 import gc
@@ -46,10 +46,10 @@ def run(
     full: Grid = FULL,
     quick: Grid = QUICK,
 ) -> list[dict[str, Any]]:
-    """Measure the sizes that the command line asks for, print a table, write and return its rows.
+    """Measure the sizes given on the command line, print a table, write and return its rows.
 
     names:    the candidates to measure side by side
-    row_of:   their times -> what the table says of them
+    row_of:   their times -> a row of the table
     tables:   memory needed, in tables of C x D float32 …
     matrices: … and in matrices of B x C float32, to leave out sizes that do not fit
     """
@@ -76,7 +76,7 @@ def run(
         candidates = candidates_of(options.framework, names, **size)
         times = interleaved(candidates, rounds=options.rounds, seconds=seconds)
         candidates.clear()
-        gc.collect()  # the next size needs the memory
+        gc.collect()  # the next size needs this memory
         rounds = len(times[names[0]])
         found.append({"framework": options.framework, **size, **row_of(times), "rounds": rounds})
         path = save(f"{file}_{options.framework}", found[-1:], SAME)

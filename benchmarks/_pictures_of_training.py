@@ -23,7 +23,7 @@ METHODS = {
     "cache": ("cache", OURS, "D"),
     "full-softmax": ("full softmax", "#a855f7", "v"),
 }
-FIRST_PART = 1 / 8  # of the budget; what is before would squeeze the rest
+FIRST_PART = 1 / 8  # of the budget; anything earlier would squeeze the rest
 ESTIMATORS = ("paper", "shared", "exact_query")
 
 
@@ -55,13 +55,13 @@ def training_quality() -> Figure | None:
 
 
 def _shown(rows: list[Row], method: str) -> Row | None:
-    """Return what a method is shown by: its defaults, or its best options if these were not run."""
+    """Return what represents a method: its defaults, or its best options if these were not run."""
     found = [row for row in choose(rows) if row["method"] == method]
     return max(found, key=lambda row: (not row["options"], score(row)), default=None)
 
 
 def _line(axes: Axes, runs: list[Row], key: str, color: str, marker: str, label: str) -> None:
-    """Draw the mean of all seeds, and a band from the least to the most."""
+    """Draw the mean of all seeds, and a band from the lowest to the highest."""
     kept = ([point for point in row["curve"] if point["part"] >= FIRST_PART] for row in runs)
     points = list(zip(*kept, strict=True))
     where = [statistics.mean(point[key] for point in part) for part in points]
@@ -119,7 +119,7 @@ def gradient_noise() -> Figure | None:
 
 
 def _place(name: str) -> tuple[bool, bool, int]:
-    """Return where an estimator stands: after what it is a variant of."""
+    """Return the position of an estimator: after the one that it is a variant of."""
     first = name.replace(",", "").split()[0]
     order = ("in-batch", "memory", *ESTIMATORS)
     return "corrected" in name, "draws" in name, order.index(first)

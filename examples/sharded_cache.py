@@ -123,8 +123,8 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
 
     if rank == 0:
         fill, here = loss_fn.metrics["fill"], len(loss_fn.cache.age)
-        print("MRR {:.3f}, recall@10 {:.3f} at first;".format(*before), end=" ")
-        print("MRR {:.3f}, recall@10 {:.3f} at last".format(*evaluate(towers.module, data)))
+        print("MRR {:.3f}, recall@10 {:.3f} before;".format(*before), end=" ")
+        print("MRR {:.3f}, recall@10 {:.3f} after".format(*evaluate(towers.module, data)))
         print(f"{count} processes, {here} slots on this one", end="; ")
         print(f"{fill:.0%} of {options.slots} written", end="")
         print(f"; went on from step {begun}" if begun else "")
