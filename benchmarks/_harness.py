@@ -16,10 +16,10 @@ LEAST_ROUNDS = 3
 def interleaved(
     candidates: dict[str, Callable[[], Any]], *, rounds: int, seconds: float
 ) -> dict[str, list[float]]:
-    """Time each candidate once a round, after a warm-up round; return the seconds by name.
+    """Time each candidate once a round, after one round of warm-up; return the seconds by name.
 
-    rounds:  the maximum; at least three are run
-    seconds: no round begins after this time
+    rounds:  at most so many, and at least three
+    seconds: no further round begins after so long
 
     A candidate must not return before its work is done.
     """

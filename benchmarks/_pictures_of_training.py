@@ -23,7 +23,7 @@ METHODS = {
     "cache": ("cache", OURS, "D"),
     "full-softmax": ("full softmax", "#a855f7", "v"),
 }
-FIRST_PART = 1 / 8  # of the budget; anything earlier would squeeze the rest
+FIRST_PART = 1 / 8  # of the budget; what is before would squeeze the rest
 ESTIMATORS = ("paper", "shared", "exact_query")
 
 

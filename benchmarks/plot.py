@@ -1,8 +1,8 @@
 """Draw the pictures of the documentation from benchmarks/results and the tournament's kept results.
 
 step_cost:        a step and the published algorithm over the bare product, by framework and size
-memory:           a step's memory beyond the tables against capacity, with the score matrix
-training_quality: test MRR of each training method against encoder calls and against time
+memory:           a step's memory beyond the tables against capacity, beside the score matrix
+training_quality: test MRR of each way of training against encoder calls and against time
 gradient_noise:   noise and bias of each estimator's gradient on a trained model
 
     python benchmarks/plot.py

@@ -209,7 +209,7 @@ def evaluate(model: SearchModel, data: Data) -> tuple[float, float]:
             scores = queries @ embeddings.T
             best = scores.gather(1, answers).amax(dim=1, keepdim=True)
             wrong = scores.scatter(1, answers, -math.inf)
-            ranks.append(1 + (~(wrong < best)).sum(dim=1))  # a tie counts as a miss, as does NaN
+            ranks.append(1 + (~(wrong < best)).sum(dim=1))  # a tie counts as a loss, as NaN does
     rank = torch.cat(ranks).double()
     return (1 / rank).mean().item(), (rank <= 10).double().mean().item()
 

@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = TwoTower(len(data.modules), cache_size)
         model.compile(keras.optimizers.Adam(options.learning_rate))
         callbacks = []
-        if options.out is not None and cache_size:  # the weights include the cache
+        if options.out is not None and cache_size:  # the weights have the cache in them
             weights = str(options.out / "model.weights.h5")
             callbacks = [
                 keras.callbacks.ModelCheckpoint(weights, save_weights_only=True),
