@@ -234,7 +234,7 @@ def test_a_score_that_is_not_finite_takes_its_own_query_out_and_no_other(name, p
         (np.zeros((B + 1, 2)), ShapeError, r"scores has shape \(3, 2\): expected \(2, n\)"),
         (np.zeros(B), ShapeError, r"scores has shape \(2,\): expected \(2, n\). One row"),
         (np.zeros((B, 2), np.int32), DTypeError, "scores has dtype int32: expected floating"),
-        ([[0.0], [0.0, 1.0]], KindError, "competing_scores is a list, of which"),
+        ([[0.0], [0.0, 1.0]], KindError, "competing_scores is a list, which"),
     ],
 )
 @pytest.mark.parametrize("backend", EAGER.values(), ids=backend_name)

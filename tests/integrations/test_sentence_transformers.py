@@ -235,7 +235,7 @@ def test_a_resumed_training_goes_on_bit_for_bit(tmp_path):
     _, resumed = run("three", tmp_path / "moved")
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
     shutil.move(next((tmp_path / "moved").glob("negcache-*")), tmp_path / "lost")
-    with pytest.raises(negcache.OptionError, match="resumes at step 2, and the cache of"):
+    with pytest.raises(negcache.OptionError, match="resumes at step 2, but the cache of"):
         run("four", tmp_path / "moved")
 
 

@@ -90,7 +90,7 @@ def test_batches_of_one_data_set_follow_each_other(sampler):
             assert len(set(rows)) == len(rows)
             assert all(batch for batch in found)
     with pytest.raises(
-        negcache.OptionError, match=r"have \[14, 9, 25\] rows, and number 1 of them"
+        negcache.OptionError, match=r"have \[14, 9, 25\] rows, and number 1 makes only"
     ):
         SameDataset(sampler, 5, dataset=data, batch_samplers=samplers(drop_last=True), **options)
 

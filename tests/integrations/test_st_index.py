@@ -271,7 +271,7 @@ def test_data_sets_may_have_prompts_of_their_own(tmp_path):
     words = {tuple(each) for each in loss.handler.cache.data["facts"].tolist()}
     assert len(words) == 2
     loss.rows.prompt = "w9 "
-    with pytest.raises(negcache.OptionError, match="the loss has prompt='w9 ' for items, and"):
+    with pytest.raises(negcache.OptionError, match="the loss has prompt='w9 ' for items, but"):
         trainer.train()
 
 
