@@ -59,8 +59,8 @@ def run(
         parser.add_argument(f"--{name}", type=int, nargs="+", help="instead of the grid's")
     parser.add_argument("--quick", action="store_true", help="a small grid, for a first look")
     parser.add_argument("--rounds", type=int, default=11, help="at most, and at least 3")
-    parser.add_argument("--seconds", type=float, help="no new round of a size after so long")
-    parser.add_argument("--memory-gb", type=float, default=16.0, help="leave larger sizes out")
+    parser.add_argument("--seconds", type=float, help="start no round of a size after this time")
+    parser.add_argument("--memory-gb", type=float, default=16.0, help="skip larger sizes")
     options = parser.parse_args()
     grid = quick if options.quick else full
     seconds = options.seconds or (3.0 if options.quick else 30.0)

@@ -194,12 +194,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    trainer = commands.add_parser("train", help="train by every method and compare")
+    trainer = commands.add_parser("train", help="train with every method and compare")
     trainer.add_argument("--steps", type=positive_int, default=2000)
     trainer.add_argument("--batch-size", type=positive_int, default=16)
     trainer.add_argument("--cache-size", type=positive_int, default=8192)
     trainer.add_argument("--seed", type=int, default=0)
-    trainer.add_argument("--max-pairs", type=positive_int, help="stop mining at so many pairs")
+    trainer.add_argument("--max-pairs", type=positive_int, help="mine at most this many pairs")
     searcher = commands.add_parser("search", help="answer a query from the saved model")
     searcher.add_argument("query", help='such as "parse an ISO date"')
     for command in (trainer, searcher):

@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--cache-size", type=int, default=4_096)
-    parser.add_argument("--max-files", type=int, help="stop mining at so many files")
+    parser.add_argument("--max-files", type=int, help="read at most this many files")
     parser.add_argument("--learning-rate", type=float, default=0.003)
     parser.add_argument("--out", type=Path, help="a folder for weights and TensorBoard")
     options = parser.parse_args(arguments)

@@ -167,10 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache-size", type=int, default=4_096, help="of all processes together")
     parser.add_argument("--width", type=int, default=64, help="of the embeddings")
     parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--max-pairs", type=int, default=6_000, help="stop mining at so many pairs")
+    parser.add_argument("--max-pairs", type=int, default=6_000, help="mine at most this many pairs")
     parser.add_argument("--save-every", type=int, default=500, help="steps")
     parser.add_argument("--log-every", type=int, default=50, help="steps")
-    parser.add_argument("--resume", type=Path, help="a checkpoint to go on from")
+    parser.add_argument("--resume", type=Path, help="a checkpoint to resume from")
     parser.add_argument("--out", type=Path, default=OUT, help="for logs and checkpoints")
     options = parser.parse_args(arguments)
 

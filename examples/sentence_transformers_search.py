@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--cache-size", type=int, default=8_192)
     parser.add_argument("--learning-rate", type=float)
-    parser.add_argument("--max-pairs", type=int, help="stop mining at so many pairs")
+    parser.add_argument("--max-pairs", type=int, help="mine at most this many pairs")
     parser.add_argument("--query", default="parse an ISO date")
     parser.add_argument("--out", type=Path, default=OUT, help="for checkpoints")
     options = parser.parse_args(arguments)

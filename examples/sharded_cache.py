@@ -127,7 +127,7 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
         print("MRR {:.3f}, recall@10 {:.3f} after".format(*evaluate(towers.module, data)))
         print(f"{count} processes, {here} slots on this one", end="; ")
         print(f"{fill:.0%} of {options.slots} written", end="")
-        print(f"; went on from step {begun}" if begun else "")
+        print(f"; resumed from step {begun}" if begun else "")
 
 
 def main() -> None:
@@ -137,8 +137,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="queries of each process")
     parser.add_argument("--slots", type=int, default=4_096, help="of all processes together")
     parser.add_argument("--width", type=int, default=64, help="of the embeddings")
-    parser.add_argument("--max-pairs", type=int, default=6_000, help="stop mining at so many pairs")
-    parser.add_argument("--checkpoint", type=Path, help="folder to go on from and to save to")
+    parser.add_argument("--max-pairs", type=int, default=6_000, help="mine at most this many pairs")
+    parser.add_argument("--checkpoint", type=Path, help="folder to resume from and save to")
     options = parser.parse_args()
 
     gpu = torch.cuda.is_available()

@@ -35,4 +35,4 @@ def test_it_learns_on_two_ranks_and_goes_on_with_one(tmp_path):
     assert again == after
     # One step of 8 rows fills no cache of 256 slots that was empty.
     written = "1 processes, 256 slots on this one; 100% of 256 written"
-    assert state == f"{written}; went on from step 40"
+    assert state == f"{written}; resumed from step 40"
