@@ -1,6 +1,7 @@
 // Returns what is wrong with the page as it is shown now, as lines of text. Run by in_a_browser.py.
 const [codeFits] = arguments;
 const LEAST_CONTRAST = 4.5; // WCAG 2.2, level AA, for text of any size
+const MOST_APART = 1.3; // contrast of a picture's ground with the page: no white box on a dark page
 const faults = [];
 const article = document.querySelector("article") || document.body;
 
@@ -108,6 +109,35 @@ function checkContrasts() {
   }
 }
 
+// A picture's ground is to be the page's, and something in it is to stand out.
+function checkPictures() {
+  for (const picture of article.querySelectorAll("img")) {
+    const canvas = document.createElement("canvas");
+    canvas.width = 400;
+    canvas.height = Math.ceil((400 * picture.naturalHeight) / picture.naturalWidth);
+    const painter = canvas.getContext("2d", { willReadFrequently: true });
+    const { ground } = around(picture);
+    painter.fillStyle = `rgb(${ground.map((part) => part * 255)})`;
+    painter.fillRect(0, 0, canvas.width, canvas.height);
+    painter.filter = getComputedStyle(picture).filter;
+    painter.drawImage(picture, 0, 0, canvas.width, canvas.height);
+    const { data } = painter.getImageData(0, 0, canvas.width, canvas.height);
+    const counts = new Map();
+    for (let at = 0; at < data.length; at += 4) {
+      const color = data.slice(at, at + 3).join();
+      counts.set(color, (counts.get(color) || 0) + 1);
+    }
+    const colors = [...counts]
+      .sort((one, other) => other[1] - one[1])
+      .map(([color]) => color.split(",").map((part) => part / 255));
+    const apart = contrast(colors[0], ground);
+    const most = Math.max(...colors.map((color) => contrast(color, colors[0])));
+    if (apart > MOST_APART) faults.push(`a picture stands out by ${apart.toFixed(1)}: ${name(picture)}`);
+    if (most < LEAST_CONTRAST) faults.push(`a picture of contrast ${most.toFixed(2)}: ${name(picture)}`);
+  }
+}
+
 checkWidths();
 checkContrasts();
+checkPictures();
 return faults;
