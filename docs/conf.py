@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported
+# The notebook's kernel is this Python, whatever others the user has registered, and finds these set.
+os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
 
 from negcache_core import __version__
@@ -12,7 +15,7 @@ from negcache_core import __version__
 project = "negcache"
 release = version = __version__
 extensions = [
-    "myst_parser",
+    "myst_nb",  # and through it myst_parser
     "sphinx.ext.autodoc",
     "sphinx_copybutton",
     "sphinx_design",
@@ -22,6 +25,10 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_output_stderr = "remove-warn"  # what the tutorial says beside its figures is a warning here
 myst_heading_anchors = 3  # links to headings, as GitHub has them
 nitpicky = True
 # Types of other libraries are named, not linked: the site is built without a network.
