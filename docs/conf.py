@@ -14,6 +14,8 @@ from negcache_core import __version__
 
 project = "negcache"
 release = version = __version__
+# The folder that this version is published in (publish.py); a name for itself where it is not published.
+version_folder = os.environ.get("SITE_VERSION", version)
 extensions = [
     "myst_nb",  # and through it myst_parser
     "sphinx.ext.autodoc",
@@ -23,7 +25,7 @@ extensions = [
     "plain_docstrings",
     "public_names",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_templates"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
@@ -44,6 +46,18 @@ python_use_unqualified_type_names = True
 add_module_names = False
 
 html_theme = "furo"
+templates_path = ["_templates"]
+html_context = {"version_folder": version_folder}
+html_sidebars = {
+    "**": [
+        "sidebar/brand.html",
+        "sidebar/search.html",
+        "sidebar/versions.html",
+        "sidebar/scroll-start.html",
+        "sidebar/navigation.html",
+        "sidebar/scroll-end.html",
+    ]
+}
 html_title = "negcache"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]

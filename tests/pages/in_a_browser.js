@@ -112,6 +112,9 @@ function checkContrasts() {
 // A picture's ground is to be the page's, and something in it is to stand out.
 function checkPictures() {
   for (const picture of article.querySelectorAll("img")) {
+    if (!picture.alt || picture.alt.startsWith("_images/")) {
+      faults.push(`a picture that no words describe: ${name(picture)}`);
+    }
     const canvas = document.createElement("canvas");
     canvas.width = 400;
     canvas.height = Math.ceil((400 * picture.naturalHeight) / picture.naturalWidth);

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from selenium import webdriver
 
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")  # Debian's names
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
 MEASURE = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
 DESK, PHONE = 1280, 390  # px
 # Nothing moves between two themes; what is behind tabs and folded away is shown.

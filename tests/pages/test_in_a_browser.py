@@ -49,8 +49,9 @@ def driver():
         ("<p style='color: #999'>grey on white", "light", "contrast of 2.8", 2),
         ("<p style='color: #000'>black on black", "dark", "contrast of 1.1", 2),
         ("<p style='opacity: 0.4'>pale", "px", "contrast of", 4),
-        (f'<img src="{WHITE_BOX}">', "dark", "a picture stands out", 2),
-        (f'<img src="{WHITE_BOX.replace("/></svg>", " fill=%27#eee%27/></svg>").replace("#", "%23")}">',
+        (f'<img src="{WHITE_BOX}">', "px", "a picture that no words", 4),
+        (f'<img alt="box" src="{WHITE_BOX}">', "dark", "a picture stands out", 2),
+        (f'<img alt="box" src="{WHITE_BOX.replace("/></svg>", " fill=%27#eee%27/></svg>").replace("#", "%23")}">',
          "px", "a picture of contrast 1.1", 4),
     ],
 )  # fmt: skip
