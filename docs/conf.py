@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported
-# The notebook's kernel is this Python, whatever others the user has registered, and finds these set.
+# The tutorial's kernel is this Python, whatever others the user has registered. It draws no bars.
 os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
@@ -14,7 +14,7 @@ from negcache_core import __version__
 
 project = "negcache"
 release = version = __version__
-# The folder that this version is published in (publish.py); a name for itself where it is not published.
+# The folder that publish.py will put this site into.
 version_folder = os.environ.get("SITE_VERSION", version)
 extensions = [
     "myst_nb",  # and through it myst_parser

@@ -3,8 +3,8 @@
     python docs/publish.py docs/_build/html site dev
     python docs/publish.py docs/_build/html site v0.1.0
 
-Beside the folders stand versions.js, from which every page of every version has its list of versions, and index.html,
-which leads to the newest release.
+Beside the folders stand versions.js, from which every page of every version has its list of
+versions, and index.html, which leads to the newest release.
 """
 
 import argparse
@@ -24,17 +24,16 @@ LEAD = """<!DOCTYPE html>
 
 
 def publish(built: Path, site: Path, version: str) -> None:
-    """Copy a built site into a folder of `site`, over what was there, and list all versions anew."""
+    """Copy a built site into a folder of `site`, in place of what was there; list all versions."""
     if not (built / "index.html").exists():
         raise SystemExit(f"{built} is no built site: run make docs first.")
     if version != MAIN and not RELEASE.fullmatch(version):
         raise SystemExit(f"a version is {MAIN!r} or a tag such as 'v1.2.3', not {version!r}.")
     shutil.rmtree(site / version, ignore_errors=True)
-    shutil.copytree(built, site / version, ignore=shutil.ignore_patterns(".buildinfo", ".doctrees"))
+    shutil.copytree(built, site / version)
     versions = versions_of(site)
     (site / "versions.js").write_text(f"window.negcacheVersions = {json.dumps(versions)};\n")
     (site / "index.html").write_text(LEAD.format(versions[0]))
-    (site / ".nojekyll").touch()  # GitHub would leave out folders such as _static
 
 
 def versions_of(site: Path) -> list[str]:

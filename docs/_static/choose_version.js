@@ -5,8 +5,9 @@
   const list = box.querySelector("select");
   const { version, page } = box.dataset;
   const root = new URL(`${document.documentElement.dataset.content_root}../`, location.href);
-  const versions = window.negcacheVersions || [];
-  if (versions.some((each) => each !== version)) {
+  const published = window.negcacheVersions || [];
+  const versions = published.includes(version) ? published : [version, ...published];
+  if (versions.length > 1) {
     list.replaceChildren(...versions.map((each) => new Option(each, each, false, each === version)));
     list.disabled = false;
   }

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from selenium import webdriver
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -13,7 +14,9 @@ DESK, PHONE = 1280, 390  # px
 # Nothing moves between two themes; what is behind tabs and folded away is shown.
 OPEN = """
 const style = document.createElement("style");
-style.textContent = "* { transition: none !important } .sd-tab-content { display: block !important }";
+style.textContent = `
+  * { transition: none !important }
+  .sd-tab-content { display: block !important }`;
 document.head.append(style);
 document.querySelectorAll("details").forEach((folded) => (folded.open = true));
 """
@@ -52,6 +55,17 @@ def faults_of(driver, page):
             found = driver.execute_script(MEASURE, width == DESK)
             faults += [f"{page.name}, {width} px, {theme}: {fault}" for fault in found]
     return faults
+
+
+def leave_for(driver, page, version):
+    """Choose another version on a page; return those that were offered, and where that led."""
+    _show(driver, DESK, "light")
+    driver.get(page.as_uri())
+    versions = Select(driver.find_element("id", "versions"))
+    offered = [option.text for option in versions.options]
+    versions.select_by_visible_text(version)
+    WebDriverWait(driver, 20).until(lambda driver: driver.current_url != page.as_uri())
+    return offered, driver.current_url
 
 
 def _show(driver, width, theme):
