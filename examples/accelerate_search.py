@@ -1,7 +1,7 @@
 """Train the docstring search by a loop of your own on Accelerate; the model is trainer_search.py's.
 
     python examples/accelerate_search.py
-    python examples/accelerate_search.py --resume runs/accelerate_search/step_400
+    python examples/accelerate_search.py --resume runs/accelerate_search/step_200
     torchrun --nproc-per-node 2 examples/accelerate_search.py
 
 Several processes keep equal caches, and a checkpoint has one of them: it goes on with any number.

@@ -145,14 +145,14 @@ def _points(history: list[dict[str, float]], key: str) -> tuple[list[float], lis
 def parse(description: str, out: Path, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line, of either program."""
     parser = argparse.ArgumentParser(description=description.split("\n", maxsplit=1)[0])
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=32, help="pairs of a process")
-    parser.add_argument("--cache-size", type=int, default=4_096)
+    parser.add_argument("--cache-size", type=int, default=2_048)
     parser.add_argument("--width", type=int, default=64, help="of the embeddings")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
-    parser.add_argument("--max-pairs", type=int, default=6_000, help="stop mining at so many pairs")
+    parser.add_argument("--max-pairs", type=int, default=4_000, help="stop mining at so many pairs")
     parser.add_argument("--eval-every", type=int, default=100, help="steps")
-    parser.add_argument("--save-every", type=int, default=400, help="steps")
+    parser.add_argument("--save-every", type=int, default=200, help="steps")
     parser.add_argument("--log-every", type=int, default=20, help="steps")
     parser.add_argument("--resume", type=Path, help="a checkpoint to go on from")
     parser.add_argument("--out", type=Path, default=out, help="for checkpoints")

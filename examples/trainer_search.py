@@ -1,7 +1,7 @@
 """Train the docstring search by transformers.Trainer: a small BERT, and the cache in its model.
 
     python examples/trainer_search.py
-    python examples/trainer_search.py --resume runs/trainer_search/checkpoint-400
+    python examples/trainer_search.py --resume runs/trainer_search/checkpoint-200
     torchrun --nproc-per-node 2 examples/trainer_search.py
 
 Several processes keep equal caches, and a checkpoint has one of them: it goes on with any number.
