@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from curve_picture import save_curves
 from datasets import Dataset
 from docstring_pairs import Pair, is_held_out, mine_pairs
 from negcache_sentence_transformers import NegativeCacheLoss, keep_cache
@@ -80,6 +81,9 @@ def train(model: SentenceTransformer, pairs: Sequence[Pair], options: argparse.N
     )
     keep_cache(trainer)
     trainer.train()
+    curve = {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}
+    named = {f"against a cache of {options.cache_size:,}": curve}
+    save_curves(options.out / "loss.svg", named, title="training", along="step", value="loss")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -92,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--max-pairs", type=int, help="stop mining at so many pairs")
     parser.add_argument("--query", default="parse an ISO date")
-    parser.add_argument("--out", type=Path, default=OUT, help="for checkpoints")
+    parser.add_argument("--out", type=Path, default=OUT, help="for checkpoints, a picture")
     options = parser.parse_args(arguments)
 
     pairs = mine_pairs(options.max_pairs)
