@@ -9,7 +9,6 @@ of 32 tokens; a step is forward, backward and AdamW. PyTorch, one thread.
 
 Time: processor time of the one thread, as others may use the machine; medians over rounds in which
 each way has its turn, and the median of ratios to the in-batch step of 32 pairs in the same round.
-The large batches have rounds of their own, with that step among them.
 
 Memory: each way in a process of its own, after a warm-up: by how much a step raises the peak of
 resident memory (see memory_of_a_step_is_flat_in_capacity.py), and what the way keeps from step to
@@ -140,23 +139,20 @@ def _cross_entropy(cosines: Tensor) -> Tensor:
     return functional.cross_entropy(SCALE * cosines, torch.arange(len(cosines)))
 
 
-def ways_of(options: argparse.Namespace) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
-    """Return the arguments of each `Way`: those of small batches, and those of large ones."""
+def ways_of(options: argparse.Namespace) -> list[tuple[Any, ...]]:
+    """Return the arguments of each `Way`; the first is what the others are compared with."""
     small, large, chunk = options.batch, options.large_batch, options.batch
     holding = [(name, small, slots, chunk) for name in (MEMORY, CACHE) for slots in options.slots]
-    base = (IN_BATCH, small, 0, chunk)
-    return (
-        [base, (MINED, small, 0, chunk), *holding],
-        [base, *((name, large, 0, chunk) for name in (IN_BATCH, CHUNKS, CACHED_LOSS))],
-    )
+    chunked = [(name, large, 0, chunk) for name in (IN_BATCH, CHUNKS, CACHED_LOSS)]
+    return [(IN_BATCH, small, 0, chunk), (MINED, small, 0, chunk), *holding, *chunked]
 
 
-def memory(options: argparse.Namespace, arguments: list[Any]) -> dict[str, Any]:
+def memory(arguments: list[Any]) -> dict[str, Any]:
     """Return what a way keeps, and by how much a step raises the peak: once in a process."""
     torch.set_num_threads(1)
     way = Way(*arguments)
     way.warm_up()
-    rise = resident_rise(way.step, times=options.memory_steps)
+    rise = resident_rise(way.step, times=1)
     return {"kept MB": way.kept / MB, "step MB": None if rise is None else rise / MB}
 
 
@@ -173,44 +169,42 @@ def memory_apart(arguments: tuple[Any, ...]) -> dict[str, Any]:
     return row
 
 
-def times(group: list[tuple[Any, ...]], rounds: int) -> dict[str, dict[str, float]]:
-    """Return milliseconds and ratio to the first way, by the ways' arguments as JSON."""
-    ways = {json.dumps(arguments): Way(*arguments) for arguments in group}
-    steps = {key: way.step for key, way in ways.items()}
+def times(ways: list[tuple[Any, ...]], rounds: int) -> list[dict[str, float]]:
+    """Return milliseconds of each way, and the ratio to the first."""
+    steps = {json.dumps(arguments): Way(*arguments).step for arguments in ways}
     found = interleaved(steps, rounds=rounds, seconds=float("inf"), clock=time.process_time)
-    base = next(iter(ways))
-    return {key: {"ms": milliseconds(found, key), "ratio": ratio(found, key, base)} for key in ways}
+    base = next(iter(steps))
+    return [{"ms": milliseconds(found, key), "ratio": ratio(found, key, base)} for key in steps]
 
 
 def main() -> None:
-    """Measure memory in fresh processes, then time in this one."""
+    """Measure memory in fresh processes, and time in this one."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
     parser.add_argument("--batch", type=int, default=32, help="pairs, and texts of a chunk")
     parser.add_argument("--large-batch", type=int, default=256)
     parser.add_argument("--slots", type=int, nargs="+", default=[8_192, 65_536])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--large-rounds", type=int, default=3)
-    parser.add_argument("--memory-steps", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--parts", nargs="+", choices=("memory", "time"), default=["memory", "time"]
+    )
     parser.add_argument("--quick", action="store_true", help="small batches and few rounds")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
-        options.batch, options.large_batch, options.slots = 4, 16, [1_024]
-        options.rounds = options.large_rounds = 3
+        options.batch, options.large_batch, options.slots, options.rounds = 4, 16, [1_024], 3
     if options.one:
-        print(json.dumps(memory(options, options.one)))
+        print(json.dumps(memory(options.one)))
         return
     torch.set_num_threads(1)
-    begun, groups = os.getloadavg()[0], ways_of(options)
-    held = {key: memory_apart(key) for group in groups for key in group}
-    rows = []
-    for group, rounds in zip(groups, (options.rounds, options.large_rounds), strict=True):
-        timed = times(group, rounds)
-        for name, pairs, slots, chunk in group:
-            key = (name, pairs, slots, chunk)
-            row = {"way": name, "pairs": pairs, "slots": slots, "rounds": rounds}
-            rows.append({**row, **timed[json.dumps(key)], **held[key]})
+    begun, ways = os.getloadavg()[0], ways_of(options)
+    rows = [{"way": name, "pairs": pairs, "slots": slots} for name, pairs, slots, _ in ways]
+    if "memory" in options.parts:
+        rows = [row | memory_apart(way) for row, way in zip(rows, ways, strict=True)]
         print(table(rows), flush=True)
+    if "time" in options.parts:
+        timed = times(ways, options.rounds)
+        rows = [row | more for row, more in zip(rows, timed, strict=True)]
+        print(table(rows))
     print(f"load {begun:.1f} at first, {os.getloadavg()[0]:.1f} at last")
     print("written to", save("a_step_of_each_loss", rows))
 

@@ -26,7 +26,7 @@ import keras
 import negcache_tensorflow as negcache
 import numpy as np
 import tensorflow as tf
-from curve_picture import save_curves
+from curves import Panel, draw
 from installed_source import source_files
 from negcache_keras import CacheLayer
 
@@ -253,9 +253,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         print(f"recall@10, {name}: {curve[options.epochs]:.3f}")
     if options.out is not None:
-        title = f"{len(data.known):,} files, {len(data.modules) - 1:,} modules"
-        picture = options.out / "recall.svg"
-        save_curves(picture, curves, title=title, along="epoch", value="recall@10")
+        lines = {name: (list(curve), list(curve.values())) for name, curve in curves.items()}
+        title = f"recall@10: {len(data.known):,} files, {len(data.modules) - 1:,} modules"
+        draw([Panel(title, lines, x="epoch")], options.out / "recall.svg")
 
 
 if __name__ == "__main__":

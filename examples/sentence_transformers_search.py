@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from curve_picture import save_curves
+from curves import Panel, draw
 from datasets import Dataset
 from docstring_pairs import Pair, is_held_out, mine_pairs
 from negcache_sentence_transformers import NegativeCacheLoss, keep_cache
@@ -81,9 +81,16 @@ def train(model: SentenceTransformer, pairs: Sequence[Pair], options: argparse.N
     )
     keep_cache(trainer)
     trainer.train()
-    curve = {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}
-    named = {f"against a cache of {options.cache_size:,}": curve}
-    save_curves(options.out / "loss.svg", named, title="training", along="step", value="loss")
+    logged = [log for log in trainer.state.log_history if "loss" in log]
+    steps = [log["step"] for log in logged]
+    shown = {"loss against the cache": "loss", "staleness of drawn rows": "cache_staleness"}
+    draw(
+        [
+            Panel(title, {key: (steps, [log[key] for log in logged])})
+            for title, key in shown.items()
+        ],
+        options.out / "training.svg",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
