@@ -8,27 +8,27 @@ of 32 tokens; a step is forward, backward and AdamW. PyTorch, one thread.
     python benchmarks/a_step_of_each_loss.py --quick
 
 Time: processor time of the one thread, as others may use the machine; medians over rounds in which
-each way has its turn, and the median of ratios to the in-batch step of 32 pairs in the same round.
+each way has its turn, and the median of ratios to the first way's step in the same round.
 
-Memory: each way in a process of its own, after a warm-up: by how much a step raises the peak of
-resident memory (see memory_of_a_step_is_flat_in_capacity.py), and what the way keeps from step to
-step beside model, gradient and optimizer. Linux only.
+Memory: each way in a process of its own, forked before any has run, after a warm-up: by how much a
+step raises the peak of resident memory (see memory_of_a_step_is_flat_in_capacity.py), and what the
+way keeps from step to step besides model, gradient and optimizer. Linux only.
 """
 
 import argparse
-import json
+import ctypes
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import negcache_torch as negcache
 import torch
 from _harness import interleaved, milliseconds, ratio, save, table
 from memory_of_a_batch_is_that_of_a_chunk import SCALE, Tower
-from memory_of_a_step_is_flat_in_capacity import ALLOCATOR, MB, resident_rise
+from memory_of_a_step_is_flat_in_capacity import MB, resident_rise
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from torch import Tensor
@@ -74,9 +74,8 @@ class Way:
 
     def warm_up(self) -> None:
         """Do what only a first step does, in a small batch."""
-        pairs, self.pairs = self.pairs, min(self.pairs, self.chunk)
-        for _ in range(2):
-            self.step()
+        pairs, self.pairs = self.pairs, min(self.pairs, 4)
+        self.step()
         self.pairs = pairs
 
     def _embed(self, features: Batch) -> Tensor:
@@ -147,9 +146,11 @@ def ways_of(options: argparse.Namespace) -> list[tuple[Any, ...]]:
     return [(IN_BATCH, small, 0, chunk), (MINED, small, 0, chunk), *holding, *chunked]
 
 
-def memory(arguments: list[Any]) -> dict[str, Any]:
+def memory(arguments: tuple[Any, ...]) -> dict[str, Any]:
     """Return what a way keeps, and by how much a step raises the peak: once in a process."""
-    torch.set_num_threads(1)
+    libc = ctypes.CDLL(None)
+    for threshold in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: large blocks go back at once
+        libc.mallopt(threshold, 65_536)
     way = Way(*arguments)
     way.warm_up()
     rise = resident_rise(way.step, times=1)
@@ -157,22 +158,21 @@ def memory(arguments: list[Any]) -> dict[str, Any]:
 
 
 def memory_apart(arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """Run `memory` in a fresh process."""
-    done = subprocess.run(  # noqa: S603 - this script itself
-        [sys.executable, __file__, *sys.argv[1:], "--one", json.dumps(arguments)],
-        env={**os.environ, **ALLOCATOR},
-        stdout=subprocess.PIPE,
-        check=True,
-        text=True,
-    )
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return row
+    """Run `memory` in a fork of this process."""
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(1, mp_context=fork) as pool:
+        return pool.submit(memory, arguments).result()
 
 
 def times(ways: list[tuple[Any, ...]], rounds: int) -> list[dict[str, float]]:
     """Return milliseconds of each way, and the ratio to the first."""
-    steps = {json.dumps(arguments): Way(*arguments).step for arguments in ways}
-    found = interleaved(steps, rounds=rounds, seconds=float("inf"), clock=time.process_time)
+    made = {str(arguments): Way(*arguments) for arguments in ways}
+    for way in made.values():
+        way.warm_up()
+    steps = {key: way.step for key, way in made.items()}
+    found = interleaved(
+        steps, rounds=rounds, seconds=float("inf"), clock=time.process_time, warm=True
+    )
     base = next(iter(steps))
     return [{"ms": milliseconds(found, key), "ratio": ratio(found, key, base)} for key in steps]
 
@@ -180,21 +180,17 @@ def times(ways: list[tuple[Any, ...]], rounds: int) -> list[dict[str, float]]:
 def main() -> None:
     """Measure memory in fresh processes, and time in this one."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
-    parser.add_argument("--batch", type=int, default=32, help="pairs, and texts of a chunk")
-    parser.add_argument("--large-batch", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=16, help="pairs, and texts of a chunk")
+    parser.add_argument("--large-batch", type=int, default=64)
     parser.add_argument("--slots", type=int, nargs="+", default=[8_192, 65_536])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--parts", nargs="+", choices=("memory", "time"), default=["memory", "time"]
     )
     parser.add_argument("--quick", action="store_true", help="small batches and few rounds")
-    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
         options.batch, options.large_batch, options.slots, options.rounds = 4, 16, [1_024], 3
-    if options.one:
-        print(json.dumps(memory(options.one)))
-        return
     torch.set_num_threads(1)
     begun, ways = os.getloadavg()[0], ways_of(options)
     rows = [{"way": name, "pairs": pairs, "slots": slots} for name, pairs, slots, _ in ways]
