@@ -1,4 +1,4 @@
-"""Claim: beside a transformer the cache costs what its drawn rows cost, and little more.
+"""Claim: with a transformer the cache costs what its drawn rows cost, and little more.
 
 What one training step takes with each way to find negatives: milliseconds, and MB. The tower is a
 transformer of MiniLM's size (6 layers of width 384, 30,522 words), randomly initialised, on texts

@@ -239,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         keras.utils.set_random_seed(0)
         model = TwoTower(len(data.modules), cache_size)
         model.compile(keras.optimizers.Adam(options.learning_rate))
-        curve = curves[name] = {0: recall_at_10(scores_of(model, data), data)}
+        curve = curves[name] = {}
         callbacks = [Recall(data, curve)]
         if options.out is not None and cache_size:  # the weights have the cache in them
             weights = str(options.out / "model.weights.h5")
