@@ -15,7 +15,7 @@ import torch
 from negcache_sentence_transformers import NegativeCacheLoss, keep_cache
 from negcache_sentence_transformers._calls import Calls, embed
 from negcache_sentence_transformers._contents import text_ids
-from programs import torchrun
+from ranks import run_program
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -329,7 +329,7 @@ def test_the_model_card_and_a_dict_of_losses(model, tmp_path):
 
 
 def test_two_processes_share_one_cache(tmp_path):
-    torchrun(2, Path(__file__).with_name("two_processes_train.py"), tmp_path)
+    run_program(Path(__file__).with_name("two_processes_train.py"), tmp_path, ranks=2)
     # Saved by two processes, it goes on with one.
     data, model = make_pairs(2 * BATCH), make_model(tmp_path / "alone")
     loss = NegativeCacheLoss(model, 16, generator=9)

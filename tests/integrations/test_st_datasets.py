@@ -10,7 +10,8 @@ import torch
 from datasets import DatasetDict
 from negcache_sentence_transformers import NegativeCacheLoss, keep_cache
 from negcache_sentence_transformers._datasets import SameDataset
-from programs import torchrun, words_of
+from programs import words_of
+from ranks import run_program
 from sentence_transformers.base.sampler import (
     DefaultBatchSampler,
     ProportionalBatchSampler,
@@ -48,7 +49,7 @@ def test_several_data_sets_on_two_processes(tmp_path):
         ("an_older_checkpoint", tmp_path / "older"),
         ("the_best_model", tmp_path / "best"),
     ]
-    torchrun(2, RANKS, *words_of(cases))
+    run_program(RANKS, *words_of(cases), ranks=2)
 
 
 @pytest.mark.parametrize("sampler", [RoundRobinBatchSampler, ProportionalBatchSampler])

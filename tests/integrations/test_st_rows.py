@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 from negcache_sentence_transformers import NegativeCacheLoss
 from negcache_sentence_transformers._calls import Calls, embed
 from negcache_sentence_transformers._contents import NO_TEXT
-from programs import torchrun
+from ranks import run_program
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.modules import (
@@ -457,4 +457,4 @@ def test_a_router_in_the_trainer_and_after_a_checkpoint(tmp_path, default):
 
 
 def test_two_processes_make_the_same_calls_of_a_wrapped_model(tmp_path):
-    torchrun(2, Path(__file__).with_name("two_processes_routes.py"), tmp_path)
+    run_program(Path(__file__).with_name("two_processes_routes.py"), tmp_path, ranks=2)

@@ -496,13 +496,9 @@ def test_on_four_devices():
     run(4, ("two_axes",), ("front_door",), ("verbs",), ("mistakes",), ("upkeep",), ("unique",))
 
 
-def test_a_donated_state_stays_where_it_is_and_nothing_is_traced_again():
-    run(8, ("donated",))
-
-
-def test_a_checkpoint_of_eight_devices_loads_on_any_number(tmp_path):
-    run(8, ("save", tmp_path), warnings="default")
-    for devices in (1, 2, 4):
+def test_on_eight_devices_whose_checkpoint_loads_on_fewer(tmp_path):
+    run(8, ("donated",), ("save", tmp_path), warnings="default")  # Orbax warns
+    for devices in (1, 4):
         run(devices, ("load", tmp_path), warnings="default")
 
 
