@@ -140,7 +140,7 @@ class MissingCache(str):
         return (
             f"{self!s}: the state_dict has no cache for the handler at {handler!r}, like that of "
             "a model trained without one. load_state_dict(state, strict=False) loads the rest "
-            "and leaves the cache as it is, at first empty; handler.prefill can fill it."
+            "and leaves the cache unchanged: a new one is empty, and handler.prefill can fill it."
         )
 
 

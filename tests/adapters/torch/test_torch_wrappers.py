@@ -209,8 +209,8 @@ def test_a_checkpoint_without_a_cache_gives_a_hint_and_loads_where_it_may():
     told = (
         '"towers.handler.tables.cache_cache.field_x: the state_dict has no cache for the handler '
         "at 'towers.handler', like that of a model trained without one. "
-        "load_state_dict(state, strict=False) loads the rest and leaves the cache as it is, at "
-        'first empty; handler.prefill can fill it.", '
+        "load_state_dict(state, strict=False) loads the rest and leaves the cache unchanged: a new "
+        'one is empty, and handler.prefill can fill it.", '
     )
     assert str(error.value).count(told) == 1
     for key in STATE:
