@@ -55,6 +55,7 @@ def driver():
         ("<p style='color: #999'>grey on white", "light", "contrast of 2.8", 2),
         ("<p style='color: #000'>black on black", "dark", "contrast of 1.1", 2),
         ("<p style='opacity: 0.4'>pale", "px", "contrast of", 4),
+        ("<img alt='a box' src='missing.png'>", "px", "a picture that is not there", 4),
         (BOX.format(alt="", ink="black"), "px", "a picture that no words", 4),
         (BOX.format(alt="a box", ink="black"), "dark", "a picture stands out", 2),
         (BOX.format(alt="a box", ink="snow"), "px", "a picture of contrast 1.0", 4),
