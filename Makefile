@@ -41,6 +41,7 @@ run-benchmarks: $(VENV)/.test
 	done
 	$(BIN)/python benchmarks/memory_of_a_step_is_flat_in_capacity.py $(SIZES)
 	$(BIN)/python benchmarks/memory_of_a_batch_is_that_of_a_chunk.py $(SIZES)
+	$(BIN)/python benchmarks/a_step_of_each_loss.py $(SIZES)
 	$(BIN)/python benchmarks/half_storage_costs_little_accuracy.py
 	$(BIN)/python benchmarks/matryoshka_costs_little.py
 	$(BIN)/python benchmarks/cost_per_rank_is_flat_as_ranks_grow.py

@@ -14,16 +14,23 @@ LEAST_ROUNDS = 3
 
 
 def interleaved(
-    candidates: dict[str, Callable[[], Any]], *, rounds: int, seconds: float
+    candidates: dict[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+    warm: bool = False,
 ) -> dict[str, list[float]]:
-    """Time each candidate once a round, after one round of warm-up; return the seconds by name.
+    """Time each candidate once a round; return the seconds by name.
 
     rounds:  at most so many, and at least three
     seconds: no further round begins after so long
+    warm:    that each has run before; else there is a round of warm-up
+    clock:   what a candidate is timed by; `time.process_time` where others use the machine
 
     A candidate must not return before its work is done.
     """
-    for run in candidates.values():
+    for run in () if warm else candidates.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in candidates}
     begin = time.perf_counter()
@@ -31,9 +38,9 @@ def interleaved(
         if done >= LEAST_ROUNDS and time.perf_counter() - begin > seconds:
             break
         for name, run in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return times
 
 

@@ -44,11 +44,11 @@ CACHED_LOSS = "CachedMultipleNegativesRankingLoss"
 class Tower(nn.Module):
     """A transformer without dropout, and the mean over its tokens, of norm 1."""
 
-    def __init__(self, layers: int, width: int, tokens: int) -> None:
+    def __init__(self, layers: int, width: int, tokens: int, words: int = VOCABULARY) -> None:
         super().__init__()
         self.encoder = BertModel(
             BertConfig(
-                vocab_size=VOCABULARY,
+                vocab_size=words,
                 hidden_size=width,
                 num_hidden_layers=layers,
                 num_attention_heads=width // 32,

@@ -15,6 +15,7 @@ It trains twice for the same number of steps: with in-batch negatives, and again
 
 import argparse
 import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ import keras
 import negcache_tensorflow as negcache
 import numpy as np
 import tensorflow as tf
+from curves import Panel, draw
 from installed_source import source_files
 from negcache_keras import CacheLayer
 
@@ -195,6 +197,19 @@ def scores_of(model: TwoTower, data: Imports) -> np.ndarray:
     return (model.file_tower(tf.constant(data.known)) @ tf.transpose(items)).numpy()
 
 
+class Recall(keras.callbacks.Callback):
+    """Keeps recall@10 by epoch in `curve`."""
+
+    def __init__(self, data: Imports, curve: dict[int, float]) -> None:
+        super().__init__()
+        self.data, self.curve = data, curve
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Evaluate; `logs` are as Keras gives them."""
+        del logs
+        self.curve[epoch + 1] = recall_at_10(scores_of(self.model, self.data), self.data)
+
+
 def _imports_of_files() -> Iterator[set[str]]:
     for path, _ in source_files(_PACKAGES, ("site-packages",)):
         yield set(_IMPORT.findall(path.read_text(encoding="utf-8", errors="replace")))
@@ -212,26 +227,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache-size", type=int, default=4_096)
     parser.add_argument("--max-files", type=int, help="stop mining at so many files")
     parser.add_argument("--learning-rate", type=float, default=0.003)
-    parser.add_argument("--out", type=Path, help="a folder for weights and TensorBoard")
+    parser.add_argument("--out", type=Path, help="a folder for weights, TensorBoard and a picture")
     options = parser.parse_args(arguments)
 
     data = mine(options.max_files)
     print(f"{len(data.known)} files, {len(data.modules) - 1} modules")
     print(f"recall@10, the most popular modules: {recall_at_10(data.features['log_q'], data):.3f}")
+    progress = 1 if sys.stdout.isatty() else 2  # a bar, or a line for each epoch
+    curves: dict[str, dict[int, float]] = {}
     for name, cache_size in (("in-batch negatives", 0), ("with a cache", options.cache_size)):
         keras.utils.set_random_seed(0)
         model = TwoTower(len(data.modules), cache_size)
         model.compile(keras.optimizers.Adam(options.learning_rate))
-        callbacks = []
+        curve = curves[name] = {}
+        callbacks = [Recall(data, curve)]
         if options.out is not None and cache_size:  # the weights have the cache in them
             weights = str(options.out / "model.weights.h5")
-            callbacks = [
+            callbacks += [
                 keras.callbacks.ModelCheckpoint(weights, save_weights_only=True),
                 keras.callbacks.TensorBoard(options.out / "tensorboard"),
             ]
         batches = dataset(data, options.batch_size)
-        model.fit(batches, epochs=options.epochs, verbose=2, shuffle=False, callbacks=callbacks)
-        print(f"recall@10, {name}: {recall_at_10(scores_of(model, data), data):.3f}")
+        model.fit(
+            batches, epochs=options.epochs, verbose=progress, shuffle=False, callbacks=callbacks
+        )
+        print(f"recall@10, {name}: {curve[options.epochs]:.3f}")
+    if options.out is not None:
+        lines = {name: (list(curve), list(curve.values())) for name, curve in curves.items()}
+        title = f"recall@10: {len(data.known):,} files, {len(data.modules) - 1:,} modules"
+        draw([Panel(title, lines, x="epoch")], options.out / "recall.svg")
 
 
 if __name__ == "__main__":

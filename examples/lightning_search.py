@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--save-every", type=int, default=500, help="steps")
     parser.add_argument("--log-every", type=int, default=50, help="steps")
     parser.add_argument("--resume", type=Path, help="a checkpoint to go on from")
-    parser.add_argument("--out", type=Path, default=OUT, help="for logs and checkpoints")
+    parser.add_argument("--out", type=Path, default=OUT, help="for logs, checkpoints, a picture")
     options = parser.parse_args(arguments)
 
     lightning.seed_everything(0)
@@ -181,6 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer = train(module, data, options)
     after = evaluate(module.model, data)
     if trainer.is_global_zero:
+        picture = negcache.plot_cache(module.handler, module.model.embed_items)
+        picture.savefig(options.out / "cache.svg")
         print(f"{len(data.held_out)} held-out queries among {len(data.items):,} items, before:")
         print("MRR {:.3f}, recall@10 {:.3f}; after:".format(*before))
         print("MRR {:.3f}, recall@10 {:.3f}".format(*after))

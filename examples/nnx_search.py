@@ -20,6 +20,7 @@ from docstring_pairs import BUCKETS, ITEM_WORDS, PADDING, Data, as_data, batches
 from flax import nnx
 from jax import Array
 from tensorboard.summary import Writer
+from tqdm import tqdm
 
 OUT = Path(__file__).resolve().parents[1] / "runs" / "nnx_search"
 
@@ -117,6 +118,7 @@ class Run:
         # An array of integers: not all releases of Orbax save the newer kind of key.
         self.state, self.step = loss_fn.init(jax.random.PRNGKey(1)), 0
         self.train_step = make_train_step(loss_fn)
+        self.loss_fn, self.history = loss_fn, {}  # for the picture
 
     def arrays(self) -> dict[str, Any]:
         """Return the state as a pytree of arrays."""
@@ -136,12 +138,20 @@ class Run:
         nnx.update(self.optimizer, saved["optimizer"])
         self.state, self.step = saved["cache"], int(saved["step"])
 
+    def draw(self, path: Path) -> None:
+        """Save a picture of the cache, and of how many negatives competed."""
+        handler = self.loss_fn.bind(self.state)
+        figure = negcache.plot_cache(
+            handler, lambda features: self.towers.embed_items(features["tokens"]), self.history
+        )
+        figure.savefig(path)
+
     def train(self, data: Data, options: argparse.Namespace) -> None:
         """Train up to `options.steps`, with a log for TensorBoard."""
         log = Writer(str(options.out / "log"))
         # All batches are of one size: another one would be compiled anew.
         rows = batches(data.train, options.steps, options.batch_size)
-        for step in range(self.step, options.steps):
+        for step in tqdm(range(self.step, options.steps), desc="training", unit="step"):
             ids = data.item_of[rows[step]]
             features = {"tokens": data.items[ids], "id": ids.astype(np.int32)}
             self.state, metrics = self.train_step(
@@ -149,6 +159,7 @@ class Run:
             )
             self.step = step + 1
             if self.step % options.log_every == 0:
+                self.history[self.step] = metrics
                 for name, value in metrics.items():
                     log.add_scalar(name, value, self.step)
             if self.step % options.save_every == 0:
@@ -167,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> Run:
     parser.add_argument("--save-every", type=int, default=500, help="steps")
     parser.add_argument("--log-every", type=int, default=50, help="steps")
     parser.add_argument("--resume", type=Path, help="a checkpoint to go on from")
-    parser.add_argument("--out", type=Path, default=OUT, help="for logs and checkpoints")
+    parser.add_argument("--out", type=Path, default=OUT, help="for logs, checkpoints, a picture")
     options = parser.parse_args(arguments)
 
     data = as_data(mine_pairs(options.max_pairs))
@@ -177,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> Run:
     before = evaluate(run.towers, data)
     run.train(data, options)
     after = evaluate(run.towers, data)
+    run.draw(options.out / "cache.svg")
     print(f"{len(data.held_out)} held-out queries among {len(data.items):,} items, before:")
     print("MRR {:.3f}, recall@10 {:.3f}; after:".format(*before))
     print("MRR {:.3f}, recall@10 {:.3f}".format(*after))

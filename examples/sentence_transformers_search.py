@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from curves import Panel, draw
 from datasets import Dataset
 from docstring_pairs import Pair, is_held_out, mine_pairs
 from negcache_sentence_transformers import NegativeCacheLoss, keep_cache
@@ -80,6 +81,16 @@ def train(model: SentenceTransformer, pairs: Sequence[Pair], options: argparse.N
     )
     keep_cache(trainer)
     trainer.train()
+    logged = [log for log in trainer.state.log_history if "loss" in log]
+    steps = [log["step"] for log in logged]
+    shown = {"loss against the cache": "loss", "staleness of drawn rows": "cache_staleness"}
+    draw(
+        [
+            Panel(title, {key: (steps, [log[key] for log in logged])})
+            for title, key in shown.items()
+        ],
+        options.out / "training.svg",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -92,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--max-pairs", type=int, help="stop mining at so many pairs")
     parser.add_argument("--query", default="parse an ISO date")
-    parser.add_argument("--out", type=Path, default=OUT, help="for checkpoints")
+    parser.add_argument("--out", type=Path, default=OUT, help="for checkpoints, a picture")
     options = parser.parse_args(arguments)
 
     pairs = mine_pairs(options.max_pairs)

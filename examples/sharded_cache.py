@@ -21,6 +21,7 @@ from docstring_pairs import ITEM_WORDS, as_data, batches, mine_pairs
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 
 class Towers(SearchModel):
@@ -112,7 +113,8 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
     rank, count = dist.get_rank(), dist.get_world_size()
     before, begun = evaluate(towers.module, data), int(done)
     rows = batches(data.train, begun + options.steps, options.batch * count)[begun:]
-    for own in rows[:, rank::count]:  # each process has its own part of the batch
+    own_rows = rows[:, rank::count]  # each process has its own part of the batch
+    for own in tqdm(own_rows, desc="training", unit="step", disable=rank > 0):
         ids = data.item_of[own]
         arrays = data.queries[own], data.items[ids], ids
         query_tokens, tokens, ids = (torch.from_numpy(array).to(device) for array in arrays)
@@ -121,6 +123,9 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
     if options.checkpoint:
         dcp.save(state_of(towers, loss_fn, optimizer, done), checkpoint_id=options.checkpoint)
 
+    if rank == 0 and options.picture:  # of the shard that this process holds
+        picture = negcache.plot_cache(loss_fn, towers.module.embed_items)
+        picture.savefig(options.picture)
     if rank == 0:
         fill, here = loss_fn.metrics["fill"], len(loss_fn.cache.age)
         print("MRR {:.3f}, recall@10 {:.3f} at first;".format(*before), end=" ")
@@ -139,6 +144,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64, help="of the embeddings")
     parser.add_argument("--max-pairs", type=int, default=6_000, help="stop mining at so many pairs")
     parser.add_argument("--checkpoint", type=Path, help="folder to go on from and to save to")
+    parser.add_argument("--picture", type=Path, help="file to draw the first process's shard to")
     options = parser.parse_args()
 
     gpu = torch.cuda.is_available()

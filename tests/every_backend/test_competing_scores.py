@@ -254,7 +254,7 @@ def test_a_loss_of_several_widths_refuses_scores_in_words(backend):
     cache, arrays = problem()
     step = Step(backend, cache, estimator="shared", matryoshka_dims=(1, D))
     native = [backend.to_native(each) for each in arrays]
-    with pytest.raises(OptionError, match="a softmax for each width, and a score is of one"):
+    with pytest.raises(OptionError, match="a softmax for each width, but a score belongs to one"):
         step(*native, backend.to_native(np.zeros((B, 1, 2))))
 
 

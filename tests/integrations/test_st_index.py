@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from negcache_sentence_transformers import NegativeCacheLoss, keep_cache
 from negcache_sentence_transformers._known import NOTHING, RING
-from programs import torchrun
+from ranks import run_program
 from tiny_items import (
     Images,
     Sounds,
@@ -276,4 +276,4 @@ def test_data_sets_may_have_prompts_of_their_own(tmp_path):
 
 
 def test_two_processes(tmp_path):
-    torchrun(2, Path(__file__).with_name("two_processes_index.py"), tmp_path)
+    run_program(Path(__file__).with_name("two_processes_index.py"), tmp_path, ranks=2)
