@@ -25,7 +25,7 @@ extensions = [
     "plain_docstrings",
     "public_names",
 ]
-exclude_patterns = ["_build", "_templates"]
+exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
