@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: help demo bench bench-full bench-training bench-sentence-transformers run-benchmarks plots soak \
-	test gpu test-deep test-lowest docs lint format typecheck dist audit clean
+	test test-pages gpu test-deep test-lowest docs browser lint format typecheck dist audit clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -72,6 +72,9 @@ soak: $(VENV)/.test ## run each backend for SOAK_STEPS steps: memory flat, cache
 test: $(VENV)/.test ## run every test, on all backends
 	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist worksteal
 
+test-pages: $(VENV)/.test ## look at the built site in a browser
+	PAGES_MUST_BE_RENDERED=1 $(BIN)/python -m pytest tests/pages/test_in_a_browser.py
+
 gpu: $(VENV)/.gpu ## on a machine with an NVIDIA GPU: tests of PyTorch and JAX there, and what a step takes
 	XLA_FLAGS= XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest tests/gpu
 	$(BIN)/python benchmarks/a_step_on_a_device.py
@@ -85,6 +88,14 @@ test-lowest: ## the same with the oldest versions that pyproject.toml allows
 
 docs: $(VENV)/.docs ## build the documentation site, docs/_build/html; a warning is an error
 	$(BIN)/python -m sphinx --fresh-env --write-all --quiet --fail-on-warning --keep-going --builder html docs docs/_build/html
+
+browser: ## install what the tests look at the built site with: Debian's Chromium, as root
+	@if command -v chromedriver && { command -v chromium || command -v google-chrome; }; then exit; fi; \
+	if [ "$$(id -u)" != 0 ]; then \
+		echo "make browser installs as root only: install chromium and chromium-driver yourself" >&2; exit 1; \
+	fi; \
+	apt-get update --quiet && DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes \
+		--no-install-recommends chromium chromium-driver fonts-liberation
 
 lint: $(VENV)/.lint ## check style and formatting
 	$(BIN)/ruff check .

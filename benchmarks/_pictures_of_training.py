@@ -21,7 +21,7 @@ TASKS = {
 }
 METHODS = {
     "in-batch": ("in-batch", INK, "o"),
-    "gradient-caching": ("gradient caching", "#16a34a", "s"),
+    "gradient-caching": ("gradient caching", "#15803d", "s"),
     "memory": ("memory", THEIRS, "^"),
     "cache": ("cache", OURS, "D"),
     "full-softmax": ("full softmax", "#a855f7", "v"),

@@ -200,17 +200,30 @@ def train(name: str, make_loss: MakeLoss, settings: Settings, data: Data) -> Res
 def evaluate(model: SearchModel, data: Data) -> tuple[float, float]:
     """Return MRR and recall@10 of the best right item of each held-out query, among all items."""
     embeddings = embed_all_items(model, data.items)
-    ranks, device = [], embeddings.device
+    parts, device = [], embeddings.device
     with torch.no_grad():
         # In parts, so that this score matrix does not set the peak of memory.
         tables = torch.from_numpy(data.queries[data.held_out]), torch.from_numpy(data.answers)
         for tokens, answers in zip(*(table.to(device).split(256) for table in tables), strict=True):
-            queries = model.embed_queries(tokens)
-            scores = queries @ embeddings.T
-            best = scores.gather(1, answers).amax(dim=1, keepdim=True)
-            wrong = scores.scatter(1, answers, -math.inf)
-            ranks.append(1 + (~(wrong < best)).sum(dim=1))  # a tie counts as a loss, as NaN does
-    rank = torch.cat(ranks).double()
+            parts.append(ranks(model.embed_queries(tokens), embeddings, answers))
+    return mrr_and_recall(torch.cat(parts))
+
+
+def ranks(queries: Tensor, items: Tensor, answers: Tensor) -> Tensor:
+    """Return (n,), where each query finds the best of its answers among all items: 1 is best.
+
+    queries, items: embeddings (n, width) and (m, width)
+    answers:        rows (n, P) of the items that are right
+    """
+    scores = queries @ items.T
+    best = scores.gather(1, answers).amax(dim=1, keepdim=True)
+    wrong = scores.scatter(1, answers, -math.inf)
+    return 1 + (~(wrong < best)).sum(dim=1)  # a tie counts as a loss, as NaN does
+
+
+def mrr_and_recall(rank: Tensor) -> tuple[float, float]:
+    """Return MRR and recall@10 of ranks."""
+    rank = rank.double()
     return (1 / rank).mean().item(), (rank <= 10).double().mean().item()
 
 

@@ -23,7 +23,7 @@ def test_all_are_there():
 
 RIGHTS = {
     "release.yml": {"publish": {"id-token": "write"}},
-    "docs.yml": {"deploy": {"pages": "write", "id-token": "write"}},
+    "docs.yml": {"deploy": {"contents": "write", "pages": "write", "id-token": "write"}},
 }
 
 
