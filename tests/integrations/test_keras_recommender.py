@@ -30,6 +30,7 @@ def test_it_trains_and_what_it_prints_holds(tmp_path, capsys):
     assert losses[0] > losses[2]
     assert len(re.findall(r"cache_fill: 1\.0", printed)) == 2  # 3 epochs, the first fills it
     assert list((tmp_path / "tensorboard" / "train").glob("events.*"))
+    assert "recall@10" in (tmp_path / "recall.svg").read_text()
 
     model = example.TwoTower(modules + 1, 256)
     model.compile(keras.optimizers.Adam())
