@@ -14,13 +14,15 @@ release = version = __version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
+    "api_pages",
     "mathml",
     "plain_docstrings",
     "public_names",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "reference/examples"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3  # links to headings, as GitHub has them
 nitpicky = True
@@ -39,7 +41,7 @@ add_module_names = False
 html_theme = "furo"
 html_title = "negcache"
 html_static_path = ["_static"]
-html_css_files = ["site.css"]
+html_css_files = ["site.css", "reference.css"]
 html_math_renderer = "mathml"
 html_copy_source = False
 html_show_copyright = False
