@@ -73,13 +73,17 @@ def _code(code: str, link: Link) -> str:
     if page := _PAGE.fullmatch(code):
         return f":doc:`/{page[1]}`"
     target = link(code) if _NAME.fullmatch(code) else None
-    return f"``{code}``" if target is None else f":py:obj:`{code} <{target}>`"
+    return f"``{code}``" if target is None else _role(code, target)
+
+
+def _role(text: str, target: str) -> str:
+    return f"\\ :py:obj:`{text} <{target}>`\\ "  # whatever stands beside it
 
 
 def _prose(text: str, link: Link) -> str:
     def linked(found: re.Match[str]) -> str:
         target = link(found[0])
-        return found[0] if target is None else f":py:obj:`{found[0]} <{target}>`"
+        return found[0] if target is None else _role(found[0], target)
 
     return _PAGE.sub(r":doc:`/\1`", _CLASS.sub(linked, _MARKUP.sub(r"\\\1", text)))
 

@@ -50,7 +50,7 @@ def is_written(age: Array) -> Array:
 def written_slots(ages: Iterable[Any]) -> int | None:
     """Return how many slots hold a row; None where values cannot be read, as in a trace."""
     try:
-        hosts = [np.asarray(age.cpu() if hasattr(age, "cpu") else age) for age in ages]
+        hosts = [np.asarray(age.cpu() if hasattr(age, "detach") else age) for age in ages]
         return sum(int(np.sum(host != EMPTY)) for host in hosts)
     except Exception:  # noqa: BLE001 - each library refuses in its own way, and print must not
         return None
