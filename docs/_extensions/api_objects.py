@@ -140,12 +140,15 @@ def parameters_of(package: str, name: str) -> list[inspect.Parameter]:
     inner: list[inspect.Parameter] = []
     for function in _functions(package, name):
         inner = list(inspect.signature(function).parameters.values())[bound:]
-        if not any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in inner):
+        starred = [each.kind for each in inner if each.kind in _STARRED]
+        if not starred or (
+            len(starred) == 1 and function.__module__.startswith("negcache_core")
+        ):  # its **options are options of the loss
             break
         outer += [each for each in inner if each.kind not in _STARRED]
-    own = {each.name: each for each in outer}
+    own = {each.name: each for each in reversed(outer)}  # the first class's defaults count
     known = [each.replace(default=own.pop(each.name, each).default) for each in inner]
-    return sorted([*(each for each in own.values()), *known], key=lambda each: each.kind)
+    return sorted([*reversed(own.values()), *known], key=lambda each: each.kind)
 
 
 _STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

@@ -71,24 +71,43 @@ def page_of(package: str) -> Iterator[str]:
             example = examples.get(name, "").splitlines()
             first = next(each for each in sharing(examples).get(examples.get(name, ""), [name]))
             if first != name:
-                example = [f"Example: :py:obj:`{short_name(first)} <{package}.{first}>`."]
+                example = [f"Example: {_linked_name(package, first)}."]
             yield from _entry(package, name, example)
 
 
 def _cards(package: str, sections: list[Section]) -> Iterator[str]:
-    yield from (".. grid:: 1 1 2 2", "   :gutter: 3", "   :class-container: tasks", "")
+    """Summarise each section in a card: names with a clause, a class's methods on its line."""
+    yield from (".. grid:: 1", "   :gutter: 3", "   :class-container: tasks", "")
     for section in sections:
         title = f":ref:`{section.title} <{package}-{section.anchor}>`"
         yield from (f"   .. grid-item-card:: {title}", "")
-        for name in section.names:
-            told = summary_of(package, name)
-            yield f"      * :py:obj:`{short_name(name)} <{package}.{name}>`: {told}"
+        for name, methods in with_methods(section.names):
+            also = ", ".join(
+                f":py:obj:`{method.rpartition('.')[2]} <{package}.{method}>`" for method in methods
+            )
+            line = f"{_linked_name(package, name)}: {summary_of(package, name)}"
+            yield f"      * {line}" + (f". Methods: {also}" if also else "")
         yield ""
+
+
+def with_methods(names: tuple[str, ...]) -> list[tuple[str, list[str]]]:
+    """Return names with those of their methods that come directly after them."""
+    found: list[tuple[str, list[str]]] = []
+    for name in names:
+        if found and name.startswith(f"{found[-1][0]}."):
+            found[-1][1].append(name)
+        else:
+            found.append((name, []))
+    return found
+
+
+def _linked_name(package: str, name: str) -> str:
+    return f":py:obj:`{short_name(name)} <{package}.{name}>`"
 
 
 def short_name(name: str) -> str:
     """Return a name as links show it: without the handler, of which most methods are."""
-    return name.removeprefix("CacheLossHandler.").replace(".__call__", "(…)")
+    return name.removeprefix("CacheLossHandler.")
 
 
 def summary_of(package: str, name: str) -> str:
@@ -143,7 +162,9 @@ def _body(package: str, name: str, *, own_example: bool) -> Iterator[str]:
             logger.warning("%s.%s: argument %s has no description", package, name, each.name)
         beside = [f"``{each.type}``"] if each.type else []
         beside += [f"default ``{each.default}``"] if each.default is not None else []
-        table[each.name] = (beside, each.text[:1].upper() + each.text[1:])
+        starts = "->" not in each.text[:16]  # a sentence, not a mapping
+        text = each.text[:1].upper() + each.text[1:] if starts else each.text
+        table[each.name] = (beside, text)
     if table:
         yield from arguments(table, link)
     yield from rst_of((each for each in rest if own_example or each.kind != "example"), link)

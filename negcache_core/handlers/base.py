@@ -274,8 +274,8 @@ class BaseHandler:
 
         No step writes such a row, and `load` and `restore` leave them out. Call this where a
         framework's own checkpoint may have brought in bad rows: a single one would make every loss
-        NaN. These slots are the next to be filled. Nothing else changes. The count stays on the
-        device.
+        NaN. These slots are the next to be filled. Nothing else changes, and no value is
+        read.
 
         JAX: `state = handler.evict_nonfinite(state)`, with no count.
         """

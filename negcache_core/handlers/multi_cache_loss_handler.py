@@ -20,7 +20,8 @@ class MultiCacheLossHandler(BaseHandler):
 
     cache_managers: name -> CacheManager
 
-    The other arguments are those of CacheLossHandler.
+    The other arguments are those of CacheLossHandler. So are the methods that are not described
+    here, such as `save` and `load`.
     """
 
     @property
