@@ -1,7 +1,7 @@
 """The examples of the reference: which name each is of, and the program that they all begin with.
 
 `docs/reference/examples/` has a file for each package, and shared.txt for examples that read alike
-in PyTorch, TensorFlow and JAX. In a file a line at the margin names what the example below it is
+everywhere. In a file a line at the margin names what the example below it is
 of, several names apart by commas; `setup` is run before each.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parents[1] / "reference" / "examples"
 SETUP = "setup"
-SHARING = ("negcache_torch", "negcache_tensorflow", "negcache_jax")
+SHARING = ("negcache_core", "negcache_torch", "negcache_tensorflow", "negcache_jax")
 
 
 def examples_of(package: str, folder: Path = FOLDER) -> dict[str, str]:

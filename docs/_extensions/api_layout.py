@@ -187,6 +187,7 @@ SENTENCE_TRANSFORMERS = (
     ),
 )
 LAYOUTS = {
+    "negcache_core": ADAPTER,
     "negcache_torch": ADAPTER,
     "negcache_tensorflow": ADAPTER,
     "negcache_jax": ADAPTER,

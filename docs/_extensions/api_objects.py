@@ -21,6 +21,7 @@ from negcache_core.arrays._array import Array
 from negcache_core.docstrings import Paragraph, entries_of, merged, paragraphs
 
 TENSORS = {
+    "negcache_core": "array",
     "negcache_torch": "Tensor",
     "negcache_tensorflow": "tf.Tensor",
     "negcache_jax": "jax.Array",
@@ -42,6 +43,7 @@ _GROUPS = {
     "negcache_jax": "str, tuple[str, ...] or Mesh",
 }
 _GENERATORS = {
+    "negcache_core": "int or numpy.random.Generator",
     "negcache_torch": "int or torch.Generator",
     "negcache_sentence_transformers": "int or torch.Generator",
     "negcache_tensorflow": "int or tf.random.Generator",
@@ -56,7 +58,6 @@ _TYPES = {
     "dtype": "dtype",
     "key": "{tensor}",
     "state": "HandlerState",
-    "backend": "None",
     "item_network": "function",
     "doc_network": "function",
     "positive_ids": "{tensor} or Mapping[str, {tensor}]",
@@ -148,9 +149,11 @@ def parameters_of(package: str, name: str) -> list[inspect.Parameter]:
         outer += [each for each in inner if each.kind not in _STARRED]
     own = {each.name: each for each in reversed(outer)}  # the first class's defaults count
     known = [each.replace(default=own.pop(each.name, each).default) for each in inner]
-    return sorted([*reversed(own.values()), *known], key=lambda each: each.kind)
+    shown = [each for each in known if each.name not in _FOR_ADAPTERS]
+    return sorted([*reversed(own.values()), *shown], key=lambda each: each.kind)
 
 
+_FOR_ADAPTERS = ("backend", "xp")  # arguments that are no concern of users
 _STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -252,11 +255,12 @@ def _argument(
 ) -> Argument:
     words = {
         "tensor": TENSORS[package],
-        "parameter": _PARAMETERS.get(package, "Parameter"),
+        "parameter": _PARAMETERS.get(package, "array"),
         "group": _GROUPS.get(package, ""),
         "generator": _GENERATORS[package],
     }
     told = _TYPES.get(f"{name}.{argument}", _TYPES.get(argument))
+    told = None if annotation in (bool, int, float, str) else told
     kind = readable(annotation, TENSORS[package]) if told is None else told.format(**words)
     shape = _SHAPE.match(text)
     if shape and kind == TENSORS[package]:

@@ -86,7 +86,7 @@ def _cards(package: str, sections: list[Section]) -> Iterator[str]:
                 f":py:obj:`{method.rpartition('.')[2]} <{package}.{method}>`" for method in methods
             )
             line = f"{_linked_name(package, name)}: {summary_of(package, name)}"
-            yield f"      * {line}" + (f". Methods: {also}" if also else "")
+            yield f"      * {line}" + (f". Members: {also}" if also else "")
         yield ""
 
 
@@ -193,8 +193,6 @@ def _signature(package: str, name: str, kind: str) -> str:
         if each.kind is inspect.Parameter.KEYWORD_ONLY and not starred:
             shown.append("*")
             starred = True
-        if each.name == "backend" and "." not in name:
-            continue
         default = each.default
         mark = {each.VAR_POSITIONAL: "*", each.VAR_KEYWORD: "**"}.get(each.kind, "")
         told = "" if default is each.empty else f"={getattr(default, '__name__', repr(default))}"
