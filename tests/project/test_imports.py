@@ -26,7 +26,7 @@ THE_DOOR = "_array.py"
 # Arrows in one direction only: each room may import those before it, and itself.
 LEVELS = (
     {"errors"},
-    {"files"},
+    {"files", "docstrings"},
     {"arrays"},
     {"cache"},
     {"retrieval"},
