@@ -19,13 +19,15 @@ version_folder = os.environ.get("SITE_VERSION", version)
 extensions = [
     "myst_nb",  # and through it myst_parser
     "sphinx.ext.autodoc",
+    "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
+    "api_pages",
     "mathml",
     "plain_docstrings",
     "public_names",
 ]
-exclude_patterns = ["_build", "_templates"]
+exclude_patterns = ["_build", "reference/examples"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
@@ -60,7 +62,7 @@ html_sidebars = {
 }
 html_title = "negcache"
 html_static_path = ["_static"]
-html_css_files = ["site.css"]
+html_css_files = ["site.css", "reference.css"]
 html_math_renderer = "mathml"
 html_copy_source = False
 html_show_copyright = False

@@ -1,7 +1,7 @@
 """Retrieval over item numbers: a table of embeddings for them, and a cache with a number a slot.
 
     python examples/item_ids.py
-    python examples/item_ids.py --items 1000000 --cache-size 65536
+    python examples/item_ids.py --items 1000000 --cache-size 65536 --eval-every 200
     python examples/item_ids.py --items 1000000 --cache-size 65536 --costs
 
 The data is made up, with a structure that is known: items have a category, a place near its centre,
@@ -178,7 +178,7 @@ def train(method: str, catalogue: Catalogue, options: argparse.Namespace) -> Res
         seconds += time.process_time() - start
         if isinstance(loss_of, Cached):
             staleness.append(loss_of.loss_fn.metrics["staleness"].item())
-        if step % max(1, options.steps // 8) == 0:
+        if step % options.eval_every == 0:
             curve.append((step, *evaluate(towers, catalogue)))
             bar.set_postfix({"recall@10": f"{curve[-1][1]:.3f}"})
     return Result(curve, staleness, 1e3 * seconds / options.steps)
@@ -252,8 +252,13 @@ def costs(catalogue: Catalogue, options: argparse.Namespace, steps: int = 5) -> 
         for batch in batches[1:]:
             train_step(loss_of, optimizers, *batch)
         ms = 1e3 * (time.process_time() - start) / steps
-        states = [state for each in optimizers for state in each.state.values()]
-        moments = sum(each.nbytes for state in states for each in state.values() if each.ndim > 1)
+        moments = sum(
+            each.nbytes
+            for optimizer in optimizers
+            for state in optimizer.state.values()
+            for each in state.values()
+            if isinstance(each, Tensor) and each.ndim
+        )
         gradient = sum(each.nbytes for each in towers.parameters()) if not sparse else 0
         print(f"{name:<44}{ms:8.0f}", end="")
         print(
@@ -287,6 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--cache-size", type=int, default=4_096)
     parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--eval-every", type=int, default=50, help="steps")
     parser.add_argument("--costs", action="store_true", help="time a few steps, and leave it there")
     parser.add_argument("--out", type=Path, default=OUT, help="for the picture")
     parser.add_argument("--picture", type=Path, help="default: recall.svg in --out")

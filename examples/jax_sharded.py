@@ -158,9 +158,9 @@ class Run:
         self.curve: list[tuple[int, float, float]] = []
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint; each device writes its shards."""
+        """Write a checkpoint of all shards."""
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder, self.state)
+            checkpointer.save(folder, self.state, force=True)  # over that of an earlier run
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint, bit for bit."""
@@ -201,10 +201,17 @@ def picture(run: Run, path: Path) -> None:
     options, counts = run.options, (1, 2, 4, 8)
     loss_fn = make_loss(options.cache_size, options.width)
     shapes = jax.eval_shape(functools.partial(init, loss_fn, options.width))
-    lines: dict[str, list[float]] = {"weights and Adam, whole": [], "in shards": [], "cache": []}
+    lines: dict[str, list[float]] = {
+        "weights and Adam, whole": [],
+        "weights and Adam, in shards": [],
+        "cache": [],
+    }
     for count in counts:
         mesh = AbstractMesh((count,), ("data",), axis_types=(AxisType.Auto,))
-        for name, whole in (("weights and Adam, whole", True), ("in shards", False)):
+        for name, whole in (
+            ("weights and Adam, whole", True),
+            ("weights and Adam, in shards", False),
+        ):
             places = shardings(loss_fn, options.width, mesh, whole=whole)
             lines[name].append(megabytes(shapes[:2], places[:2]))
         lines["cache"].append(megabytes(shapes.cache, places.cache))

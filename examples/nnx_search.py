@@ -159,9 +159,9 @@ class Run:
             )
             self.step = step + 1
             if self.step % options.log_every == 0:
-                self.history[self.step] = metrics
                 for name, value in metrics.items():
                     log.add_scalar(name, value, self.step)
+                self.history[self.step] = metrics
             if self.step % options.save_every == 0:
                 self.save(options.out / f"step_{self.step}")
         log.close()

@@ -18,6 +18,7 @@ from negcache_core.arrays.validation import as_array
 from negcache_core.cache.filters import IsInCacheFilterFn
 from negcache_core.cache.manager import CacheManager
 from negcache_core.cache.named import Caches
+from negcache_core.docstrings import merged
 from negcache_core.handlers.base import BaseHandler
 from negcache_core.handlers.cache_loss_handler import CacheLossHandler
 from negcache_core.handlers.multi_cache_loss_handler import MultiCacheLossHandler
@@ -102,7 +103,7 @@ def bind(
         before = () if mixin is None else (mixin,)
         own: dict[str, Any] = {"__module__": package, "backend": backend}
         own |= more
-        own["__doc__"] = (mixin and mixin.__doc__) or _short(cls)
+        own["__doc__"] = merged(cls.__doc__, None if mixin is None else mixin.__doc__)
         if store is not None and issubclass(cls, BaseHandler):
             own["make_store"] = staticmethod(store)
         if replicas is not None and issubclass(cls, DistributedCacheClassificationLoss):
@@ -119,7 +120,7 @@ def bind(
 
     for function, origin in ((top_k, approximate_top_k_with_indices), (chunks, in_chunks)):
         function.__name__ = function.__qualname__ = origin.__name__
-        function.__doc__ = origin.__doc__
+        function.__doc__ = merged(origin.__doc__, None)
     classes = {cls.__name__: bound(cls, module) for cls in _STATEFUL}
     classes |= {cls.__name__: bound(cls) for cls in _STATELESS}
     parts = Parts(
@@ -130,9 +131,3 @@ def bind(
     front_door = bound(NegativeCacheLoss, classes["CacheLossHandler"], parts=parts)
     classes["NegativeCacheLoss"] = front_door
     return Bound(**classes, approximate_top_k_with_indices=top_k, in_chunks=chunks)
-
-
-def _short(cls: type) -> str:
-    """Return the first paragraph of a class's docstring, and where the rest is."""
-    first, _, _ = (cls.__doc__ or "").partition("\n\n")
-    return f"{first}\n\nSee `{cls.__module__.partition('.')[0]}.{cls.__name__}`.\n"

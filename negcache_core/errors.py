@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 
 class NegcacheError(Exception):
-    """Base of every error that negcache raises on purpose."""
+    """The base class of every error that negcache raises on purpose."""
 
     if not TYPE_CHECKING:
         # While tracing, AutoGraph re-raises an error in its own type only if it has exactly this
@@ -20,15 +20,15 @@ class ShapeError(NegcacheError, ValueError):
 
 
 class KeysError(NegcacheError, ValueError):
-    """A mapping lacks a field or a cache, or has one that is unknown."""
+    """A mapping lacks a field or a cache, or has an unknown one."""
 
 
 class CapacityError(NegcacheError, ValueError):
-    """More rows, or more top-k groups, were asked for than the cache has slots."""
+    """More rows or top-k groups are asked for than the cache has slots."""
 
 
 class OptionError(NegcacheError, ValueError):
-    """An option has a value, or meets another option, that cannot work."""
+    """An option has a value that cannot work, or conflicts with another option."""
 
 
 class DTypeError(NegcacheError, TypeError):
@@ -36,20 +36,20 @@ class DTypeError(NegcacheError, TypeError):
 
 
 class KindError(NegcacheError, TypeError):
-    """An argument is of the wrong Python type."""
+    """An argument has the wrong Python type."""
 
 
 class CheckpointError(NegcacheError, ValueError):
-    """A file is not a whole checkpoint, or not one of this cache."""
+    """A file is not a complete checkpoint, or not one of this cache."""
 
 
 class DeviceError(NegcacheError, ValueError):
-    """Arrays that meet in one operation are on different devices."""
+    """Arrays that are used together are on different devices."""
 
 
 class NonFiniteWarning(UserWarning):
-    """A cache that was loaded had embeddings that are not finite; their slots were emptied."""
+    """A cache that was loaded had embeddings that are not finite. Their slots were emptied."""
 
 
 class TrainingWarning(UserWarning):
-    """A training goes plainly wrong: the cache does more harm than good."""
+    """Something is plainly wrong with the training: the cache does more harm than good."""

@@ -29,13 +29,16 @@ class _ManyCaches(StateHandler):
 
 
 class _FrontDoor:
-    """Cross-entropy of each query's item against everything in a cache of items.
+    """Softmax cross-entropy of each query's item against all items in a cache.
 
-    group: the name of a mesh's axis, several in a tuple, or a jax.sharding.Mesh for all of its
-           axes, whose devices share one cache in shards; None for a cache of one's own
+    scale: factor on the dot products, the inverse of the temperature: a number, or a function of no
+           arguments that returns a trained one. 20 suits embeddings of length 1.
+    group: the name of a mesh axis, or a tuple of several, or a jax.sharding.Mesh for all of its
+           axes, whose devices share one cache in shards: see DistributedCacheClassificationLoss.
+           None: no sharing
 
-    The state goes in and comes out. For the other arguments see `negcache_core.NegativeCacheLoss`,
-    for what holds inside of `jax.shard_map` `DistributedCacheClassificationLoss`.
+    The loss has no state of its own: make one with `init`, give it to each call, and take the new
+    one from what the call returns.
 
     >>> import functools, jax, jax.numpy as jnp, negcache_jax as negcache
     >>> from jax.sharding import PartitionSpec as P

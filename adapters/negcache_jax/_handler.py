@@ -51,7 +51,9 @@ class StateHandler(Silent):
     holding: ClassVar[type[Any]]
 
     def init(self, key: Array) -> HandlerState:
-        """Return the state of empty caches; `key` seeds all draws.
+        """Return a state of empty caches.
+
+        key: a key of jax.random, from which all draws come
 
         A cache in shards is made whole. To make each shard on its own device, write
         `jax.jit(handler.init, out_shardings=handler.shardings(mesh))(key)`.
@@ -60,10 +62,10 @@ class StateHandler(Silent):
         return HandlerState(dict(caches), check_key(key, "key"), caches.window)
 
     def specs(self) -> HandlerState:
-        """Return a PartitionSpec for each array of the state: `in_specs` and `out_specs`.
+        """Return a PartitionSpec for each array of the state.
 
-        Only for a handler whose cache is in shards: rows are cut along the loss's `group`, and the
-        key is the same everywhere.
+        Give them to `shard_map` as `in_specs` and `out_specs`. Rows are cut along the loss's
+        `group`; the key is the same everywhere. Raises OptionError unless the cache is in shards.
         """
         if not self._setup.placement.sharded:
             raise OptionError(
@@ -80,6 +82,8 @@ class StateHandler(Silent):
 
     def shardings(self, mesh: Mesh) -> HandlerState:
         """Return where each array of the state lies on a mesh: for jax.device_put, jit and Orbax.
+
+        mesh: a jax.sharding.Mesh with the axes of the loss's `group`
 
         Raises OptionError if the mesh lacks the axis, CapacityError if the number of devices along
         it does not divide a cache_size.
@@ -100,10 +104,13 @@ class StateHandler(Silent):
         return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
     def bind(self, state: HandlerState) -> Any:
-        """Return a handler holding `state`, for the phases; `.state` is what became of it.
+        """Return a handler that holds `state`; its `.state` is the state as it is now.
+
+        Use it for the three phases, which are its methods, for `plot_cache`, and for the `cache`
+        itself. Bind inside of a jitted function, and return `.state` from it.
 
         Raises KeysError, CapacityError, ShapeError or DTypeError unless it is a state of this
-        handler, and not of one with other fields or another capacity.
+        handler, with its fields and its number of slots.
         """
         if not isinstance(state, HandlerState):
             raise KindError(
@@ -133,9 +140,10 @@ class StateHandler(Silent):
     def update_cache_and_compute_loss(
         self, state: HandlerState, *arguments: Any, **options: Any
     ) -> tuple[Array, HandlerState]:
-        """Return the loss and the state after the step, fit for `value_and_grad(has_aux=True)`.
+        """Run one training step: return the loss and the new state.
 
-        The arguments after the state are those of `negcache_core`'s handler.
+        Fit for `jax.value_and_grad(…, has_aux=True)`. Donate the state to `jit`, so that no table
+        is copied.
         """
         bound = self.bind(state)
         loss = bound.update_cache_and_compute_loss(*arguments, **options)
@@ -144,51 +152,54 @@ class StateHandler(Silent):
     def __call__(
         self, state: HandlerState, *arguments: Any, **options: Any
     ) -> tuple[Array, HandlerState]:
-        """Return the loss and the state after a step; see `update_cache_and_compute_loss`."""
+        """Return the loss and the new state; see `update_cache_and_compute_loss`."""
         return self.update_cache_and_compute_loss(state, *arguments, **options)
 
     def evaluate(self, state: HandlerState, *arguments: Any, **options: Any) -> CacheLossReturn:
-        """Return the loss against the caches as they are; see `negcache_core`'s handler."""
+        """Return the loss against the cache as it is: nothing is drawn, written or aged."""
         return self.bind(state).evaluate(*arguments, **options)
 
     def refresh(self, state: HandlerState, *arguments: Any, **options: Any) -> HandlerState:
-        """Return the state with its oldest rows embedded anew; see `negcache_core`'s handler."""
+        """Return the state with its n oldest rows embedded again."""
         return self._after("refresh", state, *arguments, **options)
 
     def prefill(self, state: HandlerState, *arguments: Any, **options: Any) -> HandlerState:
-        """Return the state filled from a corpus; see `negcache_core`'s handler."""
+        """Return the state with its cache filled from a corpus."""
         return self._after("prefill", state, *arguments, **options)
 
     def save(self, state: HandlerState, path: str | os.PathLike[str]) -> None:
-        """Write the state to a safetensors file, atomically; see `negcache_core`'s handler."""
+        """Write the state to a safetensors file: rows, ages and the key."""
         self.bind(state).save(path)
 
     def load(
         self, state: HandlerState, path: str | os.PathLike[str], **options: bool
     ) -> HandlerState:
-        """Return what `save` wrote, where `state` lies; see `negcache_core`'s handler."""
+        """Return the state that `save` wrote, placed where `state` lies."""
         return self._after("load", state, path, **options)
 
     def restore(self, state: HandlerState, *arguments: Any, **options: bool) -> HandlerState:
-        """Return the state with the rows and ages of a cache; see `negcache_core`'s handler."""
+        """Return the state with the rows and ages of another cache."""
         return self._after("restore", state, *arguments, **options)
 
     def resize(self, state: HandlerState, cache_size: int | Mapping[str, int]) -> HandlerState:
-        """Return the state with another number of slots; see `negcache_core`'s handler."""
+        """Return the state with another number of slots. Call it outside of jit.
+
+        The handler is then one for states of this size.
+        """
         return self._after("resize", state, cache_size)
 
     def reset(self, state: HandlerState) -> HandlerState:
-        """Return the state with every slot empty; see `negcache_core`'s handler."""
+        """Return the state with every slot empty."""
         return self._after("reset", state)
 
     def evict_nonfinite(self, state: HandlerState) -> HandlerState:
-        """Return the state without rows that are not finite; see `negcache_core`'s handler."""
+        """Return the state without the rows whose embedding is not finite."""
         return self._after("evict_nonfinite", state)
 
     def diagnose(self, state: HandlerState, metrics: Mapping[str, Any] | None = None) -> list[str]:
-        """Return what a state and the metrics of a step say; see `negcache_core`'s handler.
+        """Return what a state and metrics say about the training: sentences, each with its figure.
 
-        metrics: of the phases' `CacheLossReturn`, as a step keeps none
+        metrics: those of a `CacheLossReturn`, as a handler without state keeps none
         """
         return self.bind(state).diagnose(metrics)
 

@@ -11,10 +11,14 @@ from ._backend import KeyStream, check_key
 
 
 class KeyedLoss:
-    """Cross-entropy against the cache; see `negcache_core.CacheClassificationLoss`.
+    """Cross-entropy of the positive against the positive and every written row of the cache.
 
-    A call, and `retrieve`, take `key=` for the draw. Pass a trained scale as a function of no
-    arguments that closes over it, or make the loss inside the differentiated function.
+    scale:     factor on the dot products, before score_transform: a number, or a function of no
+               arguments that returns a trained one, unless the loss is made inside the
+               differentiated function
+    generator: must be None, as JAX keeps no hidden random state: a call takes `key=` for its draw
+
+    It is a pure function.
     """
 
     generator: Any
@@ -30,7 +34,10 @@ class KeyedLoss:
         return bound
 
     def retrieve(self, *arguments: Any, key: Array | None = None, **options: Any) -> Retrieval:
-        """Draw negatives: phase one; see `negcache_core`'s method."""
+        """Draw negatives: the first phase. No gradient flows, and nothing is embedded.
+
+        key: a key of jax.random, for the draw
+        """
         if key is not None:
             return self.with_keys(KeyStream(check_key(key, "key"))).retrieve(*arguments, **options)
         return super().retrieve(*arguments, **options)  # type: ignore[misc] # the core's class
@@ -38,7 +45,10 @@ class KeyedLoss:
     def __call__(
         self, *arguments: Any, key: Array | None = None, **options: Any
     ) -> CacheLossReturn:
-        """Retrieve, embed and return the loss; see `negcache_core`'s method."""
+        """Retrieve, embed what was drawn with `doc_network`, and return the loss.
+
+        key: a key of jax.random, for the draw
+        """
         if key is not None:
             return self.with_keys(KeyStream(check_key(key, "key")))(*arguments, **options)
         return super().__call__(*arguments, **options)  # type: ignore[misc]
@@ -48,16 +58,19 @@ class ShardedKeyedLoss(KeyedLoss):
     """Cross-entropy against a cache that is cut into shards, one on each device of a mesh axis.
 
     group: the name of the axis, or a tuple of several
+    scale: factor on the dot products, before score_transform: a number, or a function of no
+           arguments that returns a trained one
+    generator: must be None, as JAX keeps no hidden random state
 
-    Call it inside of `jax.shard_map`, with equal parts of the batch on all devices, and the key of
-    the state the same on all. Outside, a handler's state is the whole cache; `handler.specs()` says
-    how `shard_map` cuts it, `handler.shardings(mesh)` where it lies; cache_size is a multiple of
-    the number of devices. The mean over devices of the loss is that of the whole batch:
+    Call it inside `jax.shard_map`, with equal parts of the batch on all devices, and with the same
+    key of the state on all. Outside, a handler's state is the whole cache: `handler.specs()` says
+    how `shard_map` cuts it, and `handler.shardings(mesh)` where it lies. cache_size must be a
+    multiple of the number of devices. The mean over devices of the loss is that of the whole batch:
     differentiate its `pmean`, and with `check_vma=False` take the `pmean` of the gradients too.
-    With `top_k` no group may lie on two devices. See
-    `negcache_core.sharding.DistributedCacheClassificationLoss`.
+    With `top_k` no group may lie on two devices.
 
-    Raises OptionError outside of `shard_map`, ShapeError if `cache` is no shard of the handler's.
+    Raises OptionError outside of `shard_map`, and ShapeError if `cache` is not a shard of the
+    handler's.
 
     >>> import functools, jax, jax.numpy as jnp, negcache_jax as negcache
     >>> from jax.sharding import PartitionSpec as P

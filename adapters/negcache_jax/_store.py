@@ -9,9 +9,11 @@ from ._backend import KeyStream
 
 
 class HandlerState(NamedTuple):
-    """All state of a handler, a pytree: caches by name, and the key of the next draw.
+    """All state of a handler, a pytree: it goes into each call and comes out of it.
 
-    window: with max_staleness, the state of the window of ages; else None
+    caches: name -> NegativeCache; a single cache has the name "cache"
+    key:    a key of jax.random, for the next draw
+    window: with max_staleness the state of the window of ages; else None
     """
 
     caches: dict[str, NegativeCache]

@@ -33,72 +33,82 @@ class NegativeCacheLoss(nn.Module):
     """Cross-entropy of each anchor's positive against a cache of texts; for the trainer's `loss`.
 
     model:              a SentenceTransformer that takes positives and negatives as tokens; with
-                        features="index" as what it likes
-    cache_size:         C, texts that the cache holds; of all processes together
+                        features="index", as anything it likes
+    cache_size:         C, the number of texts that the cache holds, for all processes together
     scale:              factor on the cosine similarities, the inverse of the temperature
-    estimator:          "exact_query", "shared" or "paper", see `negcache_core.losses.estimators`
-    num_samples:        S, cached texts that each anchor draws and the model embeds anew, a step
-    in_batch_negatives: whether the batch's other positives compete too, exactly, with gradients
-    max_staleness, staleness_correction, matryoshka_dims, matryoshka_weights: see
-                        `CacheClassificationLoss`
-    mini_batch_size:    texts that the model takes at a time, as in the cached losses: activations
-                        of so many are in memory, and are computed again in the backward pass;
-                        loss and gradient are those of the whole batch, to rounding. None: all
-    max_length:         the most tokens of a text, or those of each task, as training arguments may
-                        have them; by default the model's max_seq_length
-    dtype:              in which the cache stores embeddings
-    generator:          None, an int seed, or a torch.Generator
-    group_by_dataset:   whether only texts of an anchor's own data set compete with it
-    directions, partition_mode: as in MultipleNegativesRankingLoss, what competes beside an anchor's
-                        documents, and in which softmax; see below
-    own_loop:           True in a training loop of your own, which saves `loss.state_dict()`
-    features:           "content": a slot has a text's tokens; "index": the number of an item, of
-                        which the model's features are made anew when it is drawn
+    estimator:          "exact_query", "shared" or "paper": see docs/concepts.md
+    num_samples:        S, how many cached texts each anchor draws, and the model embeds, in a step
+    in_batch_negatives: also compete against the batch's other positives, exactly and with gradients
+    max_staleness:      let rows compete up to the age at which they are expected to be this much
+                        staler than a row just embedded; None: at every age
+    staleness_correction: re-weight the drawn rows by their fresh scores, self-normalised
+    matryoshka_dims:    widths, which need not include D. The loss is then the sum of the losses at
+                        these widths, of embeddings cut to their first coordinates.
+    matryoshka_weights: factors on these losses; 1 each by default
+    mini_batch_size:    how many texts the model takes at a time, as in the cached losses: only
+                        their activations are in memory, and the backward pass computes them again.
+                        Loss and gradient are those of the whole batch, to rounding. None: all at
+                        once
+    max_length:         the most tokens of a text, or a dict of those by task, as in the training
+                        arguments; by default the model's max_seq_length
+    dtype:              the dtype in which the cache stores embeddings
+    generator:          where draws come from: None, an int seed, or a torch.Generator
+    group_by_dataset:   let only texts of an anchor's own data set compete with it
+    directions:         what competes besides an anchor's documents, as in
+                        MultipleNegativesRankingLoss; see below
+    partition_mode:     in which softmax it competes, as in MultipleNegativesRankingLoss
+    own_loop:           True in a training loop of your own that saves `loss.state_dict()`
+    features:           "content": a slot holds a text's tokens; "index": it holds the number of an
+                        item, whose features are made again by the model when it is drawn
     items:              number -> what the model's preprocess takes, such as a list of texts or a
-                        Dataset's column of images
-    prompt:             with which the items' columns are made, or that of each task, in a training
-                        loop of your own: a trainer's columns say it themselves
-    check_items:        whether a row of each column is compared with its item, each step
+                        Dataset's column of images; with features="index"
+    prompt:             the prompt with which the items' columns are made, or a dict of those by
+                        task, in a training loop of your own; a trainer's columns carry theirs
+    check_items:        compare a row of each column with its item, each step
 
     Columns are those of MultipleNegativesRankingLoss: anchor, positive, and any number of negatives
-    of the anchor. Negatives compete with their own anchor, exactly, and enter the cache beside the
-    positives; so later batches meet them too. A text has one slot however often it comes, and one
-    more for each other prompt or task that it comes with. No text opposes an anchor, from the batch
-    or from the cache, that is one of its positives, in this batch or one before, or the anchor
-    itself: symmetric data and anchors with several positives need no batch sampler. Prompts do not
-    hide that texts are equal. A row knows the last four anchors whose positive it was, with its own
-    prompt (a fifth makes it forget the first). An explicit negative that is a positive of its
-    anchor, or the anchor, does not count; one that is there twice counts once. A text without
-    content, such as a pad for negatives that there are not, is no item: it neither counts nor
-    enters the cache. A row whose anchor or positive is empty has no loss; the mean is over the
-    others, and `cache_empty` in the log is how many of a step's rows had none.
+    of the anchor. Negatives compete with their own anchor, exactly. They enter the cache along with
+    the positives, so later batches meet them too. A text has one slot, however often it comes, and
+    one more for each other prompt or task that it comes with.
 
-    Further directions have more negatives, of the batch and of the cache, where anchors then share
-    the slots with documents. No anchor opposes another that has a positive in common with it, nor a
-    document that is its positive; no document opposes one of the same anchor. All explicit
-    negatives of the batch compete with every anchor then. Each step embeds num_samples cached texts
+    What never opposes an anchor, in the batch or in the cache: its positives, of this batch or an
+    earlier one, and the anchor itself. So symmetric data, and anchors with several positives, need
+    no batch sampler. Texts that differ only in their prompt count as equal. A row remembers the
+    last four anchors whose positive it was, with its own prompt; a fifth makes it forget the first.
+    An explicit negative that is a positive of its anchor, or the anchor, does not count; one given
+    twice counts once. A text without content, such as padding for missing negatives, is no item: it
+    does not count and does not enter the cache. A row whose anchor or positive is empty has no
+    loss. The mean is over the other rows, and `cache_empty` in the log counts the empty ones.
+
+    Further directions bring more negatives from the batch and from the cache, in which anchors then
+    share the slots with documents. No anchor opposes another that has a positive in common with it,
+    nor a document that is its positive; no document opposes one of the same anchor. All explicit
+    negatives of the batch then compete with every anchor. Each step embeds num_samples cached texts
     for each anchor and, with "doc_to_query" or "doc_to_doc", as many for each document.
 
     With an empty cache and pairs, loss and gradient are those of MultipleNegativesRankingLoss; with
-    further directions also with explicit negatives. In evaluation the loss is against the cache as
-    it is; nothing is drawn or written.
+    further directions also with explicit negatives. In evaluation the loss is that against the
+    cache as it is; nothing is drawn or written.
 
-    With features="index" a model takes what it likes: images, audio, texts. The data's column
-    "label" has the number of each row's positive, (B,), or those of positive and negatives,
-    (B, 1 + H). Two numbers are two items; equal texts are still no negatives of each other, while
-    of equal images each may be the other's. An anchor that is no text is known by its values. In
-    evaluation, where items may be others, the column may be missing.
+    With features="index" a model may take anything: images, audio, texts. The data's column "label"
+    has the number of each row's positive, (B,), or the numbers of positive and negatives, (B, 1 +
+    H). Two numbers are two items. Equal texts are still no negatives of each other, but equal
+    images may be. An anchor that is no text is recognised by its values. In evaluation, where the
+    items may be others, the column may be missing.
 
-    Call `keep_cache(trainer)` before `trainer.train()`: a trainer saves its model, not its loss. In
-    several processes the cache is in shards, one for each, and negatives are those of all; in one
-    step some may be at pairs and others at triplets. With `group_by_dataset` a text that two data
-    sets have is stored once for each; names decide what belongs together, also after a resume.
+    Call `keep_cache` with the trainer before `trainer.train()`: a trainer saves its model, but not
+    its loss. With several processes the cache is in shards, one for each, and negatives come from
+    all of them; in one step some may work on pairs and others on triplets. With `group_by_dataset`,
+    a text that two data sets have is stored once for each. Names decide what belongs together, also
+    after a resume.
 
-    Raises OptionError where it trains and nothing would save its cache, where it is made in one of
-    several processes before they are joined, where a batch does not say of which data set it is,
-    where MatryoshkaLoss or AdaptiveLayerLoss wraps it, where a row is not what its number stands
-    for, for directions without "query_to_doc", or with others in several processes or with
-    features="index"; KindError for a model that is no SentenceTransformer or takes no tokens.
+    Raises OptionError where it trains and nothing would save its cache; where it is made in one of
+    several processes before they are joined; where a batch does not say which data set it is from;
+    where MatryoshkaLoss or AdaptiveLayerLoss wraps it; where a row is not what its number stands
+    for; and for directions without "query_to_doc", or others with several processes or with
+    features="index". Raises KindError for a model that is no SentenceTransformer or takes no
+    tokens.
+
     Source: the paper, sections 3.1 and 3.2.
 
     >>> from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -200,7 +210,7 @@ class NegativeCacheLoss(nn.Module):
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """The last training step's scalars; see `negcache_core.losses.metrics.step_metrics`.
+        """The last training step's scalars by name: see docs/metrics.md.
 
         And `empty`: how many rows had an empty anchor or positive.
         """
@@ -208,16 +218,16 @@ class NegativeCacheLoss(nn.Module):
 
     @property
     def temperature(self) -> float:
-        """The inverse of the scale."""
+        """The temperature: the inverse of the scale."""
         return 1.0 / self.handler.cache_loss.scale
 
     def forward(
         self, sentence_features: Iterable[Mapping[str, Any]], labels: Tensor | None = None
     ) -> Tensor:
-        """Return the loss of a batch, and in training update the cache.
+        """Return the loss of a batch; in training, update the cache.
 
         sentence_features: the features of each column's B texts
-        labels:            with features="index" the items' numbers, (B,) or (B, 1 + H)
+        labels:            with features="index" the numbers of the items, (B,) or (B, 1 + H)
         """
         anchor, *columns = sentence_features
         if not columns:
@@ -270,7 +280,7 @@ class NegativeCacheLoss(nn.Module):
         return result.loss
 
     def get_config_dict(self) -> dict[str, Any]:
-        """Return what the model card tells of the loss."""
+        """Return the loss's options, for the model card."""
         loss = self.handler.cache_loss
         names = (
             *("scale", "estimator", "num_samples", "max_staleness", "staleness_correction"),
@@ -291,7 +301,7 @@ class NegativeCacheLoss(nn.Module):
 
     @property
     def citation(self) -> str:
-        """The paper, in BibTeX, for the model card."""
+        """The paper's citation in BibTeX, for the model card."""
         return CITATION
 
     def extra_repr(self) -> str:

@@ -35,26 +35,29 @@ def keep_cache(
     checkpoint: str | Path | None = None,
     start_empty: bool = False,
 ) -> SentenceTransformerTrainer:
-    """Keep the caches of a trainer's losses with its checkpoints; return the trainer.
+    """Save the caches of a trainer's losses with its checkpoints; return the trainer.
 
-    trainer:     one whose loss is a NegativeCacheLoss, or a dict or a wrapper of some
-    checkpoint:  the folder to go on from, if it was moved since it was saved
-    start_empty: whether a training that resumes starts with empty caches: the saved ones are lost,
-                 or do not fit any more
+    trainer:     a SentenceTransformerTrainer whose loss is a NegativeCacheLoss, or a dict or
+                 wrapper of some
+    checkpoint:  the folder to resume from, if it was moved since it was saved
+    start_empty: let a resumed training start with empty caches, if the saved ones are lost or do
+                 not fit any more
 
     `trainer.train(resume_from_checkpoint=…)` then goes on with the caches as they were, on any
-    number of processes. A cache is saved in its checkpoint as a folder `negcache-…`, whose name
-    the checkpoint's trainer_state.json has: so no other run's cache can be taken for it, and
-    OptionError is raised where it is missing. With `load_best_model_at_end` the best checkpoint's
-    cache comes back with its model. A new model that the trainer's `model_init` makes starts with
-    an empty cache. The metrics of the cache are logged beside the loss, as `cache_fill`,
-    `cache_effective_negatives`, `cache_staleness`, …, averaged over the steps.
+    number of processes. A checkpoint holds its cache as a folder `negcache-…`, whose name is in its
+    trainer_state.json: another run's cache cannot be taken for it, and a missing one raises
+    OptionError. With `load_best_model_at_end`, the best checkpoint's cache comes back with its
+    model. A new model from the trainer's `model_init` starts with an empty cache.
 
-    With a dict of losses in several processes, all of them are at the same data set in a step.
-    A loss with `group_by_dataset` is told the data set of each batch.
+    The metrics of the cache are logged with the loss, as `cache_fill`, `cache_effective_negatives`,
+    `cache_staleness` and so on, averaged over the steps.
 
-    Raises KindError for a trainer without such a loss; OptionError where `group_by_dataset` has no
-    DatasetDict to take names from. Resuming raises CheckpointError for a cache that does not fit.
+    With a dict of losses on several processes, all of them work on the same data set in a step. A
+    loss with `group_by_dataset` is told the data set of each batch.
+
+    Raises KindError for a trainer without such a loss, and OptionError where `group_by_dataset` has
+    no DatasetDict to take names from. Resuming raises CheckpointError for a cache that does not
+    fit.
     """
     for old in [each for each in trainer.callback_handler.callbacks if isinstance(each, _Keeper)]:
         trainer.remove_callback(old)

@@ -16,11 +16,11 @@ from ._store import VariableStore
 class _DistributedLoss:
     """Cross-entropy against a cache that is cut into equal shards, one on each replica.
 
-    Make it, and its handler, inside `strategy.scope()`, and call them in `strategy.run`. Replicas
-    need batches of one size, known when traced: batch a dataset with drop_remainder=True. A
-    generator made from None or a seed gives each replica a stream of its own.
+    group: leave it out: the replicas are those of the strategy in whose scope the loss is made
 
-    See `negcache_core.sharding.DistributedCacheClassificationLoss`.
+    Make the loss and its handler inside `strategy.scope()`, and call them in `strategy.run`.
+    Replicas need batches of one size, known when traced: batch a dataset with drop_remainder=True.
+    A generator made from None or a seed gives each replica a stream of its own.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -55,13 +55,10 @@ class _Handler:
 
 
 class _FrontDoor:
-    """Cross-entropy of each query's item against everything in a cache of items.
+    """Softmax cross-entropy of each query's item against all items in a cache.
 
-    group: a tf.distribute.Strategy, whose replicas share one cache in shards: call the loss in
-           `strategy.run`, with batches of one size, known when traced; None for a cache of one's
-           own
-
-    For the other arguments see `negcache_core.NegativeCacheLoss`.
+    group: a tf.distribute.Strategy whose replicas share one cache in shards. Call the loss in
+           `strategy.run`, with batches of one size, known when traced. None: no sharing
 
     >>> import tensorflow as tf, negcache_tensorflow as negcache
     >>> weights, x = tf.Variable(tf.ones((2, 4))), tf.eye(2)

@@ -28,9 +28,7 @@ class _Loss(_Mode):
 class _DistributedLoss(_Loss):
     """Cross-entropy against a cache that is cut into shards, one on each rank.
 
-    group: a process group of torch.distributed; None for all ranks
-
-    See `negcache_core.sharding.DistributedCacheClassificationLoss`.
+    group: a process group of torch.distributed; None: all ranks
     """
 
 
@@ -38,8 +36,9 @@ class _Handler(_Mode):
     def distributed_state_dict(self) -> dict[str, Tensor]:
         """Return the state for torch.distributed.checkpoint: each table is one shard of a DTensor.
 
-        Saved from one number of ranks it loads on another, in place: make the handler with the same
-        cache_size, and pass this to `dcp.load`. Only for a handler whose cache is in shards.
+        A checkpoint of it can be loaded on another number of ranks, in place: make the handler with
+        the same cache_size, and pass this to `dcp.load`. Raises OptionError unless the cache is in
+        shards.
         """
         setup = self._setup
         if not setup.placement.sharded:
@@ -66,13 +65,12 @@ class _ManyCaches(_Handler):
 
 
 class _FrontDoor:
-    """Cross-entropy of each query's item against everything in a cache of items.
+    """Softmax cross-entropy of each query's item against all items in a cache.
 
-    embedding: an example (B, D), on whose device the cache is made; or D
+    embedding: an example batch of item embeddings (B, D), whose dtype the cache stores and on whose
+               device it is made; or the width D, stored as float32
     group:     a process group of torch.distributed, or a DeviceMesh, whose ranks share one cache in
-               shards; None for a cache of one's own
-
-    For the other arguments see `negcache_core.NegativeCacheLoss`.
+               shards; None: no sharing
 
     >>> import torch, negcache_torch as negcache
     >>> tower, x, ids = torch.nn.Linear(2, 4), torch.eye(2), torch.arange(2)

@@ -20,7 +20,11 @@ from negcache_core.errors import KeysError
 
 
 class CacheFilterFn(ABC):
-    """A function (cache, new_items) -> bool (n,): True for the items that should enter."""
+    """A function (cache, new_items) -> bool (n,): True for items that should enter. Subclass it.
+
+    Give an instance to a handler as `new_items_filter=`. Implement `__call__(cache, new_items)`,
+    where new_items has every field of the cache, (n, …) each.
+    """
 
     backend: ClassVar[Backend] = NUMPY
 
@@ -30,15 +34,16 @@ class CacheFilterFn(ABC):
 
 
 class IsInCacheFilterFn(CacheFilterFn):
-    """True for items that are not in the cache: no written row equals them on all of `keys`.
+    """Keep out items that are in the cache: True for items that equal no written row on all `keys`.
 
-    keys: integer or bool fields of any rank; they are compared exactly and together
+    keys: integer or bool fields of any rank, compared exactly and together
 
-    Give it to a handler as `new_items_filter=`, and an item that is cached keeps its one slot.
-    Cost: that of sorting the rows and the slots by their keys; for few rows, one comparison of
-    n x C for every value in a row of the keys. Two equal items in one batch
-    both pass. Differs from the published filter, which is never called, fails for fields that are
-    not vectors, and finds zeros in slots that were never written.
+    Give it to a handler as `new_items_filter=`: an item in the cache then keeps its one slot. Two
+    equal items in one batch both pass. Cost: sorting the rows and the slots by their keys; for few
+    rows, n x C comparisons for every value in a row of the keys.
+
+    Differs from the published filter, which is never called, fails for fields that are not vectors,
+    and finds zeros in slots that were never written.
 
     >>> import numpy as np
     >>> cache = NegativeCache({"id": np.asarray([7, 0])}, np.asarray([0, 2**31 - 1]))

@@ -44,17 +44,19 @@ MOST_VALUES = 2**59
 
 
 class CacheManager:
-    """Makes and updates a cache of fixed capacity, first in first out or least recently used.
+    """Makes and updates a cache of fixed size: first in, first out, or least recently used.
 
     specs:      field name -> FieldSpec
-    cache_size: capacity C, the number of slots
+    cache_size: C, the number of slots
     use_lru:    True: refreshing a row makes it as young as a new one; False: it keeps its age
-    unique_key: an integer or bool field that identifies an item, such as "item_id": a new item
-                that is in the cache overwrites its own slot, so that it never fills two. None: any
+    unique_key: an integer or bool field that identifies an item, such as "item_id". A new item that
+                is in the cache then overwrites its own slot, so it never fills two. None: every
                 item takes the oldest slot.
 
-    Raises KeysError, KindError, DTypeError or CapacityError on an argument that cannot work.
     The manager holds no rows: state goes in and comes out as a NegativeCache.
+
+    Raises KeysError, KindError, DTypeError or CapacityError for an argument that cannot work.
+
     Source: the paper's streaming cache, section 3.2, and the published `CacheManager`.
 
     >>> from negcache_core import FieldSpec
@@ -98,9 +100,10 @@ class CacheManager:
         return manager
 
     def init_cache(self) -> NegativeCache:
-        """Return a cache of zero rows, every age EMPTY.
+        """Return an empty cache: zero rows, every age EMPTY.
 
-        Differs from the 2021 code, where ages start at 0: here an unwritten slot is never drawn.
+        Differs from the published code, where ages start at 0: here an unwritten slot is never
+        drawn.
         """
         return self.init_shard(self.cache_size)
 
@@ -123,22 +126,25 @@ class CacheManager:
         updated_item_indices: Any = None,
         updated_item_mask: Any = None,
     ) -> NegativeCache:
-        """Return the cache after one step; the input cache is never changed.
+        """Return the cache after one step. The input cache is not changed.
 
-        First rows in place are refreshed, then new items overwrite the oldest slots (empty before
-        old, ties to the lowest slot), then all other written rows grow older by one. With a
-        unique_key, a new item that the refreshed cache holds overwrites its own slot instead; of
-        equal items in one batch the last unmasked one counts, and the others count as masked.
-
+        cache:                a NegativeCache of this manager
         new_items:            every field -> (n, …), n <= C
-        new_items_mask:       bool (n,); a row where it is False touches nothing and takes no slot
-        updated_item_data:    some fields -> (m, …); fields that are not named keep their rows
-        updated_item_indices: integers (m,), the slots to refresh; where one is named twice the last
-                              unmasked entry counts, and entries outside 0 … C - 1 touch nothing
-        updated_item_mask:    bool (m,); an entry where it is False touches nothing
+        new_items_mask:       bool (n,); a row where it is False changes nothing and takes no slot
+        updated_item_data:    some fields -> (m, …); the other fields keep their rows
+        updated_item_indices: (m,) integers, the slots to refresh. If a slot is named twice, the
+                              last unmasked entry counts. Entries outside 0 … C - 1 change nothing.
+        updated_item_mask:    bool (m,); an entry where it is False changes nothing
+
+        First rows in place are refreshed. Then new items overwrite the oldest slots: empty ones
+        before old ones, and the lowest slot first among equals. Then all other written rows age by
+        one. With a unique_key, a new item that the refreshed cache holds overwrites its own slot
+        instead. Of equal items in one batch the last unmasked one counts, and the others count as
+        masked.
 
         Floating rows are cast to the field's dtype; integers may only widen.
-        Raises KeysError, ShapeError, DTypeError or CapacityError.
+
+        Raises KeysError, ShapeError, DTypeError or CapacityError for rows that do not fit.
         """
         backend = self.backend
         cache = check_cache(cache, backend)

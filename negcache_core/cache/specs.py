@@ -12,14 +12,15 @@ MOST_AXES = 62
 
 
 class FieldSpec(NamedTuple):
-    """Shape and dtype of one cached field.
+    """Row shape and dtype of a field of the cache.
 
-    shape: the shape of one row, without the slot axis: () for a scalar such as an item id,
-           (D,) for an embedding, (T, F) for a matrix
-    dtype: a dtype of the framework, of NumPy, or a name: 'float32', 'bfloat16', 'int64', 'bool', …
+    shape: the shape of one row, without the slot axis: () for a scalar such as an item id, (D,) for
+           an embedding, (T, F) for a matrix
+    dtype: a dtype of the framework or of NumPy, or its name: 'float32', 'bfloat16', 'int64',
+           'bool', …
 
-    Anything else with `.shape` and `.dtype` is accepted where a FieldSpec is, for example
-    `tf.io.FixedLenFeature` or an array of one row.
+    Any object with `.shape` and `.dtype` will do instead, such as a `tf.io.FixedLenFeature` or an
+    array of one row.
 
     >>> FieldSpec((128,), "float32")
     FieldSpec(shape=(128,), dtype='float32')

@@ -21,13 +21,13 @@ OLDEST = EMPTY - 1
 
 
 class NegativeCache(NamedTuple):
-    """Named fields of rows, one row per slot, and the age of each row.
+    """The rows of a cache by field, one row per slot, and the age of each row.
 
-    data: field name -> array (C, …), C the capacity
-    age:  int32 array (C,), update steps since the row's embedding was written; EMPTY where none was
+    data: field name -> array (C, …), where C is the number of slots
+    age:  int32 (C,), update steps since the row's embedding was written; EMPTY where there is none
 
-    The published code starts ages at zero, so a row that was never written looks like a new one;
-    here it can never be drawn, filtered on or counted.
+    In the published code ages start at zero, so a row that was never written looks like a new one.
+    Here such a row is never drawn, filtered on or counted.
     """
 
     data: dict[str, Any]  # arrays have their library's own methods, so users see Any
@@ -50,7 +50,7 @@ def is_written(age: Array) -> Array:
 def written_slots(ages: Iterable[Any]) -> int | None:
     """Return how many slots hold a row; None where values cannot be read, as in a trace."""
     try:
-        hosts = [np.asarray(age.cpu() if hasattr(age, "cpu") else age) for age in ages]
+        hosts = [np.asarray(age.cpu() if hasattr(age, "detach") else age) for age in ages]
         return sum(int(np.sum(host != EMPTY)) for host in hosts)
     except Exception:  # noqa: BLE001 - each library refuses in its own way, and print must not
         return None

@@ -149,11 +149,11 @@ class BaseHandler:
         return describe(type(self).__name__, self._setup, caches, self.metrics)
 
     def diagnose(self, metrics: Mapping[str, Any] | None = None) -> list[str]:
-        """Return what the figures say of the training: sentences, each with what it rests on.
+        """Return what the metrics say about the training: sentences, each with its figure.
 
-        metrics: of a step; by default the last one's
+        metrics: those of a step; by default the last one's
 
-        Reads values, so a device is waited for. JAX: `handler.diagnose(state, metrics)`.
+        It reads values, and so waits for the device. JAX: `handler.diagnose(state, metrics)`.
         """
         known = self.metrics if metrics is None else check_mapping(metrics, "metrics")
         return diagnose(self._setup, self._store.read(), known)
@@ -166,10 +166,12 @@ class BaseHandler:
         retrieval: Retrieval,
         **options: Any,
     ) -> CacheLossReturn:
-        """Phase two: the loss from embeddings (B * S, D) of the retrieved features.
+        """Return the loss, from embeddings of what was retrieved: the second of the three phases.
 
-        options: hard_negative_embeddings, hard_negative_features, competing_scores,
-                 sample_weight, constant: see the loss
+        neg_item_embeddings: (B * S, D), the item network's output for `retrieval.features`
+        retrieval:           what `retrieve` returned
+        options:             hard_negative_embeddings, hard_negative_features, competing_scores,
+                             sample_weight, constant: see CacheClassificationLoss
         """
         setup = self._setup
         result = setup.phased_loss().loss_from_negatives(
@@ -180,76 +182,87 @@ class BaseHandler:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write rows, ages and the state of the draws to a safetensors file.
 
-        Atomic: whenever the process dies, `path` is the old file or the new one, whole. Trained
-        parameters, such as a scale, are the model's to save. Every library reads the rows that
-        another wrote. Where replicas hold equal caches, one of them is to save.
+        path: a file name, str or path
+
+        Saving is atomic: whenever the process dies, `path` is either the old file or the new one,
+        whole. Trained parameters, such as a scale, belong to the model and are not saved. Every
+        library can read the rows that another wrote. Where replicas hold equal caches, let one of
+        them save.
 
         JAX: `handler.save(state, path)`.
 
-        Raises KindError if `path` is no path, OSError where it cannot be written, and OptionError
-        for a cache in shards, which its framework's own checkpoints save: see docs/scaling.md.
+        Raises KindError if `path` is not a path, OSError where it cannot be written, and
+        OptionError for a cache in shards: save that with the framework's own checkpoints, see
+        docs/scaling.md.
         """
         checkpoint.save(self._setup, self._store, path)
 
     def load(
         self, path: str | os.PathLike[str], *, resize: bool = False, draws: bool = True
     ) -> None:
-        """Take over what `save` wrote; training goes on as if it had never stopped.
+        """Restore what `save` wrote; training goes on as if it had never stopped.
 
-        resize: see `restore`
-        draws:  False: take the rows and ages only, as of a file that another library wrote
+        path:   a file that `save` wrote
+        resize: let the file have another number of slots; see `restore`
+        draws:  False: take only rows and ages, for a file that another library wrote
 
         JAX: `state = handler.load(state, path)`.
 
-        Raises CheckpointError for a truncated or corrupted file, OptionError if its draws are not
-        those of this handler, and what `restore` raises. Any exception leaves all as it was.
+        Raises CheckpointError for a truncated or corrupted file, OptionError if its random state
+        does not fit this handler, and all that `restore` raises. Any exception leaves the handler
+        as it was.
         """
         checkpoint.load(self._setup, self._store, path, resize=resize, draws=draws)
 
     def restore(
         self, cache: NegativeCache | Mapping[str, NegativeCache], *, resize: bool = False
     ) -> None:
-        """Take over the rows and ages of `cache`: of another handler, run or library.
+        """Copy the rows and ages of another cache: of another handler, run or library.
 
-        cache:  a NegativeCache, or those of a MultiCacheLossHandler by name; it is copied
-        resize: whether it may have another capacity: of more rows than fit the youngest stay, of
-                equal ages those that would have been overwritten last; slots to spare are empty
+        cache:  a NegativeCache, or a dict of those by name for a MultiCacheLossHandler; it is
+                copied
+        resize: let it have another number of slots. If its rows do not all fit, the youngest stay,
+                and of equal ages those that would have been overwritten last. Extra slots are
+                empty.
 
-        Rows whose embedding is not finite do not come along: a NonFiniteWarning counts them. With
+        Rows whose embedding is not finite are left out: a NonFiniteWarning counts them. With
         max_staleness all rows compete at first.
 
         JAX: `state = handler.restore(state, cache)`.
 
-        Raises KeysError, ShapeError, DTypeError or CapacityError unless the fields, their rows and
-        the capacity are those of this handler, OptionError for an age below 0 or a cache in
-        shards. Any exception leaves all as it was.
+        Raises KeysError, ShapeError, DTypeError or CapacityError unless fields, rows and number of
+        slots are those of this handler, and OptionError for an age below 0 or a cache in shards.
+        Any exception leaves the handler as it was.
         """
         checkpoint.restore(self._setup, self._store, cache, resize=resize)
 
     def resize(self, cache_size: int | Mapping[str, int]) -> None:
-        """Change the number of slots; the draws go on where they were.
+        """Change the number of slots; the state of the draws stays.
 
-        cache_size: of all caches, or by name of some
+        cache_size: the new number of slots of all caches, or name -> number for some of them
 
-        Of more rows than fit the youngest stay, of equal ages those that would have been
-        overwritten last; slots to spare are empty. `handler.cache_manager` follows: a copy of the
-        manager, which others may share. Optimizers hold nothing of a cache and need nothing.
+        If the rows do not all fit, the youngest stay, and of equal ages those that would have been
+        overwritten last. Extra slots are empty. `handler.cache_manager` becomes a copy with the new
+        size, as others may share the old one. Optimizers hold nothing of a cache and need no
+        change.
 
-        JAX: `state = handler.resize(state, cache_size)`, outside of jit; the handler is then one
-        for states of this size. TensorFlow's variables keep their shapes: there, `save` and load
+        JAX: `state = handler.resize(state, cache_size)`, outside of jit. The handler is then one
+        for states of this size.
+
+        TensorFlow's variables keep their shapes, so it raises OptionError there: `save`, and load
         into a new handler with `resize=True`.
 
-        Raises KindError, CapacityError or KeysError for a size that cannot be, OptionError for a
-        cache in shards, in TensorFlow and in a trace. Any exception leaves all as it was.
+        Raises KindError, CapacityError or KeysError for a size that cannot work, and OptionError
+        for a cache in shards or in a traced function. Any exception leaves the handler as it was.
         """
         managers = checkpoint.resize(self._setup, self._store, cache_size)
         self._managers.update(managers)
 
     def reset(self) -> None:
-        """Empty every slot, as in a new handler; the draws go on where they were.
+        """Empty every slot, as in a new handler; the state of the draws stays.
 
-        For the start of another phase of training, whose towers have little in common with those
-        that embedded the rows.
+        Use it at the start of another phase of training, when the towers have changed too much for
+        the old rows to be of use.
 
         JAX: `state = handler.reset(state)`.
         """
@@ -260,8 +273,9 @@ class BaseHandler:
         """Empty the slots whose embedding is not finite; return how many there were.
 
         No step writes such a row, and `load` and `restore` leave them out. Call this where a
-        framework's own checkpoint brought in rows from elsewhere: one would make every loss NaN.
-        The slots are the next to be written. Nothing else changes, and no value is read.
+        framework's own checkpoint may have brought in bad rows: a single one would make every loss
+        NaN. These slots are the next to be filled. Nothing else changes, and no value is
+        read.
 
         JAX: `state = handler.evict_nonfinite(state)`, with no count.
         """

@@ -18,21 +18,24 @@ from negcache_core.retrieval.result import Retrieval
 
 
 class CacheLossHandler(BaseHandler):
-    """One cache, its loss, and the step that uses and updates them.
+    """A cache, its loss, and the training step that uses and updates both.
 
-    cache_manager:     a CacheManager; its specs are embedding_key, data_keys, and any more fields
-                       that the filter needs
+    cache_manager:     a CacheManager. Its specs are embedding_key, data_keys, and any fields that
+                       the loss or the filter needs.
     cache_loss:        a CacheClassificationLoss, or any function (doc_network, query_embeddings,
                        pos_doc_embeddings, cache) -> CacheLossReturn
     embedding_key:     the field of item embeddings; by default that of the loss
     data_keys:         the fields that the item network takes; by default those of the loss
-    use_cross_replica: every replica writes the rows of all, so that their caches stay equal
-    new_items_filter:  which items may enter, such as IsInCacheFilterFn(keys); all by default
-    group:             the replicas that share the cache; None for all
+    use_cross_replica: every replica writes the rows of all replicas, so that their caches stay
+                       equal
+    new_items_filter:  chooses which items enter, such as IsInCacheFilterFn(keys); by default all do
+    group:             the replicas that share the cache; None: all
 
-    `cache` is the live state, `metrics` the last step's scalars; `prefill` and `refresh` keep the
-    cache up between steps. Source: the paper, algorithm 2, and the published
-    `handlers.CacheLossHandler`, which has no filter and returns another loss.
+    `cache` is the live state, and `metrics` holds the last step's scalars. `prefill` and `refresh`
+    maintain the cache between steps.
+
+    Source: the paper, algorithm 2, and the published `handlers.CacheLossHandler`, which has no
+    filter and returns another loss.
 
     >>> import numpy as np
     >>> from negcache_core import CacheClassificationLoss, CacheManager, FieldSpec
@@ -71,12 +74,12 @@ class CacheLossHandler(BaseHandler):
 
     @property
     def cache_manager(self) -> CacheManager:
-        """The manager of the cache, of the size that it has now."""
+        """The manager of the cache, with its current size."""
         return self._managers[SINGLE]
 
     @property
     def cache(self) -> NegativeCache:
-        """The cache as it is now."""
+        """The cache as it is now: live arrays, not copies."""
         return self._store.read()[SINGLE]
 
     def update_cache_and_compute_loss(
@@ -90,23 +93,26 @@ class CacheLossHandler(BaseHandler):
         training: bool | None = None,
         **options: Any,
     ) -> Array:
-        """Run one step: return the loss to differentiate and to log, and update the cache.
+        """Run one training step: return the loss, and update the cache.
 
-        item_network:        features by field, n rows each -> embeddings (n, D)
-        query_embeddings:    (B, D)
-        pos_item_embeddings: (B, D), the positives' embeddings by the same network
-        features:            field -> (B, …), the positives' features, which enter the cache
-        labels:              fields that the network does not take, such as ids; they may as well be
-                             among the features
-        training:            False: the loss against the cache as it is; nothing is drawn from a
-                             generator, written, or grows older. None: PyTorch's module is asked
-                             (`.train()`, `.eval()`), and without gradients it does not learn;
-                             elsewhere it does.
+        item_network:        a function of features by field, n rows each, that returns embeddings
+                             (n, D)
+        query_embeddings:    (B, D), one row per query
+        pos_item_embeddings: (B, D), embeddings of the positives by the same network
+        features:            field -> (B, …), the features of the positives, which enter the cache
+        labels:              fields that the network does not take, such as ids; `features` may hold
+                             them as well
+        training:            False: return the loss against the cache as it is; nothing is drawn
+                             from a generator, written, or aged. None: True, but in PyTorch not for
+                             a handler in `.eval()` mode or without gradients
         options:             positive_ids, hard_negative_embeddings, hard_negative_features,
                              competing_scores, sample_weight, noise, constant: see
                              CacheClassificationLoss
 
-        Calling the handler does the same.
+        Differentiate what it returns, and log it. Calling the handler does the same.
+
+        Raises KeysError, ShapeError, DTypeError, KindError or OptionError for arguments that do not
+        fit, and for a wrong output of the network. Any exception leaves the cache as it was.
         """
         return self._step(
             item_network,
@@ -128,14 +134,14 @@ class CacheLossHandler(BaseHandler):
         labels: Mapping[str, Array] | None = None,
         **options: Any,
     ) -> CacheLossReturn:
-        """Return the loss against the cache as it is: nothing is drawn, written, or grows older.
+        """Return the loss against the cache as it is: nothing is drawn, written or aged.
 
-        item_network: None, or a network to embed a few rows with, for the metrics that tell how
-                      stale the cache is; without it they are those of a fresh cache
+        item_network: a function that embeds a few rows, for the metrics of staleness; None: these
+                      metrics are those of a fresh cache
         options:      positive_ids, hard_negative_embeddings, hard_negative_features,
-                      competing_scores, sample_weight: see the loss
+                      competing_scores, sample_weight: see CacheClassificationLoss
 
-        The value does not depend on draws: no generator is asked, rows are chosen without one.
+        The value does not depend on random draws.
         """
         given = {SINGLE: with_labels(features, labels)}
         return self._evaluate(item_network, query_embeddings, pos_item_embeddings, given, options)
@@ -149,11 +155,14 @@ class CacheLossHandler(BaseHandler):
         pos_item_embeddings: Array | None = None,
         **options: Any,
     ) -> Retrieval:
-        """Phase one: draw negatives. Embed the result's `.features`, perhaps with the positives.
+        """Draw negatives: the first of the three phases of a step.
 
-        features:            the positives', as in `update_cache_and_compute_loss`
-        pos_item_embeddings: (B, D), needed for a loss with a `margin` alone
-        options:             positive_ids, noise: see the loss
+        features:            field -> (B, …), the features of the positives
+        pos_item_embeddings: (B, D), needed only for a loss with a `margin`
+        options:             positive_ids, noise: see CacheClassificationLoss
+
+        Embed the `.features` of the result, together with the positives if you like, and give the
+        embeddings to `compute_loss`.
         """
         given = {SINGLE: with_labels(features, labels)}
         return self._retrieve(query_embeddings, given, pos_item_embeddings, options)
@@ -166,35 +175,40 @@ class CacheLossHandler(BaseHandler):
         *,
         labels: Mapping[str, Array] | None = None,
     ) -> None:
-        """Phase three: write the fresh embeddings and the batch's own items into the cache.
+        """Write to the cache: the last of the three phases of a step.
 
-        In evaluation nothing is written.
+        result: what `compute_loss` returned
+
+        The fresh embeddings of the drawn rows and the batch's own items are written. In evaluation
+        mode nothing is.
         """
         given = {SINGLE: with_labels(features, labels)}
         self._commit(result, {SINGLE: pos_item_embeddings}, given)
 
     def refresh(self, item_network: ItemNetwork, n: int) -> Array:
-        """Embed the n oldest written rows anew; return how many were left out as not finite.
+        """Embed the n oldest rows again; return how many were left out as not finite.
 
-        item_network: data_keys -> (n, …), rows of the cache -> embeddings (n, D)
-        n:            rows to embed, 0 <= n <= C; of equal ages the lowest slots
+        item_network: a function of features by field, rows of the cache, that returns embeddings
+                      (n, D)
+        n:            how many rows to embed, 0 <= n <= C; of equal ages the lowest slots
 
-        Their age becomes 0, that of a new row, whatever `use_lru` is: so the next call goes on
-        with other rows, and they leave the cache later. No other row grows older: this is no step.
-        With a capacity of the whole corpus and a refresh every step this is the paper's algorithm
-        for a cache that is not streaming (section 3.2).
+        The age of these rows becomes 0, whatever `use_lru` is: the next call takes other rows, and
+        these leave the cache later. No other row ages, as this is not a step. With a cache that
+        holds the whole corpus and a refresh every step, this is the paper's algorithm for a cache
+        that is not streaming (section 3.2).
 
-        A row whose fresh embedding is not finite keeps the old one and its age: it is first in
-        line again, to be embedded and to be overwritten by a new item. Where fewer than n rows are
-        written, the oldest stands in for the rest. An empty cache is left alone; in a traced
-        function, which cannot see that it is empty, the network gets rows of zeros and its
-        output is dropped. With `use_cross_replica`, every replica writes the embeddings of the
-        first. Cost: the network on n rows, and one pass over the ages.
+        A row whose new embedding is not finite keeps the old one and its age, so it is the first to
+        be refreshed or overwritten next time. If fewer than n rows are written, the oldest one
+        stands in for the rest. An empty cache stays as it is; in a traced function, which cannot
+        see that it is empty, the network gets rows of zeros and its output is dropped. With
+        `use_cross_replica`, every replica writes the first replica's embeddings. Cost: the network
+        on n rows, and one pass over the ages.
 
         JAX: `state = handler.refresh(state, item_network, n)`, with no count.
 
-        Raises CapacityError if n > C, KindError or OptionError if n is no such number, and
-        ShapeError or DTypeError for a wrong output. Any exception leaves the cache as it was.
+        Raises CapacityError if n > C, KindError or OptionError if n is not a whole number of at
+        least 0, and ShapeError or DTypeError for a wrong output. Any exception leaves the cache as
+        it was.
         """
         return upkeep.refresh(self._setup, self._store, (SINGLE,), item_network, n)
 
@@ -209,17 +223,19 @@ class CacheLossHandler(BaseHandler):
     ) -> Array:
         """Fill the cache from a corpus; return how many rows were left out as not finite.
 
-        item_network: data_keys -> (n, …) -> embeddings (n, D), for n <= batch_size
-        features:     field -> (N, …), every field of the cache but the embedding, N <= C; labels
-                      may as well be apart
-        batch_size:   rows to embed at a time; the last batch may be smaller
-        progress:     None, or a function that wraps the list of batches, such as tqdm.tqdm
+        item_network: a function of features by field, n <= batch_size rows each, that returns
+                      embeddings (n, D)
+        features:     field -> (N, …), every field of the cache but the embedding, N <= C
+        batch_size:   how many rows to embed at a time; the last batch may be smaller
+        labels:       fields that the network does not take; `features` may hold them as well
+        progress:     a function that wraps the list of batches, such as tqdm.tqdm; None: no
+                      progress bar
 
-        Rows enter as new items do: past `new_items_filter`, to their own slot if the manager has a
-        `unique_key`, else into empty slots and then over the oldest. Afterwards they are equally
-        young, all of age 0, and all other rows are as old as they were. If the network raises, the
-        batches before it are in the cache. Runs eagerly: it is a Python loop. With
-        `use_cross_replica`, give every replica the same features; the first's embeddings count.
+        Rows enter as new items do: only if `new_items_filter` lets them; into their own slot if the
+        manager has a `unique_key`; else into empty slots first, then over the oldest. All of them
+        then have age 0, and the other rows keep theirs. If the network raises, the batches before
+        are in the cache. It is a Python loop and runs eagerly. With `use_cross_replica`, give every
+        replica the same features; the first replica's embeddings count.
 
         JAX: `state = handler.prefill(state, item_network, features, batch_size)`, with no count.
 

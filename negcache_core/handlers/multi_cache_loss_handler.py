@@ -16,9 +16,12 @@ from negcache_core.retrieval.result import Retrieval
 
 
 class MultiCacheLossHandler(BaseHandler):
-    """Several named caches that the loss treats as one, each fed by its own new items.
+    """Several named caches that the loss treats as one. Each is fed by its own new items.
 
-    cache_managers: name -> CacheManager; for the other arguments see CacheLossHandler
+    cache_managers: name -> CacheManager
+
+    The other arguments are those of CacheLossHandler. So are the methods that are not described
+    here, such as `save` and `load`.
     """
 
     @property
@@ -37,9 +40,13 @@ class MultiCacheLossHandler(BaseHandler):
         training: bool | None = None,
         **options: Any,
     ) -> Array:
-        """Run one step, as CacheLossHandler does; what enters each cache is given by its name.
+        """Run one training step: return the loss, and update the caches.
 
-        new_item_embeddings: name -> (n, D); new_item_features: name -> field -> (n, …)
+        new_item_embeddings: name -> (n, D), the embeddings of what enters each cache
+        new_item_features:   name -> field -> (n, …), the features and labels of what enters each
+                             cache
+
+        Every cache is named. The other arguments are those of CacheLossHandler.
         """
         return self._step(
             item_network,
@@ -59,7 +66,10 @@ class MultiCacheLossHandler(BaseHandler):
         new_item_features: Mapping[str, Mapping[str, Array]],
         **options: Any,
     ) -> CacheLossReturn:
-        """Return the loss against the caches as they are; see CacheLossHandler."""
+        """Return the loss against the caches as they are: nothing is drawn, written or aged.
+
+        The arguments are those of CacheLossHandler, with the features by name of the cache.
+        """
         return self._evaluate(
             item_network, query_embeddings, pos_item_embeddings, new_item_features, options
         )
@@ -72,7 +82,10 @@ class MultiCacheLossHandler(BaseHandler):
         pos_item_embeddings: Array | None = None,
         **options: Any,
     ) -> Retrieval:
-        """Phase one: draw negatives from all caches together; see CacheLossHandler."""
+        """Draw negatives from all caches together: the first of the three phases of a step.
+
+        The arguments are those of CacheLossHandler, with the features by name of the cache.
+        """
         return self._retrieve(query_embeddings, new_item_features, pos_item_embeddings, options)
 
     def commit(
@@ -81,13 +94,15 @@ class MultiCacheLossHandler(BaseHandler):
         new_item_embeddings: Mapping[str, Array],
         new_item_features: Mapping[str, Mapping[str, Array]],
     ) -> None:
-        """Phase three: write the fresh embeddings and the new items into the caches."""
+        """Write fresh embeddings and new items to the caches: the last of the three phases."""
         self._commit(result, new_item_embeddings, new_item_features)
 
     def refresh(self, item_network: ItemNetwork, n: int, *, cache_name: str | None = None) -> Array:
-        """Embed the n oldest written rows of one cache, or of each, anew; see CacheLossHandler.
+        """Embed the n oldest rows of one cache again, or of each; return how many were not finite.
 
-        cache_name: the cache to refresh; None for all, n rows of each
+        cache_name: the cache to refresh; None: all of them, n rows of each
+
+        More about it: CacheLossHandler.
         """
         names = list(self._managers) if cache_name is None else [cache_name]
         if not all(isinstance(name, str) for name in names):
@@ -103,9 +118,11 @@ class MultiCacheLossHandler(BaseHandler):
         *,
         progress: Progress | None = None,
     ) -> Array:
-        """Fill the caches that are named in `features` from a corpus each; see CacheLossHandler.
+        """Fill the caches that `features` names; return how many rows were left out.
 
-        features: name -> field -> (N, …)
+        features: name -> field -> (N, …), a corpus for each cache that is named
+
+        Rows whose embedding is not finite are left out. More about it: CacheLossHandler.
         """
         check_keys(check_mapping(features, "features"), self._managers, "features", exact=False)
         return upkeep.prefill(

@@ -23,37 +23,41 @@ class Parts(NamedTuple):
 
 
 class NegativeCacheLoss(CacheLossHandler):
-    """Cross-entropy of each query's item against everything in a cache of items.
+    """Softmax cross-entropy of each query's item against all items in a cache.
 
     cache_size: C, the number of items that the cache holds
     features:   what the item network takes: an example batch, field -> (B, …), or field ->
                 FieldSpec of one row
-    embedding:  an example of item embeddings (B, D), whose dtype the cache stores; or D, which is
-                stored as float32
-    scale:      factor on the dot products, the inverse of a temperature: a number, a trained
+    embedding:  an example batch of item embeddings (B, D), whose dtype the cache stores; or the
+                width D, stored as float32
+    scale:      factor on the dot products, the inverse of the temperature: a number, a trained
                 parameter, or a function of no arguments that returns one. 20 suits embeddings of
                 length 1.
-    labels:     further fields that are kept beside the features and that the item network does not
-                get, such as an item's id: as `features`. A step finds them in its `labels`, or in
-                its `features`.
-    id_keys:    the fields, of integers, by which a row is no negative of a query: one that agrees
-                with it in any of them is neither drawn nor counted
-    group_key:  the field of integers that a row must share with a query to be its negative
-    margin:     rows whose score beats the positive's by more than this do not count
-    estimator:  "auto" is "exact_query" where the other options allow it, else "shared"
-    in_batch_negatives: whether the batch's other positives compete too, exactly, with gradients
-    max_staleness: rows compete up to the age at which they are expected to be this much staler than
-                one just embedded; None: at every age
-    matryoshka_dims: widths, D among them or not: the loss is the sum over these of that of
-                embeddings cut to the first coordinates and divided by their length
-    matryoshka_weights: factors on these losses; by default 1 each
+    labels:     fields that the cache keeps but the item network does not take, such as an item's
+                id; given like `features`. A step finds them in its `labels` or in its `features`.
+    id_keys:    integer fields that identify an item. A row that has the same value as the query's
+                item in any of them is not a negative of that query: it is neither drawn nor
+                counted.
+    group_key:  an integer field; only rows with the query's own value are its negatives
+    margin:     leave out rows whose score beats the positive's by more than this
+    estimator:  "exact_query", "shared" or "paper"; "auto" is "exact_query" where the other options
+                allow it, else "shared"
+    in_batch_negatives: also compete against the batch's other positives, exactly and with gradients
+    max_staleness: let rows compete up to the age at which they are expected to be this much staler
+                than a row just embedded; None: at every age
+    matryoshka_dims: widths, which need not include D. The loss is then the sum of the losses at
+                these widths, of embeddings cut to their first coordinates and divided by their
+                length.
+    matryoshka_weights: factors on these losses; 1 each by default
     use_lru, unique_key: see CacheManager
     use_cross_replica, new_items_filter: see CacheLossHandler
-    group:      the replicas that share one cache, in shards; None for a cache of one's own
+    group:      the replicas that share one cache, in shards; None: no sharing
 
     The other options are those of CacheClassificationLoss. A NegativeCacheLoss is a
-    CacheLossHandler: `prefill`, `refresh`, `save`, `load`, `metrics` and the phases are its
-    methods. Raises KeysError, KindError, ShapeError, DTypeError, CapacityError or OptionError on an
+    CacheLossHandler, so it has `prefill`, `refresh`, `save`, `load`, `metrics` and the three
+    phases.
+
+    Raises KeysError, KindError, ShapeError, DTypeError, CapacityError or OptionError for an
     argument that cannot work.
 
     >>> import numpy as np

@@ -32,56 +32,60 @@ from negcache_core.retrieval.top_k import check_top_k
 class CacheClassificationLoss(CacheLoss):
     """Cross-entropy of the positive against the positive and every written row of the cache.
 
-    Per query i, with s+ the positive's score, t_j the stale score of slot j, and j drawn from
-    softmax(t):  loss = log(exp(s+) + sum_j exp(t_j)) - s+,  gradient of (1 - p+) (s_j - s+).
+    For each query, with s+ the positive's score, t_j the stale score of slot j, and j drawn from
+    softmax(t), the value is log(exp(s+) + sum_j exp(t_j)) - s+, and the gradient is that of
+    (1 - p+) (s_j - s+).
 
     embedding_key:   the cache field that holds embeddings (D,)
     data_keys:       the fields that the item network takes
-    score_transform: elementwise function of scores; may hold a trained temperature
-    top_k:           compete against the best of each of k contiguous groups of slots only. This
+    score_transform: an elementwise function of scores; it may hold a trained temperature
+    top_k:           compete only against the best of each of k contiguous groups of slots. This
                      changes the objective: it is no longer the cross-entropy over all slots.
-    reducer:         (B,) values -> what is returned; the mean by default, None for per-query values
-    retrieval_fn:    scores (B, C) -> slots (B, 1); replaces softmax sampling, biased in general
+    reducer:         how to reduce values (B,), by default to their mean; None: per-query values
+    retrieval_fn:    scores (B, C) -> slots (B, 1), in place of softmax sampling; biased in general
     scale:           factor on the dot products, before score_transform: a number, a scalar tensor
                      that may be trained, or a function of no arguments that returns one
-    estimator:       "paper", "shared" or "exact_query", see `negcache_core.losses.estimators`
+    estimator:       "paper", "shared" or "exact_query": see docs/concepts.md
     num_samples:     S, draws per query, with replacement
-    in_batch_negatives: whether the batch's other positives compete too, exactly, with gradients
-    id_keys:         fields of integers that tell rows apart, such as the item, and the query it was
-                     a positive of. A row that agrees with the query in any of them is no negative
-                     of it: not drawn, not counted, on no path.
+    in_batch_negatives: also compete against the batch's other positives, exactly and with gradients
     id_key:          one such field: short for id_keys=(id_key,)
-    group_key:       a field of integers; only rows of the query's own group are its negatives
-    margin:          rows that score higher than the positive's score plus this are no negatives,
-                     as they may well be right. Of cached rows the stale score counts, as scale and
-                     score_transform leave it; of in-batch and hard negatives the fresh one.
-    log_frequency_key: a floating field (scalar per row), the log of how often an item comes up in
-                     the stream. It is subtracted from the scores of cached rows and in-batch
-                     negatives, which are there in proportion to it, and not from the positive's
-                     (the logQ correction).
-    max_staleness:   None: rows of every age compete. A number above 0: only those in a window of
-                     ages, which a handler keeps: up to the age at which rows are expected to be
-                     this much staler (|stale - fresh|^2 / |fresh|^2) than one just embedded. It
-                     begins with the rows of four steps, and widens as the item tower settles.
-    staleness_correction: whether the drawn rows' fresh scores re-weight them, self-normalised
-    matryoshka_dims: None, or widths at most D, in any order: the loss is then the sum over these of
-                     the loss of embeddings cut to the first coordinates and divided by their
-                     length, so that scores are scale times cosines and all else is as ever, at each
-                     width. D itself counts only if it is named. One pass over the cache scores all
-                     widths, and one pool of drawn rows serves them; of "exact_query" the last width
-                     reads the cache, and the others are as "shared". `staleness` is of whole
-                     embeddings; `metrics` are of the last width, but for interpretable_loss, which
-                     is the sum, and effective_negatives, which is a mean over the widths.
-    matryoshka_weights: factors on the losses of these widths, above 0; by default 1 each. Queries
+    id_keys:         integer fields that identify rows, such as the item, or the query it was a
+                     positive of. A row that has the same value as the query in any of them is not
+                     its negative: it is not drawn, not counted, on no path.
+    group_key:       an integer field; only rows of the query's own group are its negatives
+    margin:          leave out rows that score higher than the positive plus this, as they may well
+                     be right. For cached rows the stale score counts, after scale and
+                     score_transform; for in-batch and hard negatives the fresh one.
+    log_frequency_key: a floating field (scalar per row), the log of how often an item occurs in the
+                     stream. It is subtracted from the scores of cached rows and in-batch negatives,
+                     which are there in proportion to it, but not from the positive's (the logQ
+                     correction).
+    max_staleness:   None: rows of every age compete. A number above 0: only rows in a window of
+                     ages, which a handler keeps. It reaches to the age at which rows are expected
+                     to be this much staler (|stale - fresh|^2 / |fresh|^2) than a row just
+                     embedded. It starts at four steps, and widens as the item tower settles.
+    staleness_correction: re-weight the drawn rows by their fresh scores, self-normalised
+    matryoshka_dims: widths of at most D, in any order. The loss is then the sum of the losses at
+                     these widths, of embeddings cut to their first coordinates and divided by their
+                     length, so that scores are scale times cosines. D itself counts only if it is
+                     named. One pass over the cache scores all widths, and one pool of drawn rows
+                     serves them. With "exact_query" the last width reads the cache, and the others
+                     work like "shared". `staleness` is that of whole embeddings. `metrics` are
+                     those of the last width, except interpretable_loss, a sum over the widths, and
+                     effective_negatives, a mean.
+    matryoshka_weights: factors on the losses of these widths, above 0; 1 each by default. Queries
                      draw by the widths' softmaxes in proportion to them.
-    generator:       None, an int seed, or a random generator of the framework
-    tile_bytes:      memory for scores in flight; the cache is scored in tiles that fit it. By
-                     default 4 MB on a CPU and 64 MB elsewhere. Changes the speed, never the result.
+    generator:       where draws come from: None, an int seed, or a random generator of the
+                     framework
+    tile_bytes:      memory for scores in flight: the cache is scored in tiles that fit it. By
+                     default 4 MB on a CPU and 64 MB elsewhere. It changes the speed, never the
+                     result.
 
-    Raises OptionError, KindError or CapacityError on an argument that cannot work.
-    Source: the paper, sections 3.1 and 3.2; published as `losses.CacheClassificationLoss`.
-    Differs from it: (1) empty slots neither count nor are drawn; (2) `interpretable_loss` is
-    finite; (3) half types are scored and summed in float32; (4) `loss` joins the two losses.
+    Raises OptionError, KindError or CapacityError for an argument that cannot work.
+
+    Source: the paper, sections 3.1 and 3.2; published as `losses.CacheClassificationLoss`. Differs
+    from it: (1) empty slots neither count nor are drawn; (2) `interpretable_loss` is finite; (3)
+    half types are scored and summed in float32; (4) `loss` joins the two losses.
 
     >>> import numpy as np
     >>> from negcache_core import NegativeCache
@@ -183,7 +187,7 @@ class CacheClassificationLoss(CacheLoss):
 
     @property
     def item_keys(self) -> tuple[str, ...]:
-        """The fields that retrieval reads of items besides `data_keys`."""
+        """The fields of items that retrieval reads, other than `data_keys`."""
         return tuple(filter(None, (*self.id_keys, self.group_key, self.log_frequency_key)))
 
     def retrieve(
@@ -196,18 +200,18 @@ class CacheClassificationLoss(CacheLoss):
         pos_doc_embeddings: Array | None = None,
         noise: Array | None = None,
     ) -> Retrieval:
-        """Draw negatives: phase one. No gradient flows, and nothing is embedded.
+        """Draw negatives: the first phase. No gradient flows, and nothing is embedded.
 
-        query_embeddings: (B, D)
+        query_embeddings: (B, D), one row per query
         cache:            a NegativeCache, or a dict of named ones that count as one
-        pos_features:     field -> (rows, …), features of the positives; they stand in where no slot
-                          is usable, so that the encoder never sees the zeros of an unwritten slot;
-                          with id_keys, group_key or log_frequency_key these fields too, (B,)
+        pos_features:     field -> (rows, …), features of the positives. They stand in where no slot
+                          is usable, so that the encoder never sees the zeros of an unwritten slot.
+                          With id_keys, group_key or log_frequency_key these fields too, (B,).
         positive_ids:     (B, P) integers, all items that are positives of a query, in the first of
-                          id_keys; or a dict of such by key. By default the values of its one
-                          positive. Fill up rows with an id twice, or one of no item.
-        pos_doc_embeddings: (B, D), with a margin alone
-        noise:            (B, S, 2) floating uniforms in [0, 1); drawn from the generator where None
+                          id_keys; or a dict of such arrays by key. By default the value of its one
+                          positive. Pad rows by repeating an id, or with the id of no item.
+        pos_doc_embeddings: (B, D), needed only with a margin
+        noise:            (B, S, 2) floating uniforms in [0, 1); None: drawn from the generator
         """
         given = (pos_features, positive_ids, pos_doc_embeddings, noise)
         by_chance = noise is not None or self.in_training
@@ -226,26 +230,31 @@ class CacheClassificationLoss(CacheLoss):
         sample_weight: Array | None = None,
         constant: Iterable[str] = (),
     ) -> CacheLossReturn:
-        """Return the loss from embeddings of `retrieval.features`: phase two. Differentiable.
+        """Return the loss from embeddings of `retrieval.features`: the second phase.
 
-        query_embeddings, pos_doc_embeddings: (B, D); neg_doc_embeddings: (B * S, D)
-        hard_negative_embeddings: (B, H, D), negatives of each query that compete exactly, with
-                                  gradients; they do not enter the cache, and those that are not
-                                  finite do not count
-        hard_negative_features:   field -> (B, H) for id_keys and group_key, by which these are held
-                                  to the same rules; without, margin alone leaves some out
-        competing_scores:         (B, n) scores, scale included, of further candidates of each query
-                                  that compete exactly, with gradients; -inf for none. All others
-                                  count, whatever the margin. A query of which one is NaN or +inf
-                                  has no loss, as where its embedding is not finite: NaN. Not for a
-                                  loss with matryoshka_dims
+        query_embeddings:         (B, D), one row per query
+        pos_doc_embeddings:       (B, D), embeddings of the positives
+        neg_doc_embeddings:       (B * S, D), embeddings of `retrieval.features`
+        retrieval:                what `retrieve` returned
+        hard_negative_embeddings: (B, H, D), negatives of each query that compete exactly and with
+                                  gradients. They do not enter the cache. Those that are not finite
+                                  do not count.
+        hard_negative_features:   field -> (B, H) for id_keys and group_key, so that these rules
+                                  hold for hard negatives too; without, only the margin leaves some
+                                  out
+        competing_scores:         (B, n) scores, scale included, of further candidates of each
+                                  query, which compete exactly and with gradients; -inf for none.
+                                  All others count, whatever the margin. A NaN or +inf among them
+                                  makes the query's loss NaN, as an embedding that is not finite
+                                  does. Not for a loss with matryoshka_dims.
         sample_weight:            (B,) factors on the queries' losses, before they are reduced
         constant:                 which of "positives", "negatives" and "hard_negatives" are meant
                                   to carry no gradient while the others do
 
-        Raises OptionError where some of the items carry a gradient and others do not, as one
-        network embeds all: at once in PyTorch and TensorFlow, in JAX as the loss is differentiated.
-        A frozen item network or constant queries are fine, and so is a loss of constants.
+        Raises OptionError if some of the items carry a gradient and others do not, since one
+        network embeds all: at once in PyTorch and TensorFlow, in JAX when the loss is
+        differentiated. A frozen item network, constant queries, and a loss of constants only are
+        fine.
         """
         check_own(self, retrieval)
         return loss_of(
@@ -279,10 +288,14 @@ class CacheClassificationLoss(CacheLoss):
     ) -> CacheLossReturn:
         """Retrieve, embed what was drawn with `doc_network`, and return the loss.
 
-        See the two phases for the arguments; the cache is not changed. Raises KeysError,
-        ShapeError, DTypeError, CapacityError or OptionError before `doc_network` is called,
-        KindError or KeysError where it cannot take a dict of the data_keys, and ShapeError or
-        OptionError on its output.
+        doc_network: a function of features by field, n rows each, that returns embeddings (n, D)
+
+        The cache is not changed: write the result's updates with `CacheManager.update_cache`, or
+        use a CacheLossHandler.
+
+        Raises KeysError, ShapeError, DTypeError, CapacityError or OptionError before `doc_network`
+        is called, KindError or KeysError where it cannot take a dict of the data_keys, and
+        ShapeError or OptionError for its output.
         """
         check_pairs(query_embeddings, pos_doc_embeddings, cache, self.embedding_key)
         check_function(doc_network, "doc_network", "a function of features")
@@ -323,12 +336,13 @@ class CacheClassificationLoss(CacheLoss):
         sample_weight: Array | None = None,
         constant: Iterable[str] = (),
     ) -> CacheLossReturn:
-        """Return the loss without asking a generator; its value does not depend on draws.
+        """Return the loss without using a generator; its value does not depend on draws.
 
-        doc_network: None: the rows' stale embeddings stand for fresh ones, which only metrics see
-        constant:    as in the call, and of no consequence here: nothing is to learn
+        doc_network: a function as in the call; None: stale embeddings stand in for fresh ones,
+                     which only changes metrics
+        constant:    as in the call; it makes no difference here, as nothing learns
 
-        For the other arguments, and what is raised, see the call.
+        It raises what the call raises.
         """
         del constant
         check_pairs(query_embeddings, pos_doc_embeddings, cache, self.embedding_key)

@@ -8,21 +8,23 @@ from negcache_core.retrieval.result import Retrieval
 
 
 class CacheLossReturn(NamedTuple):
-    """What a cache loss returns. The first six fields are the published ones.
+    """What a cache loss returns. The first six fields are those of the published code.
 
     training_loss:        the surrogate: its gradient counts, its value means nothing
-    interpretable_loss:   the cross-entropy estimate from stale scores, in nats; never infinite.
-                          NaN, without a gradient, where a query or its positive is not finite
-    updated_item_data:    {embedding_key: (n, D)} fresh embeddings of the drawn rows, constants
-    updated_item_indices: (n,) their slots
-    updated_item_mask:    bool (n,); False: no row was drawn, or its embedding is not finite
+    interpretable_loss:   the cross-entropy estimate from stale scores, in nats. It is never
+                          infinite. It is NaN, without a gradient, where a query or its positive is
+                          not finite.
+    updated_item_data:    {embedding_key: (n, D)}, fresh embeddings of the drawn rows, constants
+    updated_item_indices: (n,) integers, their slots
+    updated_item_mask:    bool (n,), False where no row was drawn or its embedding is not finite
     staleness:            |stale - fresh|^2 / |fresh|^2 of the drawn rows, reduced like the losses
-    loss:                 value of interpretable_loss, gradient of training_loss: for training
-    metrics:              scalars, see `negcache_core.losses.metrics.step_metrics`
-    drift:                float32 (5,) with max_staleness: what a step tells the window of how fast
-                          the item tower moves
+    loss:                 the value of interpretable_loss with the gradient of training_loss: use
+                          this for training
+    metrics:              scalars by name: see docs/metrics.md
+    drift:                float32 (5,), with max_staleness what a step tells the window about how
+                          fast the item tower moves
 
-    The three updated_item_* are dicts by cache name where the loss was given a dict of caches, and
+    The three updated_item_* are dicts by cache name if the loss was given a dict of caches. They
     fit `CacheManager.update_cache` as they are.
     """
 
@@ -49,7 +51,11 @@ def refresh_of(retrieval: Retrieval, data: dict[str, Array], finite: Array) -> t
 
 
 class CacheLoss(ABC):
-    """A loss of queries, positives and a cache, as a handler calls it."""
+    """A loss of queries, positives and a cache. Subclass it for a loss of your own in a handler.
+
+    Implement `__call__(doc_network, query_embeddings, pos_doc_embeddings, cache)`: embed what the
+    loss needs with `doc_network`, and return a CacheLossReturn. Its `updated_item_*` may be None.
+    """
 
     @abstractmethod
     def __call__(

@@ -19,30 +19,32 @@ from negcache_core.retrieval.proposal import CrossScores, Pool
 
 
 class Retrieval(NamedTuple):
-    """The negatives drawn for B queries, S each: constants, n = B * S rows, query-major.
+    """The negatives drawn for B queries, S each. All are constants; n = B * S rows, query by query.
 
     features:         field -> (n, …), what to put through the item network
-    drawn:            bool (B, S); False where no slot was usable and a stand-in is in the row
-    log_partition:    (B,) log-sum-exp of the stale scores over usable slots, -inf for none
-    entropy:          (B,) of the softmax, in nats: log_partition minus the drawn scores' mean, an
-                      unbiased estimate (exact with a retrieval_fn or top_k)
-    stale_embeddings: (n, D) as the cache holds them
-    ages:             int32 (n,)
+    drawn:            bool (B, S), False where no slot was usable and a stand-in is in the row
+    log_partition:    (B,) log-sum-exp of the stale scores over usable slots; -inf for none
+    entropy:          (B,) of the softmax, in nats: log_partition minus the mean of the drawn
+                      scores, an unbiased estimate (exact with a retrieval_fn or top_k)
+    stale_embeddings: (n, D), as the cache holds them
+    ages:             int32 (n,), the ages of the drawn rows
     fill:             scalar, the share of slots that hold a row
-    slots, owned:     (n,) the slot in its cache, and whether it is that cache's row and was drawn;
-                      a dict of these by name where a dict of caches was given
+    slots:            (n,) integers, the slot of each row; a dict of these by name for a dict of
+                      caches
+    owned:            bool (n,), whether a row was drawn and is this cache's; a dict like `slots`
     route:            where the rows came from, if the cache is cut into shards; `slots` and `owned`
                       are then about the (m,) draws that this replica served
     pool:             what is known of all drawn rows; None unless the estimator shares them
-    readout:          (B, D) mean embedding under each query's softmax; None unless it is wanted
-    others:           by what the batch's positives are told to be negatives of a query; None
-                      unless they are wanted
-    positive_bias:    (B,) taken from the scores of the batch's positives as negatives, or None
-    window:           scalar, the age in steps up to which rows compete; None for every age
-    own:              the ids and the group that must not, or alone may, oppose each query; None
+    readout:          (B, D) mean embedding under each query's softmax; None unless it is needed
+    others:           how to tell which of the batch's positives are negatives of a query; None
+                      unless they are needed
+    positive_bias:    (B,) what is subtracted from the scores of the batch's positives as negatives,
+                      or None
+    own:              the ids that must not, and the group that must, agree with each query; None
                       for a loss without id_keys and group_key
-    by_width:         (B, W) with matryoshka_dims: the log_partition at each width, ascending; then
-                      log_partition is that of the last width, and readout (B, w) too
+    window:           scalar, the age in steps up to which rows compete; None for every age
+    by_width:         (B, W) with matryoshka_dims: the log_partition at each width, ascending;
+                      log_partition is then that of the last width, and readout is (B, w)
     """
 
     features: dict[str, Any]

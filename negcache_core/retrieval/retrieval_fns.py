@@ -25,7 +25,11 @@ def scores_matrix(scores: Any, backend: Backend) -> Array:
 
 
 class AbstractRetrievalFn(ABC):
-    """A function of the score matrix: scores (B, C) -> slots (B, 1) or (B, S)."""
+    """A function of the score matrix: scores (B, C) -> slots (B, 1) or (B, S). Subclass it.
+
+    Implement `__call__(scores)`. Slots that must not be used score -inf. Give an instance to a
+    CacheClassificationLoss as `retrieval_fn=`.
+    """
 
     backend: ClassVar[Backend] = NUMPY
 
@@ -35,7 +39,7 @@ class AbstractRetrievalFn(ABC):
 
 
 class MaxScoreRetrievalFn(AbstractRetrievalFn):
-    """Always take the highest score: the hardest negative. Biased: no estimate of cross-entropy.
+    """Take the highest score, the hardest negative. Biased as an estimate of cross-entropy.
 
     >>> import numpy as np
     >>> MaxScoreRetrievalFn()(np.asarray([[1.0, 2.0, 0.0]]))
@@ -51,12 +55,12 @@ class MaxScoreRetrievalFn(AbstractRetrievalFn):
 class GumbelMaxRetrievalFn(AbstractRetrievalFn):
     """Sample from softmax(inv_temp * scores) by adding Gumbel noise to every score.
 
-    inv_temp:  1 for an unbiased estimate; more draws harder negatives, less easier ones
-    generator: None, an int seed, or a generator of the framework
+    inv_temp:  1 for an unbiased estimate; above 1 draws harder negatives, below 1 easier ones
+    generator: None, an int seed, or a random generator of the framework
 
-    This is the published default. Leaving `retrieval_fn` unset draws from the same distribution at
-    inv_temp=1 with two random numbers per draw instead of one per slot. Noise comes from 53-bit
-    uniforms: a 23-bit one would cut the Gumbel tail at 15.9.
+    This is the published default. Without any `retrieval_fn`, a loss draws from the same
+    distribution at inv_temp=1, with two random numbers per draw instead of one per slot. Noise
+    comes from 53-bit uniforms: 23-bit ones would cut the tail of the Gumbel distribution at 15.9.
 
     >>> import numpy as np
     >>> fn = GumbelMaxRetrievalFn(inv_temp=0.5)

@@ -52,10 +52,10 @@ def group_of(slots: Array, total: int, k: int, xp: Any) -> Array:
 
 
 def approximate_top_k_with_indices(scores: Array, k: int, *, xp: Any = None) -> tuple[Array, Array]:
-    """Return the highest score of each of k contiguous groups of columns, and its column.
+    """Return the best score of each of k contiguous groups of columns, and the column it is in.
 
-    scores: (B, C); 1 <= k <= C. The first C mod k groups have one column more than the others.
-    Returns (B, k) scores and (B, k) columns; ties go to the lowest column.
+    scores: (B, C), one row per query
+    k:      the number of groups, 1 <= k <= C; the first C mod k groups have one more column
 
     Differs from the published code, where k must divide C. Raises CapacityError if k > C.
 

@@ -28,12 +28,14 @@ class DistributedCacheClassificationLoss(CacheClassificationLoss):
 
     Every replica calls it with its own part of the batch, which may be empty, and its own shard.
     With the default reducer the value is a replica's share of the global mean, times the number of
-    replicas: averaged over replicas, as data-parallel training averages gradients, it is the mean
-    over the whole batch, also where parts differ in size. Other reducers see one's own values.
+    replicas. Averaged over replicas, as data-parallel training averages gradients, it is the mean
+    over the whole batch, even if the parts differ in size. Other reducers see a replica's own
+    values.
 
-    The other arguments are those of CacheClassificationLoss. Raises OptionError for a
-    `retrieval_fn`, as no replica has the whole score matrix; and, in the first step, where the
-    replicas were not set up alike.
+    The other arguments are those of CacheClassificationLoss.
+
+    Raises OptionError for a `retrieval_fn`, as no replica has the whole score matrix, and in the
+    first step if the replicas were not set up alike.
     """
 
     make_replicas: Callable[[Any], Replicas] = staticmethod(_no_replicas)

@@ -12,16 +12,16 @@ from negcache_core.errors import KindError, OptionError, ShapeError
 def in_chunks(
     network: Callable[[Any], Array], size: int, *, backend: Backend = NUMPY
 ) -> Callable[[Any], Any]:
-    """Return `network` as one that takes its rows `size` at a time.
+    """Wrap a network so that it takes its rows `size` at a time, to save memory.
 
-    network: one argument -> an array (n, …) with a row for each of the argument's; the rows must
-             not depend on each other, as they do in batch normalisation
-    size:    rows of a chunk; an int of at least 1
+    network: a function of one argument that returns an array (n, …), with a row for each row of the
+             argument. Rows must not depend on each other, as they do in batch normalisation.
+    size:    rows in a chunk, at least 1
 
     The argument is an array (n, …), or nested dicts, lists and tuples of arrays with the same first
     size n, such as a dict of features; None in it stays. The result is that of the whole batch, and
-    so is the gradient, to rounding. Where gradients are taken, the activations of a chunk are
-    computed again in the backward pass instead of kept: a batch of any size needs the memory of
+    so is the gradient, to rounding. Where gradients are taken, the backward pass computes the
+    activations of a chunk again instead of keeping them: a batch of any size needs the memory of
     one chunk, and about a third more time.
 
     Raises KindError, OptionError or ShapeError for other arguments, and for other results of the
@@ -34,8 +34,8 @@ def in_chunks(
            [4.],
            [6.]])
 
-    Source: Chen, Xu, Zhang, Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016; for
-    a contrastive loss, without a cache: Gao, Zhang, Han, Callan, "Scaling Deep Contrastive Learning
+    Source: Chen, Xu, Zhang, Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016; for a
+    contrastive loss without a cache: Gao, Zhang, Han, Callan, "Scaling Deep Contrastive Learning
     Batch Size under Memory Limited Setup", 2021.
     """
     check_function(network, "network", "a function of features that returns embeddings")

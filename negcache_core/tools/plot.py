@@ -59,20 +59,21 @@ def plot_cache(
     *,
     rows: int = 1_024,
 ) -> Any:
-    """Draw a handler's cache as it is now; return a matplotlib Figure, for `.savefig(path)`.
+    """Plot a handler's cache as it is now; return a matplotlib Figure, for `.savefig(path)`.
 
-    handler:      in JAX `handler.bind(state)`
-    item_network: data_keys -> (n, …), rows of the cache -> embeddings (n, D). If given, `rows`
-                  written rows, evenly spread from the youngest to the oldest, are embedded anew,
-                  and |stale - fresh|^2 / |fresh|^2 is drawn over their ages, with its median.
-                  Nothing is written. A tower with dropout should be in evaluation mode.
-    history:      step -> that step's metrics, of which the effective number of negatives is drawn:
-                  fill it in the training loop, `history[step] = handler.metrics`
+    handler:      a handler that holds its state: in JAX `handler.bind(state)`
+    item_network: a function of features by field, rows of the cache, that returns embeddings (n,
+                  D). If given, `rows` written rows, evenly spread from the youngest to the oldest,
+                  are embedded again, and |stale - fresh|^2 / |fresh|^2 is plotted over their ages,
+                  with its median. Nothing is written. Put a tower with dropout into evaluation mode
+                  first.
+    history:      step -> that step's metrics, to plot the effective number of negatives. Fill it in
+                  the training loop: `history[step] = handler.metrics`
     rows:         the most rows to embed, of each cache
 
-    The first picture is a histogram of ages, which is always there: rows that leave at a like age
-    are a sound cache, a second hump far to the right are rows that nothing draws or replaces.
-    `docs/metrics.md` says what bad looks like. A cache in shards shows the shard of this process.
+    The first panel is a histogram of ages. In a sound cache rows leave at about the same age; a
+    second hump far to the right means rows that nothing draws or replaces. `docs/metrics.md` shows
+    what bad looks like. For a cache in shards it plots the shard of this process.
 
     Needs matplotlib (`pip install 'negcache[plot]'`), and raises ImportError without. Raises
     KindError for a handler that holds no cache and for a history of another form, KeysError for

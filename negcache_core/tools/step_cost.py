@@ -49,28 +49,36 @@ def scaling(
     tile_bytes: int = ACCELERATOR_TILE,
     draws_elsewhere: int | None = None,
 ) -> Scaling:
-    """Return what a step on a cache in shards needs of each rank; nothing is allocated.
+    """Estimate what a step on a cache in shards needs from each rank; nothing is allocated.
 
-    cache_size:    C, slots of all shards together; width: D
+    cache_size:    C, slots of all shards together
+    width:         D, of the embeddings
     batch_size:    B, queries of all ranks together, in equal parts
-    feature_bytes: of one item, as the item network takes it: the fields of data_keys
+    feature_bytes: bytes of one item as the item network takes it: the fields of data_keys
     world_size:    the number of ranks
-    dtype:         that the cache stores embeddings in; tower_dtype: that the towers return
-    num_samples, estimator, in_batch_negatives, top_k, tile_bytes: those of the loss
-    id_bytes:      bytes of an item's ids, where there are id_keys, id_fields of them
-    positives:     ids of each query, by key
-    group_bytes:   bytes of a group, where there is a group_key; margin: whether there is one
-    log_frequency_bytes: bytes of a log-frequency, where there is a log_frequency_key
-    stored_bytes:  of one row without embedding and age; by default the fields named above
-    draws_elsewhere: how many of a rank's draws another rank's shard serves; by default all shards
-                   are drawn alike often, and it is the share 1 - 1 / world_size of B S / world_size
+    dtype:         dtype in which the cache stores embeddings
+    tower_dtype:   dtype that the towers return
+    num_samples:   S, draws per query
+    estimator:     that of the loss
+    in_batch_negatives: that of the loss
+    top_k:         that of the loss
+    id_bytes:      bytes of an item's ids, all id_keys together; 0 without id_keys
+    id_fields:     the number of id_keys
+    positives:     the number of ids of each query, for each key
+    group_bytes:   bytes of an item's group; 0 without a group_key
+    margin:        whether the loss has a margin
+    log_frequency_bytes: bytes of an item's log-frequency; 0 without a log_frequency_key
+    stored_bytes:  bytes of one row without embedding and age; by default the fields named above
+    tile_bytes:    that of the loss
+    draws_elsewhere: how many of a rank's draws another rank's shard serves. By default all shards
+                   are drawn from equally often: the share 1 - 1 / world_size of B S / world_size.
 
     An exchange in which each rank sends n bytes to all others counts n x (world_size - 1). The
-    gradients of the towers, which data-parallel training adds up, are not counted. They are the
+    towers' gradients, which data-parallel training adds up, are not counted. The figures are the
     bytes that PyTorch's ranks send: `tests/core/tools/test_scale.py` counts those. Of work memory
     the largest arrays are counted, on paper; small ones, and what the towers take, come on top.
 
-    Raises KindError, OptionError, DTypeError or CapacityError on an argument that cannot work.
+    Raises KindError, OptionError, DTypeError or CapacityError for an argument that cannot work.
 
     >>> one = scaling(1_000_000, 128, batch_size=1024, feature_bytes=256, dtype="bfloat16")
     >>> one.table_bytes, one.sent_bytes

@@ -4,13 +4,13 @@ from typing import NamedTuple
 
 
 class Scaling(NamedTuple):
-    """What one rank holds, computes and sends: of the longest shard, in one step after the first.
+    """What one rank holds, computes and sends: with the longest shard, in any step but the first.
 
     slots:         of its shard
-    tables:        bytes by what they hold, for as long as the handler lives
-    work:          bytes by purpose, while a step draws
-    multiply_adds: by purpose
-    sent:          bytes to other ranks by purpose, one for each exchange, in their order
+    tables:        name -> bytes that it holds as long as the handler lives
+    work:          purpose -> bytes that it needs during a step's draw
+    multiply_adds: purpose -> multiply-adds in a step
+    sent:          exchange -> bytes that it sends to other ranks in a step, in the order of a step
     world_size:    the number of ranks
     """
 
@@ -28,7 +28,10 @@ class Scaling(NamedTuple):
 
     @property
     def work_bytes(self) -> int:
-        """Bytes beside the tables while a step draws; no tile is there any more when it does."""
+        """The most bytes in use during a step's draw, without the tables.
+
+        The memory of a tile is free again before the drawing needs its own.
+        """
         return sum(self.work.values()) - min(self.work["tile"], self.work["drawing"])
 
     @property
@@ -42,7 +45,7 @@ class Scaling(NamedTuple):
         return self.world_size * self.sent_bytes
 
     def table(self) -> str:
-        """Return it readably: one line for each figure that is not 0, with its unit."""
+        """Return the figures as text: one line for each that is not 0, with its unit."""
         lines = [f"one of {self.world_size} ranks, {self.slots:,} slots"]
         for title, total, figures, unit in (
             ("tables", self.table_bytes, self.tables, "B"),

@@ -123,7 +123,8 @@ def test_the_expected_gradient_and_the_value_are_those_of_the_whole_softmax(
         for name, backend in BACKENDS.items()
         for estimator in sorted(ESTIMATORS)
         for tile_bytes in (None, 1)  # all queries at once, or one after the other
-        if tile_bytes is None or name in EAGER or estimator == "exact_query"  # which compile long
+        # What compiles takes long: there the most of it, and `paper`, whose draws are not shared.
+        if name in EAGER or (estimator, tile_bytes) in (("exact_query", 1), ("paper", None))
     ],
 )
 def test_they_are_what_hard_negatives_of_these_embeddings_are(backend, estimator, tile_bytes):
@@ -178,7 +179,7 @@ def assert_alike(ours, theirs):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKENDS.values(), ids=backend_name)
+@pytest.mark.parametrize("backend", [*EAGER.values(), BACKENDS["jax"]], ids=backend_name)
 def test_rows_without_any_candidate_and_no_columns_are_as_if_there_were_none(backend):
     cache, arrays = problem()
     query, positive, items, _, scale = (backend.to_native(array) for array in arrays)

@@ -136,15 +136,12 @@ def test_no_other_frameworks_adapter_is_imported():
 WAYS = {
     "tensorflow": [{"run_eagerly": True}, {"steps_per_execution": 3}, {"jit_compile": True}],
     "jax": [{"steps_per_execution": 3}, {"run_eagerly": True}],
-    "torch": [{"jit_compile": False}, {"jit_compile": True}],
+    "torch": [{"jit_compile": "auto"}, {"run_eagerly": True}],
 }[BACKEND]
 
 
-def test_every_way_of_fit_gives_the_same_figures(monkeypatch):
+def test_every_way_of_fit_gives_the_same_figures():
     """Draws of the highest score, since TensorFlow's XLA draws other random numbers."""
-    if BACKEND == "torch":  # what Dynamo traces is the question, and not the C++ made of it
-        compiled = functools.partial(framework.compile, backend="eager")
-        monkeypatch.setattr(framework, "compile", compiled)
     first, expected = None, None
     # Without jit JAX compiles operations in each step.
     epochs, rows, filled = (1, 12, [0.25]) if BACKEND == "jax" else (2, 20, [0.5, 1.0])
@@ -273,14 +270,14 @@ def test_an_error_changes_nothing(network, error, training):
 class Linear(keras.Model):
     """Two matrices, so that a loop can be written by hand; rows with ids and groups."""
 
-    def __init__(self, loss, rate):
+    def __init__(self, loss, rate, **way):
         super().__init__()
         first, second = weights()
         self.query = self.add_weight(shape=first.shape, name="query")
         self.item = self.add_weight(shape=second.shape, name="item")
         self.query.assign(first), self.item.assign(second)
         self.cache = CacheLayer(loss)
-        self.compile(keras.optimizers.SGD(rate))
+        self.compile(keras.optimizers.SGD(rate), **way)
 
     def call(self, x):
         return keras.ops.matmul(x["query"], self.query), keras.ops.matmul(x["item"], self.item)
@@ -588,6 +585,21 @@ def test_processes_of_torch_are_refused(monkeypatch):
     monkeypatch.setattr(ranks, "get_world_size", lambda: 2)
     with pytest.raises(negcache.OptionError, match="2 processes train, each with a cache of its"):
         step_by_hand(model)
+
+
+@ON_TORCH
+def test_torch_compiles_it(monkeypatch):
+    """What Dynamo traces is the question, and not the C++ that would be made of it."""
+    compiled = functools.partial(framework.compile, backend="eager")
+    monkeypatch.setattr(framework, "compile", compiled)
+    x = {key: value[:8] for key, value in linear_data().items()}
+    found = []
+    for compiles in (False, True):
+        model = Linear(linear_loss(NegativeCacheLoss), 0.1, jit_compile=compiles)
+        found.append(model.fit(x, batch_size=8, epochs=2, shuffle=False, verbose=0).history)
+    assert max(found[0]["cache_fill"]) > 0
+    for name, values in found[0].items():
+        np.testing.assert_allclose(found[1][name], values, rtol=1e-4)
 
 
 @ON_TORCH

@@ -1,4 +1,4 @@
-"""The examples of the Trainer and of Accelerate, small; under torchrun on two processes: … FOLDER."""
+"""The examples of the Trainer and of Accelerate, small; under torchrun on two processes."""
 
 import os
 import sys

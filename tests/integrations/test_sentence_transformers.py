@@ -360,3 +360,4 @@ def test_the_example_learns_to_search(tmp_path, monkeypatch, capsys):
     assert 0 < before < after
     assert out.partition("parse an ISO date\n")[2].count(".py:") == 3
     assert any(tmp_path.glob("checkpoint-40/negcache-*/.metadata"))
+    assert "staleness" in (tmp_path / "training.svg").read_text()

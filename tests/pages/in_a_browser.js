@@ -115,6 +115,10 @@ function checkPictures() {
     if (!picture.alt || picture.alt.startsWith("_images/")) {
       faults.push(`a picture that no words describe: ${name(picture)}`);
     }
+    if (!picture.naturalWidth) {
+      faults.push(`a picture that is not there: ${name(picture)}`);
+      continue;
+    }
     const canvas = document.createElement("canvas");
     canvas.width = 400;
     canvas.height = Math.ceil((400 * picture.naturalHeight) / picture.naturalWidth);

@@ -1,8 +1,10 @@
 """A browser without a window, and what it finds wrong with pages."""
 
 import contextlib
+import os
 import shutil
 from pathlib import Path
+from unittest import mock
 
 from selenium import webdriver
 from selenium.webdriver.support.ui import Select, WebDriverWait
@@ -36,11 +38,15 @@ def browser():
     options.binary_location = BROWSER
     for argument in ARGUMENTS:
         options.add_argument(f"--{argument}")
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    try:
-        yield driver
-    finally:
-        driver.quit()
+    # The driver is on this machine, to which no proxy leads.
+    with mock.patch.dict(
+        os.environ, no_proxy="localhost,127.0.0.1", NO_PROXY="localhost,127.0.0.1"
+    ):
+        driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+        try:
+            yield driver
+        finally:
+            driver.quit()
 
 
 def faults_of(driver, page):

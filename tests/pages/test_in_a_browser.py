@@ -13,6 +13,14 @@ from in_a_browser import BROWSER, DRIVER, browser, faults_of, leave_for
 
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "docs" / "_build" / "html"
+MISSING = [
+    *([] if BROWSER and DRIVER else ["browser (make browser)"]),
+    *([] if (SITE / "index.html").exists() else ["built site (make docs)"]),
+]
+TOLD = f"the pages were not rendered: there is no {', and no '.join(MISSING)}"
+if MISSING and not os.environ.get("PAGES_MUST_BE_RENDERED"):
+    pytest.skip(TOLD, allow_module_level=True)
+
 PLANTED = """<!DOCTYPE html><meta charset="utf-8"><meta name="color-scheme" content="light dark">
 <style>
 body { margin: 0 }
@@ -27,18 +35,9 @@ BOX = (
 LINE = "x" * 200
 
 
-def rendered_only_with(**have):
-    missing = [what.replace("_", " ") for what, there in have.items() if not there]
-    if missing:
-        told = f"the pages were not rendered: there is no {', no '.join(missing)}"
-        if os.environ.get("PAGES_MUST_BE_RENDERED"):
-            pytest.fail(told)
-        pytest.skip(told)
-
-
 @pytest.fixture(scope="module")
 def driver():
-    rendered_only_with(browser=BROWSER and DRIVER)
+    assert not MISSING, TOLD
     with browser() as started:
         yield started
 
@@ -56,6 +55,7 @@ def driver():
         ("<p style='color: #999'>grey on white", "light", "contrast of 2.8", 2),
         ("<p style='color: #000'>black on black", "dark", "contrast of 1.1", 2),
         ("<p style='opacity: 0.4'>pale", "px", "contrast of", 4),
+        ("<img alt='a box' src='missing.png'>", "px", "a picture that is not there", 4),
         (BOX.format(alt="", ink="black"), "px", "a picture that no words", 4),
         (BOX.format(alt="a box", ink="black"), "dark", "a picture stands out", 2),
         (BOX.format(alt="a box", ink="snow"), "px", "a picture of contrast 1.0", 4),
@@ -70,7 +70,6 @@ def test_what_is_wrong_is_found(driver, tmp_path, body, where, fault, times):
 
 
 def test_every_page_can_be_read_everywhere(driver):
-    rendered_only_with(built_site=(SITE / "index.html").exists())
     pages = sorted(SITE.rglob("*.html"))
     assert len(pages) > 30
     found = [fault for page in pages for fault in faults_of(driver, page)]
@@ -78,7 +77,6 @@ def test_every_page_can_be_read_everywhere(driver):
 
 
 def test_another_version_can_be_chosen(driver, tmp_path):
-    rendered_only_with(built_site=(SITE / "index.html").exists())
     publish = runpy.run_path(str(ROOT / "docs" / "publish.py"))["publish"]
     publish(SITE, tmp_path, "v0.0.1")
     publish(SITE, tmp_path, "dev")
@@ -92,6 +90,5 @@ def test_another_version_can_be_chosen(driver, tmp_path):
 
 
 def test_a_version_alone_offers_no_choice(driver):
-    rendered_only_with(built_site=(SITE / "index.html").exists())
     driver.get((SITE / "index.html").as_uri())
     assert not driver.find_element("id", "versions").is_enabled()
