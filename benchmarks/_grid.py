@@ -1,4 +1,4 @@
-"""One framework over a grid of sizes: the command line that the benchmarks of time share."""
+"""One framework over a grid of sizes: the command line shared by the timing benchmarks."""
 
 import argparse
 import gc
@@ -46,10 +46,10 @@ def run(
     full: Grid = FULL,
     quick: Grid = QUICK,
 ) -> list[dict[str, Any]]:
-    """Measure the sizes that the command line asks for, print a table, write and return its rows.
+    """Measure the sizes given on the command line, print a table, write and return its rows.
 
     names:    the candidates to measure side by side
-    row_of:   their times -> what the table says of them
+    row_of:   their times -> a row of the table
     tables:   memory needed, in tables of C x D float32 …
     matrices: … and in matrices of B x C float32, to leave out sizes that do not fit
     """
@@ -59,8 +59,8 @@ def run(
         parser.add_argument(f"--{name}", type=int, nargs="+", help="instead of the grid's")
     parser.add_argument("--quick", action="store_true", help="a small grid, for a first look")
     parser.add_argument("--rounds", type=int, default=11, help="at most, and at least 3")
-    parser.add_argument("--seconds", type=float, help="no new round of a size after so long")
-    parser.add_argument("--memory-gb", type=float, default=16.0, help="leave larger sizes out")
+    parser.add_argument("--seconds", type=float, help="start no round of a size after this time")
+    parser.add_argument("--memory-gb", type=float, default=16.0, help="skip larger sizes")
     options = parser.parse_args()
     grid = quick if options.quick else full
     seconds = options.seconds or (3.0 if options.quick else 30.0)
@@ -76,7 +76,7 @@ def run(
         candidates = candidates_of(options.framework, names, **size)
         times = interleaved(candidates, rounds=options.rounds, seconds=seconds)
         candidates.clear()
-        gc.collect()  # the next size needs the memory
+        gc.collect()  # the next size needs this memory
         rounds = len(times[names[0]])
         found.append({"framework": options.framework, **size, **row_of(times), "rounds": rounds})
         path = save(f"{file}_{options.framework}", found[-1:], SAME)

@@ -1,4 +1,4 @@
-"""Timing side by side: every candidate in turn, round after round, so that drift hits all alike."""
+"""Timing side by side: candidates take turns, round after round, so that drift affects all."""
 
 import json
 import os
@@ -14,16 +14,23 @@ LEAST_ROUNDS = 3
 
 
 def interleaved(
-    candidates: dict[str, Callable[[], Any]], *, rounds: int, seconds: float
+    candidates: dict[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+    warm: bool = False,
 ) -> dict[str, list[float]]:
-    """Time each candidate once a round, after one round of warm-up; return the seconds by name.
+    """Time each candidate once a round; return the seconds by name.
 
     rounds:  at most so many, and at least three
     seconds: no further round begins after so long
+    warm:    that each has run before; else there is a round of warm-up
+    clock:   what a candidate is timed by; `time.process_time` where others use the machine
 
     A candidate must not return before its work is done.
     """
-    for run in candidates.values():
+    for run in () if warm else candidates.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in candidates}
     begin = time.perf_counter()
@@ -31,9 +38,9 @@ def interleaved(
         if done >= LEAST_ROUNDS and time.perf_counter() - begin > seconds:
             break
         for name, run in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return times
 
 
@@ -43,7 +50,7 @@ def milliseconds(times: dict[str, list[float]], name: str) -> float:
 
 
 def ratios(times: dict[str, list[float]], name: str, baseline: str) -> list[float]:
-    """Return a candidate's times over the baseline's, each with that of the same round."""
+    """Return a candidate's times over the baseline's, round by round."""
     return [mine / base for mine, base in zip(times[name], times[baseline], strict=True)]
 
 
@@ -53,7 +60,7 @@ def ratio(times: dict[str, list[float]], name: str, baseline: str) -> float:
 
 
 def handler_of(negcache: Any, slots: int, width: int, id_dtype: Any, dtype: Any) -> Any:
-    """Return an empty handler of any adapter, for items that are known by an id."""
+    """Return an empty handler of any adapter, for items identified by an id."""
     specs = {
         "id": negcache.FieldSpec((), id_dtype),
         "embedding": negcache.FieldSpec((width,), dtype),
@@ -67,14 +74,14 @@ def handler_of(negcache: Any, slots: int, width: int, id_dtype: Any, dtype: Any)
 
 
 def result_of(handler: Any, network: Any, query: Any, positive: Any, features: Any) -> Any:
-    """Return what the loss of one step asks `handler` to commit."""
+    """Return the result of one step's loss for `handler` to commit."""
     retrieval = handler.retrieve(query, features)
     negative = network(retrieval.features)
     return handler.compute_loss(query, positive, negative, retrieval)
 
 
 def copied_update(handler: Any, result: Any, positive: Any, features: Any) -> Any:
-    """Update a copy of a handler's cache, as the published code does: pure, every table copied."""
+    """Update a copy of a handler's cache, as the published code does: it copies every table."""
     (refresh,) = (
         {
             "updated_item_data": result.updated_item_data[name],
@@ -89,7 +96,7 @@ def copied_update(handler: Any, result: Any, positive: Any, features: Any) -> An
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return rows of equal keys as an aligned table."""
+    """Return rows with equal keys as an aligned table."""
     heads = list(rows[0])
     cells = [heads, *[[_cell(row[head]) for head in heads] for row in rows]]
     widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
@@ -110,8 +117,8 @@ def _cell(value: Any) -> str:
 def save(name: str, rows: list[dict[str, Any]], same: Sequence[str] = ()) -> Path:
     """Write rows as JSON, with the machine they were measured on.
 
-    same: keys that name a row. Earlier rows of this machine stay, unless a new one has the same
-          values there; those of another machine never mix with these.
+    same: keys that identify a row. Earlier rows from this machine stay, unless a new one has equal
+          values there; rows from another machine are never mixed with these.
     """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"

@@ -77,7 +77,7 @@ def memory() -> Figure | None:
     rows = rows_of("memory")
     if not rows:
         return None
-    # One picture shows one width and number of queries: those measured most.
+    # One picture shows one width and one number of queries: those measured most.
     kinds = [(row["width"], row["rows"]) for row in rows]
     width, queries = max(kinds, key=kinds.count)
     rows = [row for row in rows if (row["width"], row["rows"]) == (width, queries)]

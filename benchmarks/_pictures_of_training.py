@@ -1,13 +1,16 @@
 """Pictures of what training gains: test MRR by method, and the noise of gradients."""
 
+import json
 import statistics
-from typing import Any
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import tournament.results
 from _style import INK, LINES, OURS, THEIRS, plain, rows_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from tournament.choosing import Row, all_seeds, arenas, choose, score
 
 TASKS = {
@@ -18,13 +21,120 @@ TASKS = {
 }
 METHODS = {
     "in-batch": ("in-batch", INK, "o"),
-    "gradient-caching": ("gradient caching", "#16a34a", "s"),
+    "gradient-caching": ("gradient caching", "#15803d", "s"),
     "memory": ("memory", THEIRS, "^"),
     "cache": ("cache", OURS, "D"),
     "full-softmax": ("full softmax", "#a855f7", "v"),
 }
+MINILM = Path(tournament.results.KEPT).with_name("minilm.jsonl")
 FIRST_PART = 1 / 8  # of the budget; what is before would squeeze the rest
 ESTIMATORS = ("paper", "shared", "exact_query")
+
+
+class Panel(NamedTuple):
+    """What one panel of `results` shows.
+
+    least: the smallest batch in-batch; smaller ones were not run at rates that suit them
+    """
+
+    title: str
+    task: str
+    towers: str
+    least: int
+
+
+PANELS = (
+    Panel("MiniLM, shell commands", "minilm", "", 16),
+    Panel("towers with a layer, docstrings", "docstrings", "deep", 256),
+    Panel("word vectors, docstrings", "docstrings", "separate", 512),
+)
+
+
+def results() -> Figure | None:
+    """Return a panel for each kind of towers: final test MRR by batch, each at its best rate."""
+    kept = arenas(tournament.results.read(tournament.results.KEPT))
+    shown = {(task, towers): rows for (task, towers, _), rows in kept.items()}
+    shown["minilm", ""] = _minilm()
+    if not all(shown.get((panel.task, panel.towers)) for panel in PANELS):
+        return None
+    figure = Figure(figsize=(9, 3.1), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        rows = [row for row in shown[panel.task, panel.towers] if not row["options"]]
+        for method, above in (("in-batch", False), ("cache", True)):
+            _, color, marker = METHODS[method]
+            best = {
+                batch: mrr
+                for batch, mrr in _by_batch(row for row in rows if row["method"] == method).items()
+                if method != "in-batch" or batch >= panel.least
+            }
+            label = "a cache" if method == "cache" else "in-batch negatives alone"
+            axes.plot(list(best), list(best.values()), color=color, marker=marker, label=label)
+            for batch, mrr in best.items():
+                axes.annotate(
+                    f"{mrr:.3f}",
+                    (batch, mrr),
+                    (0, 7 if above else -14),
+                    textcoords="offset points",
+                    ha="center",
+                    color=color,
+                    fontsize=8,
+                )
+        _batch_axis(axes, panel.title)
+    every = figure.axes
+    every[0].set_ylabel("MRR at the end")
+    every[0].legend(frameon=False, loc="lower right")
+    return figure
+
+
+def _batch_axis(axes: Axes, title: str) -> None:
+    """Scale alike everywhere: a twentieth more MRR is as high in each panel."""
+    axes.set_title(title)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("batch, pairs")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.margins(x=0.15)
+    values = [value for line in axes.lines for value in line.get_ydata()]
+    middle = (min(values) + max(values)) / 2
+    axes.set_ylim(0.92 * middle, 1.08 * middle)
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    plain(axes)
+
+
+def _by_batch(rows: Iterable[Row]) -> dict[int, float]:
+    """Return by batch the test MRR of the rate that is best on validation, mean of its seeds."""
+    runs: dict[tuple[int, float], list[Row]] = {}
+    for row in rows:
+        runs.setdefault((row["batch"], row["rate"]), []).append(row)
+    best: dict[int, list[Row]] = {}
+    for (batch, _), found in sorted(runs.items()):
+        if batch not in best or score(found[0]) > score(best[batch][0]):
+            best[batch] = found
+    return {
+        batch: statistics.mean(row["curve"][-1]["test MRR"] for row in found)
+        for batch, found in best.items()
+    }
+
+
+def _minilm() -> list[Row]:
+    """Return the results at the largest budget of encoder calls, named as those of other towers."""
+    rows = map(json.loads, MINILM.read_text().splitlines()) if MINILM.exists() else ()
+    counted = [row for row in rows if row.get("calls")]
+    largest = max((row["calls"] for row in counted), default=0)
+    return [
+        {
+            **row,
+            "curve": [
+                {
+                    "part": point["share"],
+                    "validation MRR": point["validation_mrr"],
+                    "test MRR": point["test_mrr"],
+                }
+                for point in row["curve"]
+            ],
+        }
+        for row in counted
+        if row["calls"] == largest
+    ]
 
 
 def training_quality() -> Figure | None:
@@ -55,13 +165,13 @@ def training_quality() -> Figure | None:
 
 
 def _shown(rows: list[Row], method: str) -> Row | None:
-    """Return what a method is shown by: its defaults, or its best options if these were not run."""
+    """Return what represents a method: its defaults, or its best options if these were not run."""
     found = [row for row in choose(rows) if row["method"] == method]
     return max(found, key=lambda row: (not row["options"], score(row)), default=None)
 
 
 def _line(axes: Axes, runs: list[Row], key: str, color: str, marker: str, label: str) -> None:
-    """Draw the mean of all seeds, and a band from the least to the most."""
+    """Draw the mean of all seeds, and a band from the lowest to the highest."""
     kept = ([point for point in row["curve"] if point["part"] >= FIRST_PART] for row in runs)
     points = list(zip(*kept, strict=True))
     where = [statistics.mean(point[key] for point in part) for part in points]
@@ -119,7 +229,7 @@ def gradient_noise() -> Figure | None:
 
 
 def _place(name: str) -> tuple[bool, bool, int]:
-    """Return where an estimator stands: after what it is a variant of."""
+    """Return the position of an estimator: after the one that it is a variant of."""
     first = name.replace(",", "").split()[0]
     order = ("in-batch", "memory", *ESTIMATORS)
     return "corrected" in name, "draws" in name, order.index(first)

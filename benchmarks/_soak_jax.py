@@ -39,7 +39,7 @@ class Soaked:
     sizes = (ROWS // 4, ROWS)
 
     def __init__(self, turn: Turn, towers: Arrays, seed: int) -> None:
-        # JAX keeps what it compiled, also for handlers that are gone: about 1 MB for each.
+        # JAX keeps compiled programs, even of handlers that are gone: about 1 MB for each.
         jax.clear_caches()
         self.handler = handler_of(negcache, turn, seed)
         self.state = self.handler.init(jax.random.key(seed))
@@ -52,7 +52,7 @@ class Soaked:
         return jax.tree.map(np.array, self.weights)
 
     def cache(self) -> Any:
-        """Return the cache as it is."""
+        """Return the current cache."""
         return self.state.caches["cache"]
 
     def _traced_step(self, state: Any, weights: Any, fails: Any, batch: Batch) -> Any:

@@ -1,4 +1,4 @@
-"""Whether the law still holds on a cache as it is: expected gradients, and what is really drawn."""
+"""Check expected gradients, and the distribution of real draws, on the current cache."""
 
 import math
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from negcache_core import EMPTY, exact
 from negcache_core.retrieval.tiled_scores import BLOCK
 
 TOLERANCE = 1e-10
-NEGLIGIBLE = 1e-15  # outcomes that are left out: of at most 256, and of gradients of order one
+NEGLIGIBLE = 1e-15  # for omitted outcomes: at most 256 of them, with gradients of order one
 FEW, DRAWN = 12, 2048
 
 
@@ -43,7 +43,7 @@ def softmax(scores: Any) -> Any:
 
 
 def noise_for(slots: Any, law: Any) -> Any:
-    """Return uniforms (B, 1, 2) that draw slots (B, 1): the middle of each one's stretch.
+    """Return uniforms (B, 1, 2) that draw slots (B, 1): the middle of each slot's interval.
 
     The first picks a block of slots by its weight, the second a slot in it.
     """
@@ -70,7 +70,7 @@ def outcomes_of(problem: Problem) -> list[tuple[Any, float]]:
 
 
 def gradients_of(problem: Problem) -> tuple[Any, Any, Any]:
-    """Return the exact gradients: by the query tower, the item tower, and the scale."""
+    """Return the exact gradients by the query tower, the item tower, and the scale."""
     query, positive, fresh = problem.arrays
     gradients = exact.softmax_cross_entropy(
         query,
@@ -84,7 +84,7 @@ def gradients_of(problem: Problem) -> tuple[Any, Any, Any]:
 
 
 def chained(problem: Problem, gradients: exact.Gradients) -> tuple[Any, Any, Any]:
-    """Carry gradients by embeddings on to the towers."""
+    """Propagate gradients by embeddings to the towers."""
     by_item = problem.data["x"].T @ gradients.items + problem.x.T @ gradients.positive
     return problem.y.T @ gradients.query, by_item, gradients.scale
 
@@ -103,7 +103,7 @@ def problems_on(cache: Any, towers: Arrays, stream: Stream) -> list[Problem]:
 
 
 def gradient_error(backend: Any, problem: Problem, estimator: str) -> float:
-    """Return by how much the enumerated expectation misses, over 1 or the gradient's size."""
+    """Return the error of the enumerated expectation, over 1 or the gradient's size."""
     given = exact.expectation(iter(outcomes_of(problem)), backend.gradients(problem, estimator))
     return max(
         float(np.max(np.abs(ours - exactly) / np.maximum(1.0, np.abs(exactly))))
@@ -112,7 +112,7 @@ def gradient_error(backend: Any, problem: Problem, estimator: str) -> float:
 
 
 def draw_deviation(soaked: Any, turn: Turn, cache: Any, stream: Stream) -> float:
-    """Return by how many standard deviations the handler's own draws miss their law.
+    """Return how many standard deviations the handler's own draws are off their distribution.
 
     A chi-squared statistic of one query's draws; slots that expect fewer than 5 count together.
     """

@@ -1,4 +1,4 @@
-"""What a process holds over a long run: samples, and the line through them."""
+"""A process's memory over a long run: samples, and a line fitted to them."""
 
 import math
 import os
@@ -20,7 +20,7 @@ SURE = 3  # standard errors by which a slope must pass the bound to be called to
 
 
 class Slope(NamedTuple):
-    """Bytes a step by least squares, and the standard error of that."""
+    """Bytes a step by least squares, and the standard error."""
 
     bytes_per_step: float
     standard_error: float
@@ -40,7 +40,7 @@ class Slope(NamedTuple):
         return [round(1000 * each, 1) for each in self]
 
 
-UNKNOWN = Slope(0.0, math.inf)  # of too short a run to tell
+UNKNOWN = Slope(0.0, math.inf)  # the run was too short
 
 
 def resident_bytes() -> int:
@@ -51,7 +51,7 @@ def resident_bytes() -> int:
 def slope(samples: list[tuple[int, int]]) -> Slope:
     """Fit (step, bytes) after the warm-up third.
 
-    Resident memory moves in jumps that last, so its residuals are alike for many samples: their
+    Resident memory moves in lasting jumps, so residuals are correlated over many samples: their
     number counts as n (1 - r) / (1 + r), r the correlation of neighbours.
 
     >>> slope([(step, 7 * step) for step in range(30)])
@@ -75,8 +75,8 @@ def slope(samples: list[tuple[int, int]]) -> Slope:
 def slope_of_handlers(samples: list[tuple[int, int]], turn: int) -> Slope:
     """Fit one slope, and a level for each handler, to the second halves of its `turn` steps.
 
-    So what a new handler adds, in JAX its programs' compilation, is not taken for growth with the
-    steps. Handlers are independent, what is sampled of one is not: the error is by handler.
+    So what a new handler adds, in JAX its compiled programs, is not mistaken for growth with the
+    steps. Handlers are independent but samples of one are not, so the error is by handler.
 
     >>> slope_of_handlers([(step, 7 * step + 99 * (step // 8)) for step in range(32)], 8)
     Slope(bytes_per_step=7.0, standard_error=0.0)

@@ -28,7 +28,7 @@ RAISED = InterruptedError  # by the item network
 
 
 def live_tensors() -> int:
-    """Return the number of arrays that something refers to: the collector does not know arrays."""
+    """Return the number of arrays that something refers to: the collector does not track arrays."""
     every = (gc.get_referents(each) for each in gc.get_objects())
     return len({id(one) for found in every for one in found if type(one) is np.ndarray})
 
@@ -63,7 +63,7 @@ class Soaked:
 
         positive = batch.features["x"] @ self.weights["item"] + batch.spoil[:, None]
         query = batch.y @ self.weights["query"]
-        with np.errstate(invalid="ignore"):  # embeddings that are not finite make such losses
+        with np.errstate(invalid="ignore"):  # embeddings that are not finite give such losses
             loss = self.handler.update_cache_and_compute_loss(
                 network, query, positive, batch.features, sample_weight=batch.weight
             )
@@ -99,7 +99,7 @@ class Soaked:
 
 
 def gradients(problem: Problem, estimator: str) -> Callable[[Any], tuple[Any, ...]]:
-    """Return a function of the noise: the surrogate's gradients, worked out by hand."""
+    """Return a function of the noise: the surrogate's gradients, in closed form."""
     query, positive, fresh = problem.arrays
     loss = negcache.CacheClassificationLoss(
         "embedding", DATA_KEYS, scale=SCALE, estimator=estimator, generator=0

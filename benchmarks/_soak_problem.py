@@ -1,4 +1,4 @@
-"""What every backend of the soak runs: items, towers, batches, and the options that take turns."""
+"""What every backend of the soak runs: items, towers, batches, and alternating options."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -53,12 +53,12 @@ TURNS = (
 def handler_of(negcache: Any, turn: Turn, seed: int) -> Any:
     """Return a new handler of any adapter. Items with a negative serial are masked: they stay out.
 
-    The serial tells rows apart, so what the network sees tells which rows were drawn.
+    The serial identifies rows, so the network's input shows which rows were drawn.
     """
     options = dict(turn.loss)
     if "retrieval_fn" in options:
         options["retrieval_fn"] = negcache.MaxScoreRetrievalFn()
-    if negcache.__name__ != "negcache_jax":  # where the state holds the key
+    if negcache.__name__ != "negcache_jax":  # if the state holds the key
         options["generator"] = seed
     known = negcache.IsInCacheFilterFn(("id",))
 
@@ -77,7 +77,7 @@ def handler_of(negcache: Any, turn: Turn, seed: int) -> Any:
 
 
 class Batch(NamedTuple):
-    """One step's input: B rows, of which some may be there only to be masked.
+    """One step's input: B rows, some of which may only be there to be masked.
 
     y:       (B, INPUTS) of the queries; features: of the positives, by field
     weight:  (B,) 0 or 1, the loss's sample_weight
@@ -94,7 +94,7 @@ class Batch(NamedTuple):
 
 
 def features_of_no_item(rows: int) -> Arrays:
-    """Return features of positives with an id that no item has, so that all slots compete."""
+    """Return features of positives with an id that no item has, so that every slot competes."""
     features = {
         key: np.zeros((rows, *shape), dtype)
         for key, (shape, dtype) in FIELDS.items()
@@ -113,7 +113,7 @@ class Stream:
         self.serial = 0
 
     def towers(self) -> Arrays:
-        """Return the towers' first weights."""
+        """Return the towers' initial weights."""
         shape = (INPUTS, WIDTH)
         return {name: self.rng.standard_normal(shape) / INPUTS**0.5 for name in ("query", "item")}
 
@@ -142,7 +142,7 @@ class Stream:
         )
 
     def spoil(self, rows: int) -> Any:
-        """Return zeros (rows,); now and then with NaNs and infinities among them."""
+        """Return zeros (rows,), occasionally with NaNs and infinities among them."""
         found = np.zeros(rows)
         if self.rng.random() < 0.02:
             hit = self.rng.random(rows) < 0.3

@@ -31,7 +31,7 @@ RAISED = tf.errors.InvalidArgumentError  # by the item network
 
 
 def live_tensors() -> int:
-    """Return the number of tensors, symbolic ones too, and variables that the collector knows."""
+    """Return the number of tensors, including symbolic ones, and variables that are tracked."""
     kinds = (tf.Tensor, tf.Variable)
     return sum(issubclass(type(each), kinds) for each in gc.get_objects())
 

@@ -26,7 +26,7 @@ RAISED = InterruptedError  # by the item network
 
 
 def live_tensors() -> int:
-    """Return the number of tensors that the collector knows."""
+    """Return the number of tensors that the collector tracks."""
     return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
 
 

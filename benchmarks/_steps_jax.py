@@ -11,7 +11,7 @@ from _harness import copied_update, handler_of, result_of
 
 
 class Candidates:
-    """Makes each candidate on demand, by its name: methods that return what is to be timed."""
+    """Makes each candidate on demand, by name: its methods return what to time."""
 
     def __init__(self, slots: int, width: int, rows: int, vocabulary: int) -> None:
         keys = jax.random.split(jax.random.key(0), 3)
@@ -41,7 +41,7 @@ class Candidates:
 
     @functools.cached_property
     def to_commit(self) -> tuple[Any, ...]:
-        """What one step asks to write."""
+        """What one step commits."""
         handler, held = self.handler
 
         @jax.jit
@@ -148,7 +148,7 @@ class Candidates:
 
 
 def bytes_of_a_step(step: Callable[[], Any], *size: int) -> int:
-    """Return what the compiler plans: temporaries, and results without a donated place."""
+    """Return what the compiler plans: temporaries, and results without a donated buffer."""
     del step
     makers = Candidates(*size)
     handler, held = makers.handler

@@ -13,7 +13,7 @@ import negcache_core as negcache
 
 
 class Candidates:
-    """Makes each candidate on demand, by its name: methods that return what is to be timed."""
+    """Makes each candidate on demand, by name: its methods return what to time."""
 
     def __init__(self, slots: int, width: int, rows: int, vocabulary: int) -> None:
         self.rng = np.random.default_rng(0)
@@ -43,7 +43,7 @@ class Candidates:
 
     @functools.cached_property
     def to_commit(self) -> tuple[Any, ...]:
-        """What one step asks to write."""
+        """What one step commits."""
         given = (self.positive, self.features)
         return result_of(self.handler, self.network, self.query, *given), *given
 

@@ -10,7 +10,7 @@ from _harness import copied_update, handler_of, result_of
 
 
 class Candidates:
-    """Makes each candidate on demand, by its name: methods that return what is to be timed."""
+    """Makes each candidate on demand, by name: its methods return what to time."""
 
     def __init__(self, slots: int, width: int, rows: int, vocabulary: int) -> None:
         tf.random.set_seed(0)
@@ -45,7 +45,7 @@ class Candidates:
 
     @functools.cached_property
     def to_commit(self) -> tuple[Any, ...]:
-        """What one step asks to write."""
+        """What one step commits."""
         given = (self.network(self.features), self.features)
         queries = tf.convert_to_tensor(self.query)
         return result_of(self.handler, self.network, queries, *given), *given
@@ -113,7 +113,7 @@ class Candidates:
 
 
 def _finished(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a function that waits for the results; of each it reads one row, to copy no more."""
+    """Return a function that waits for the results by reading one row of each."""
     return lambda: [each[:1].numpy() for each in tf.nest.flatten(function()) if _has_rows(each)]
 
 

@@ -14,7 +14,7 @@ from _harness import copied_update, handler_of, result_of
 
 
 class Candidates:
-    """Makes each candidate on demand, by its name: methods that return what is to be timed."""
+    """Makes each candidate on demand, by name: its methods return what to time."""
 
     def __init__(self, slots: int, width: int, rows: int, vocabulary: int) -> None:
         torch.manual_seed(0)
@@ -47,7 +47,7 @@ class Candidates:
     @functools.cached_property
     @torch.no_grad()
     def to_commit(self) -> tuple[Any, ...]:
-        """What one step asks to write."""
+        """What one step commits."""
         given = (self.network(self.features), self.features)
         return result_of(self.handler, self.network, self.query, *given), *given
 

@@ -10,9 +10,9 @@ TITLES = {"numpy": "NumPy", "torch": "PyTorch", "tensorflow": "TensorFlow", "jax
 TIMES = "\N{MULTIPLICATION SIGN}"
 OURS, THEIRS, INK, PALE = "#2563eb", "#ea580c", "#334155", "#cbd5e1"
 LINES = {
-    "numpy": ("#16a34a", "o"),
+    "numpy": ("#15803d", "o"),
     "torch": ("#ea580c", "s"),
-    "tensorflow": ("#ca8a04", "^"),
+    "tensorflow": ("#a16207", "^"),
     "jax": ("#2563eb", "D"),
 }
 # White behind dark ink, legible on light and dark pages; one file from one set of results.

@@ -1,14 +1,14 @@
 """Claim: a whole training step costs about one bare product of queries and cache.
 
 A step is retrieval, loss, backward (where there is one) and the update of the cache, with a tower
-that only looks rows up. Beside it: the bare float32 product q @ cache.T of the same framework,
-which any method that scores the whole cache must pay; and the published algorithm, stated anew,
-with its score matrix, noise for each score, and a copy of the tables on every update.
+that only looks rows up. It is compared with the bare float32 product q @ cache.T of the same
+framework, which any method that scores the whole cache must pay, and with a reimplementation of the
+published algorithm: a score matrix, noise for each score, and a copy of the tables on every update.
 
     python benchmarks/a_step_costs_about_one_matrix_product.py torch --slots 131072 --rows 8 64
 
-Without sizes: the whole grid of _grid.FULL, or with --quick a small one. Sizes that were measured
-before on this machine stay in the JSON.
+Without sizes it runs the whole grid of _grid.FULL, or with --quick a small one. Sizes measured
+earlier on this machine stay in the JSON.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from _harness import milliseconds, ratio, ratios
 
 
 def row_of(times: dict[str, list[float]]) -> dict[str, Any]:
-    """Return what the table says of one size; least and largest are of step / product."""
+    """Return the table's row for one size; least and largest are of step / product."""
     every = ratios(times, "step", "product")
     return {
         "product ms": milliseconds(times, "product"),
@@ -30,6 +30,6 @@ def row_of(times: dict[str, list[float]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    # Ours, the published one's and its copy, and what filling them takes; scores, noise, softmax.
+    # Ours, the published one's and its copy, and what filling them needs; scores, noise, softmax.
     names = ("product", "step", "published")
     run(str(__doc__), "step_cost", names, row_of, tables=4, matrices=5)

@@ -1,8 +1,8 @@
-"""Question: what a whole step takes on a GPU, beside the device's own bare products.
+"""Question: how long a whole step takes on a GPU, compared with bare products.
 
 A step is retrieval, loss, backward and the update of the cache, with a tower that only looks rows
 up, in PyTorch. The bare products are q @ cache.T in float32 and bfloat16, with their results in
-memory. Times are medians of what the device's own clock says.
+memory. Times are medians by the device's own clock.
 
     python benchmarks/a_step_on_a_device.py --slots 131072 --width 128 --rows 64
     python benchmarks/a_step_on_a_device.py            # the whole grid: 8,388,608 slots, 60 GB
@@ -40,7 +40,7 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 def measure(slots: int, width: int, rows: int) -> dict[str, Any]:
-    """Return what one size takes."""
+    """Return the times of one size."""
     torch.cuda.empty_cache()
     makers = Candidates(slots, width, rows, VOCABULARY)
     query = makers.query.detach()
@@ -63,7 +63,7 @@ def measure(slots: int, width: int, rows: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure each size, and print and keep what came out."""
+    """Measure each size, and print and save the results."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
     parser.add_argument("--slots", nargs="+", type=int, default=[131_072, 1_048_576, 8_388_608])
     parser.add_argument("--width", nargs="+", type=int, default=[128, 768])

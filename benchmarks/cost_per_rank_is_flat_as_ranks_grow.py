@@ -1,19 +1,19 @@
-"""Claim: with the batch and each rank's slots kept, a larger cache on more ranks costs none more.
+"""Claim: with a fixed batch and fixed slots per rank, more ranks cost no rank more.
 
 Each rank scores all queries on its own shard: B x C / W x D multiply-adds of W ranks. So
 
-  batch: B of all ranks and slots of each rank kept, and C grows with the ranks. A rank's scoring is
-         the same, and so is, nearly, what it sends.
-  part:  queries and slots of each rank kept. Everything grows with the ranks: B, C, and a rank's
-         scoring in proportion to B. That is no fault of the exchange, and said here beside it.
+  batch: B of all ranks and slots of each rank are fixed, and C grows with the ranks. A rank's
+         scoring stays the same, and what it sends nearly so.
+  part:  queries and slots of each rank are fixed. Everything grows with the ranks: B, C, and a
+         rank's scoring in proportion to B. The exchange does not cause that; it is for comparison.
 
-Processes of one thread each, over gloo, on one machine, so at most as many as it has cores run at
-once. "ms" is the median wall time of a step, the slowest rank's, and means nothing beyond that
-number. "CPU ms" is the processor time of one rank, averaged, which waiting does not count in,
-but which caches and memory shared by all processes do. "counted MB" is the highest sum of PyTorch's
-allocations less frees of rank 0 in a step, and "formula MB" what `negcache.scaling` says of it.
-"sent kB" is counted too: bytes to other ranks, the mean over ranks, beside the formula's. What
-network cards and GPUs would make of it is not measured.
+It runs processes of one thread each, over gloo, on one machine, so at most as many as it has cores
+run at once. "ms" is the median wall time of a step on the slowest rank, and means nothing with more
+processes than cores. "CPU ms" is the processor time of one rank, averaged: it excludes waiting, but
+includes the effects of shared caches and memory. "counted MB" is the highest sum of PyTorch's
+allocations less frees of rank 0 in a step, and "formula MB" is what `negcache.scaling` predicts.
+"sent kB" is counted too: bytes to other ranks, the mean over ranks, next to the formula's. Network
+cards and GPUs are not measured.
 
     python benchmarks/cost_per_rank_is_flat_as_ranks_grow.py --slots 65536
 """
@@ -39,7 +39,7 @@ TILE = 4 * 2**20
 
 
 class Case:
-    """A step on the first ranks of all, which the others sit out."""
+    """A step on the first ranks, while the others wait."""
 
     def __init__(self, options: argparse.Namespace, ranks: int, group: Any, kept: str) -> None:
         self.ranks, self.kept, self.options = ranks, kept, options
@@ -84,7 +84,7 @@ class Case:
         return step
 
     def run(self) -> None:
-        """Run one step and time it, where this rank has a part in it."""
+        """Run one step and time it, if this rank takes part."""
         dist.barrier()
         if dist.get_rank() < self.ranks:
             wall, cpu = time.perf_counter(), time.process_time()
@@ -94,7 +94,7 @@ class Case:
         dist.barrier()
 
     def row(self) -> dict[str, Any]:
-        """Return what is known of it, on rank 0; the others give theirs."""
+        """Return the results, on rank 0; the others send theirs."""
         dist.barrier()
         own = None
         if dist.get_rank() < self.ranks:
@@ -159,7 +159,7 @@ class Sent:
 
 
 def work(rank: int, store: str, options: argparse.Namespace) -> None:
-    """Do one process's part."""
+    """Do the work of one process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     most = max(options.ranks)
@@ -170,7 +170,7 @@ def work(rank: int, store: str, options: argparse.Namespace) -> None:
         for kept in ("batch", "part")
         for ranks, group in groups.items()
     ]
-    for _ in range(options.rounds + 1):  # the first one compares options, and is not counted
+    for _ in range(options.rounds + 1):  # the first step compares options, and is not counted
         for case in cases:
             case.run()
     rows = [case.row() for case in cases]

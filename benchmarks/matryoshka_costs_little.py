@@ -1,10 +1,10 @@
-"""Claim: with a small transformer for a tower, matryoshka_dims cost at most 1.4 plain steps.
+"""Claim: with a small transformer as the tower, matryoshka_dims cost at most 1.4 plain steps.
 
-That is of "exact_query". A step at several widths runs against the same step at the full width
-alone, side by side in one process, round after round, by processor time: with the transformer, and
-of the loss alone, with embeddings that are looked up. The cache is full, and embeddings have length
-1. The loss alone costs more: its product is that of the plain step, but it has as many exponentials
-and norms as there are widths, and beside narrow embeddings these count.
+This is for "exact_query". A step at several widths runs against the same step at the full width
+only, side by side in one process, round after round, by processor time: once with the transformer,
+and once for the loss alone, with embeddings that are looked up. The cache is full, and embeddings
+have length 1. The loss alone costs more: its product is that of the plain step, but it computes
+exponentials and norms for each width, which matters for narrow embeddings.
 
     export OMP_NUM_THREADS=1
     python benchmarks/matryoshka_costs_little.py
@@ -46,7 +46,7 @@ class Transformer(nn.Module):
 
 
 class LookUp(nn.Module):
-    """An embedding for each first token: what costs next to nothing."""
+    """An embedding for each first token, which costs next to nothing."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ TOWERS: dict[str, Callable[[int], nn.Module]] = {"none": LookUp, "transformer": 
 
 
 def step_of(tower: nn.Module, slots: int, width: int, rows: int, **options: Any) -> Any:
-    """Return a step, forward and backward, with a full cache of its own."""
+    """Return a step, forward and backward, with its own full cache."""
     torch.manual_seed(1)
     tokens = torch.randint(0, VOCABULARY, (rows, TOKENS))
     asked = torch.randint(0, VOCABULARY, (rows, TOKENS))
@@ -86,7 +86,7 @@ def step_of(tower: nn.Module, slots: int, width: int, rows: int, **options: Any)
 
 
 def measured(runs: dict[str, Callable[[], None]], seconds: float) -> dict[str, list[float]]:
-    """Return the processor time of each step, round after round, after one to warm up."""
+    """Return the processor time of each step, round after round, after a warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()

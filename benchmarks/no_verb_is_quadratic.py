@@ -1,17 +1,17 @@
 """Claim: no public verb takes time or memory that grows with the square of its rows or slots.
 
 All verbs run at C slots and n rows, then, each time in a fresh process, with twice the rows and
-with twice the slots. A verb that is linear takes at most about twice as long; one that compares
-rows with rows pair by pair takes four times as long, and one that compares rows with slots makes n
-passes over the cache. Verbs that score (`step`, `retrieve`, `evaluate`; they get a hundredth of the
-rows) take the time of a product of queries and cache, and must not hold its result.
+with twice the slots. A linear verb takes at most about twice as long. One that compares rows with
+rows pair by pair takes four times as long, and one that compares rows with slots makes n passes
+over the cache. Verbs that score (`step`, `retrieve`, `evaluate`, which get a hundredth of the rows)
+take the time of a product of queries and cache, and must not hold its result.
 
     python benchmarks/no_verb_is_quadratic.py torch --slots 1000000 --rows 10000
 
-"seconds" are of processor time, all cores together, the least of three calls: other programs of
-the machine hardly count. "extra MB" (2**20 bytes) is by how much one call raises the peak of the
-process's resident memory, after a first call; Linux only. A verb that copies the tables, as
-`update_cache` does, shows it.
+"seconds" is processor time, all cores together, the least of three calls, so that other programs
+matter little. "extra MB" (2**20 bytes) is how much one call adds to the peak of the process's
+resident memory, after a first call; Linux only. It includes the copies of a verb that copies the
+tables, as `update_cache` does.
 """
 
 import argparse
@@ -33,9 +33,9 @@ from memory_of_a_step_is_flat_in_capacity import ALLOCATOR, MB, resident_rise
 
 PACKAGES = {"numpy": "negcache_core", "torch": "negcache_torch"}
 WIDTH = 64
-SCORING = 100  # one of so many rows, for what scores every row against every slot
-LONG = 10.0  # seconds, after which a call is not repeated
-SHORT = 0.01  # seconds, of which a ratio tells nothing
+SCORING = 100  # one of this many rows, for verbs that score every row against every slot
+LONG = 10.0  # seconds after which a call is not repeated
+SHORT = 0.01  # seconds below which a ratio means nothing
 MOST_GROWTH = 3.0
 """Of the time, when rows or slots double: between a linear verb's 2 and a quadratic one's 4."""
 
@@ -100,7 +100,7 @@ Call = Callable[[], Any]
 
 
 class Verbs:
-    """What sets each verb up, and returns the call to measure, by the verb's name."""
+    """Sets up each verb, by name, and returns the call to measure."""
 
     def __init__(self, problem: Problem, folder: Path) -> None:
         self.problem, self.path = problem, folder / "cache"
@@ -144,7 +144,7 @@ class Verbs:
     def with_handler(
         self, call: Callable[..., Any], rows: int | None = None, **options: Any
     ) -> Callable[[], Call]:
-        """Return what makes a full handler and a batch, for call(handler, *batch)."""
+        """Return a function that makes a full handler and a batch, for call(handler, *batch)."""
 
         def set_up() -> Call:
             handler, batch = self.problem.handler(**options), self.problem.batch(rows)
@@ -168,7 +168,7 @@ class Verbs:
         return handler.prefill(self.problem.network, features, self.sizes.rows)
 
     def filter(self, handler: Any, queries: Any, items: Any, features: Any) -> Any:
-        """Tell which rows are new."""
+        """Return which rows are new."""
         del queries, items
         return self.negcache.IsInCacheFilterFn(("id",))(handler.cache, features)
 
@@ -186,7 +186,7 @@ class Verbs:
         return lambda: self.step(handler, queries, items, new, given)
 
     def commit(self, rows: int) -> Call:
-        """Return the third phase alone."""
+        """Return only the third phase."""
         handler, (queries, items, features) = self.problem.handler(), self.problem.batch(rows)
         found = handler.retrieve(queries, features)
         negatives = self.problem.network(found.features)
@@ -194,13 +194,13 @@ class Verbs:
         return lambda: handler.commit(result, items, features)
 
     def load(self) -> Call:
-        """Return the reading of a file."""
+        """Return a load from a file."""
         handler = self.problem.handler()
         handler.save(self.path)
         return lambda: handler.load(self.path)
 
     def restore_into_less(self) -> Call:
-        """Return a restore into a cache of one slot less."""
+        """Return a restore into a cache with one slot fewer."""
         manager = self.problem.manager(self.sizes.slots - 1)
         handler = self.negcache.CacheLossHandler(manager, self.problem.loss())
         return lambda: handler.restore(self.problem.cache, resize=True)
@@ -212,7 +212,7 @@ class Verbs:
         handler.resize(self.sizes.slots)
 
     def top_k(self) -> Call:
-        """Return top-k groups of a score matrix, which is the user's: for few rows."""
+        """Return top-k groups of a score matrix, which belongs to the user: for few rows."""
         shape = (max(1, self.sizes.rows // 100), self.sizes.slots)
         scores = self.problem.native(np.random.default_rng(3).standard_normal(shape, np.float32))
         return lambda: self.negcache.approximate_top_k_with_indices(scores, 64)
@@ -262,7 +262,7 @@ def measure_apart(framework: str, names: list[str], sizes: Sizes) -> dict[str, d
 
 
 def rows_of(framework: str, names: list[str], sizes: Sizes) -> list[dict[str, Any]]:
-    """Return what the table says of each verb."""
+    """Return the table's row for each verb."""
     once, more_rows, more_slots = (
         measure_apart(framework, names, each)
         for each in (

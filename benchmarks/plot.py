@@ -2,13 +2,14 @@
 
 step_cost:        a step and the published algorithm over the bare product, by framework and size
 memory:           a step's memory beyond the tables against capacity, beside the score matrix
+results:          test MRR by batch, with a cache and without: the start page's
 training_quality: test MRR of each way of training against encoder calls and against time
 gradient_noise:   noise and bias of each estimator's gradient on a trained model
 
     python benchmarks/plot.py
     python benchmarks/plot.py --out /tmp --format png
 
-What was not measured is left out; a picture without any data is not drawn.
+Missing measurements are left out; a picture without any data is not drawn.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from _pictures_of_speed import memory, step_cost
-from _pictures_of_training import gradient_noise, training_quality
+from _pictures_of_training import gradient_noise, results, training_quality
 from _style import STYLE
 from matplotlib import rcParams
 from matplotlib.figure import Figure
@@ -24,6 +25,7 @@ from matplotlib.figure import Figure
 PICTURES: dict[str, Callable[[], Figure | None]] = {
     "step_cost": step_cost,
     "memory": memory,
+    "results": results,
     "training_quality": training_quality,
     "gradient_noise": gradient_noise,
 }

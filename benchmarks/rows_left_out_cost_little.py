@@ -1,9 +1,9 @@
-"""Claim: rows that must not oppose a query are left out for at most a tenth of a step.
+"""Claim: excluding rows that must not be a query's negatives costs at most a tenth of a step.
 
-A step with each option against the same step without it, turn by turn in one process: the median
-of the ratios of processor time, on one thread, for which other programs on the machine count less.
-Few rows have the id of anyone's positive, or score above the margin; of four groups each query
-competes with one.
+Steps with each option and without it take turns in one process. Reported is the median of the
+ratios of processor time, on one thread, which other programs on the machine affect less.
+Few rows have the id of anyone's positive, or score above the margin; each query competes with one
+of four groups.
 
     export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
     python benchmarks/rows_left_out_cost_little.py torch
@@ -32,7 +32,7 @@ Step = Callable[[], Any]
 
 
 def steps(framework: str, slots: int, rows: int, estimator: str) -> dict[str, Step]:
-    """Return a step for each set of options, each with a full cache of its own."""
+    """Return a step for each set of options, each with its own full cache."""
     rng = np.random.default_rng(0)
     differentiates = framework == "torch"
     negcache = importlib.import_module("negcache_torch" if differentiates else "negcache_core")

@@ -1,14 +1,14 @@
 """Claim: at equal encoder work, shared draws and a readout make the gradient less noisy.
 
-A model is trained for half of the demo's steps. At a moment of it the gradient of one batch's loss
-with respect to all parameters is estimated again and again, from a cache whose rows were embedded
+A model is trained for half of the demo's steps. At one moment the gradient of one batch's loss
+with respect to all parameters is estimated many times, from a cache whose rows were embedded
 some steps ago, and compared with the exact gradient of the full softmax over the same rows, fresh.
 
 bias:     |E g - G| / |G|, with the squared noise of the mean taken out
 variance: E |g - E g|^2 / |G|^2, of the draws alone
-of batch: the same over that of the choice of the batch, which the exact gradient has too
+of batch: the same over the variance by choice of batch, which the exact gradient has too
 
-Beside them, drawing nothing: the batch's own negatives alone, and a memory of constants.
+For comparison, without draws: the batch's own negatives alone, and a memory of constants.
 
     python benchmarks/sharing_draws_makes_gradients_less_noisy.py
 """
@@ -31,7 +31,7 @@ from torch.nn import functional
 
 STEPS, MOMENT, LAGS = 1_000, 500, (0, 100, 400)
 SLOTS, BATCH_SIZES, BATCHES, DRAWS = 8_192, (16, 64), 4, 48
-MORE_BATCHES = 16  # from which the noise of the choice of the batch is estimated
+MORE_BATCHES = 16  # for estimating the noise from the choice of the batch
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -51,7 +51,7 @@ CONSTANT = ("in-batch", "memory")  # draw nothing
 
 
 class Moment(NamedTuple):
-    """Models at steps of one training, and the rows that a cache would hold."""
+    """Models at some steps of one training, and the rows that a cache would hold."""
 
     models: dict[int, SearchModel]
     queries: Tensor
@@ -61,7 +61,7 @@ class Moment(NamedTuple):
 
 
 def trained(data: Data) -> Moment:
-    """Train, and keep the models that are asked for."""
+    """Train, and keep the requested models."""
     kept: dict[int, dict[str, Tensor]] = {}
 
     def make_loss(model: SearchModel, settings: Settings, data: Data) -> tuple[Loss, float]:
@@ -120,7 +120,7 @@ def softmax_loss(model: SearchModel, batch: Batch, items: Tensor, *, in_batch: b
 
 
 class Quality:
-    """Everything at one batch size and staleness; `exact` gradients are worked out once."""
+    """Everything at one batch size and staleness; `exact` gradients are computed once."""
 
     def __init__(self, moment: Moment, rows: int, lag: int, counts: Tensor) -> None:
         self.model, then = moment.models[MOMENT], moment.models[MOMENT - lag]
@@ -197,7 +197,7 @@ def _square(vector: Tensor) -> float:
 
 
 def _moments(gradients: Iterable[Tensor]) -> tuple[float, Tensor]:
-    """Return the variance, without bias, and the mean; 0 and the one there is for a single one."""
+    """Return the unbiased variance, and the mean; for a single value, 0 and the value."""
     total, squares, count = None, 0.0, 0
     for found in gradients:
         total = found if total is None else total + found

@@ -1,14 +1,14 @@
-"""Claim: a step runs few Python calls, so that small operations cost little beside the product.
+"""Claim: a step runs few Python calls, so small operations cost little next to the product.
 
-At C = 16,384, D = 128 a bare product of queries and cache takes a millisecond or less, and what a
-step does around its products counts. Python calls are counted by `sys.setprofile`: those of
+At C = 16,384, D = 128 a bare product of queries and cache takes a millisecond or less, so what a
+step does around its products matters. Python calls are counted by `sys.setprofile`: those in
 negcache's own files, and all. Times are of a step and of the bare product, and, with --before, of
-the same step in an earlier version, installed into a folder of its own:
+the same step in an earlier version, installed into a separate folder:
 
     pip install --no-deps --target /tmp/before git+file://$PWD@f8a8a6d
     python benchmarks/small_operations_are_few.py torch --before /tmp/before
 
-Each version runs in a process of its own, and they take turns, round after round.
+Each version runs in its own process, and they take turns, round after round.
 """
 
 import argparse
@@ -28,14 +28,14 @@ from _grid import VOCABULARY
 from _harness import milliseconds, ratio, save, table
 
 SLOTS, WIDTH, ROWS = 16_384, 128, (8, 64)
-STEPS = 20  # a round, so that a turn is long beside the message that starts it
+STEPS = 20  # a round, so that a turn is long compared with the message that starts it
 OWN = re.compile(r"[/\\]negcache_(core|torch)[/\\]")
 MOST_CALLS = 450
 """The target for a step of NumPy's and of PyTorch's, of calls in negcache's own files."""
 
 
 class Worker:
-    """A version of the library in a process of its own, which answers one line to one line."""
+    """A version of the library in its own process, which answers each line with one line."""
 
     def __init__(self, framework: str, rows: int, before: Path | None) -> None:
         paths = [] if before is None else [str(before.resolve())]
@@ -76,7 +76,7 @@ def answer(framework: str, rows: int) -> None:
 
 
 def calls(run: Callable[[], Any]) -> list[int]:
-    """Return how many Python calls are in negcache's own files, and how many there are in all."""
+    """Return the number of Python calls in negcache's own files, and of all calls."""
     counts = [0, 0]
 
     def count(frame: FrameType, event: str, argument: Any) -> None:

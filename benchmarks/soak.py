@@ -1,20 +1,21 @@
-"""Claim: a run may be as long as it likes: memory is flat, the cache is sound, the law stays exact.
+"""Claim: a run may be as long as it likes: memory is flat, the cache correct, draws stay exact.
 
     python benchmarks/soak.py torch --steps 100000 --out results.json
 
-One process of one backend. Steps have random batch sizes and masks; now and then an embedding is
-not finite, the item network raises, or the oldest rows are refreshed. From time to time the handler
-is saved, a new one with other options is made from scratch, loads what was saved and goes on, and
-the old one must be gone. Beside it a plain dict of rows goes through the same; at each change of
+It runs one process with one backend. Steps have random batch sizes and masks; now and then an
+embedding is not finite, the item network raises, or the oldest rows are refreshed. Occasionally the
+handler is saved, a new one with other options is made from scratch, loads the file and continues,
+and the old one must be freed. A plain dict of rows goes through the same. At each change of
 handlers both must be equal, number for number, and so must be
 
 - the expectation of the training gradient, enumerated on the cache as it is, and the exact softmax
   cross-entropy gradient (1e-10, float64);
-- the law of the handler's own draws and the softmax (six standard deviations of chi-squared);
-- the number of live tensors, before a new handler's first step, and what it was the time before.
+- the distribution of the handler's own draws and the softmax (six standard deviations of
+  chi-squared);
+- the number of live tensors, before a new handler's first step, and the number the time before.
 
 Resident memory is sampled throughout; after a warm-up third two slopes are fitted, over all steps
-and over the steps of each handler. It fails where one is above its bound by three standard errors;
+and over the steps of each handler. It fails if one is above its bound by three standard errors;
 see `_soak_memory`. Linux only.
 """
 
@@ -46,7 +47,7 @@ REFRESH = 0.02
 
 
 class UnsoundError(Exception):
-    """What must hold does not."""
+    """Something that must hold does not."""
 
 
 def require(holds: Any, what: str) -> None:
@@ -56,7 +57,7 @@ def require(holds: Any, what: str) -> None:
 
 
 class Soak:
-    """One run: a handler, and the dict that goes through the same."""
+    """One run: a handler, and a dict that goes through the same."""
 
     def __init__(self, backend: Any, seed: int) -> None:
         self.backend, self.seed, self.stream = backend, seed, Stream(seed)
@@ -73,11 +74,11 @@ class Soak:
 
     @staticmethod
     def model_for(turn: Turn, zeros: dict[str, Any]) -> DictCache:
-        """Return an empty model with a handler's options."""
+        """Return an empty dict model with a handler's options."""
         return DictCache(SLOTS, zeros, **turn.manager)
 
     def step(self) -> None:
-        """Take a step, or have it fail; then perhaps refresh."""
+        """Take a step, or make it fail; then perhaps refresh."""
         batch = self.stream.batch(self.turn.draws, self.soaked.sizes)
         try:
             _, positive, serials, fresh = self.soaked.step(batch)
@@ -91,7 +92,7 @@ class Soak:
             self.refresh(int(self.stream.rng.choice(REFRESHED)))
 
     def follow(self, features: Any, positive: Any, serials: Any, fresh: Any) -> None:
-        """Do in the model what the step did, as far as the network saw it."""
+        """Do in the model what the step did, as seen by the network."""
         positive, fresh = np.array(positive), np.array(fresh)  # not views that keep tensors alive
         finite, enters = np.isfinite(fresh).all(axis=1), np.isfinite(positive).all(axis=1)
         self.counts["not_finite"] += int((~finite).sum() + (~enters).sum())
@@ -111,7 +112,7 @@ class Soak:
         self.slot_of = {int(self.model.held[slot]["serial"]): slot for slot in self.model.age}
 
     def refresh(self, count: int) -> None:
-        """Refresh the oldest rows; with none written the network is not asked, or not heeded."""
+        """Refresh the oldest rows; with none written the network is not called, or is ignored."""
         slots, spoil = self.model.oldest(count), self.stream.spoil(count)
         if not slots:
             return
@@ -124,7 +125,7 @@ class Soak:
         self.counts["refreshes"] += 1
 
     def check(self, estimators: tuple[str, ...]) -> None:
-        """Compare the cache with the model, and its law with the softmax."""
+        """Compare the cache with the model, and its draws with the softmax."""
         data, age = self.soaked.cache()
         data = {key: np.asarray(rows).copy() for key, rows in data.items()}
         cache = NegativeCache(data, np.asarray(age).copy())
@@ -144,7 +145,7 @@ class Soak:
         require(deviation < DEVIATIONS, f"draws are {deviation} standard deviations off")
 
     def change(self, folder: Path) -> None:
-        """Save, make a new handler with the next options, load, and see the old one go."""
+        """Save, make a new handler with the next options, load, and check that the old one goes."""
         self.soaked.save(folder / "state")
         old, towers = weakref.ref(self.soaked.handler), self.soaked.towers()
         self.turns += 1
@@ -157,11 +158,11 @@ class Soak:
         self.model.held, self.model.age = model.held, model.age
         self.counts["handlers"] += 1
         gc.collect()
-        if self.checked.issuperset(ESTIMATORS):  # each makes what is kept for later checks
+        if self.checked.issuperset(ESTIMATORS):  # each makes objects that are kept for later checks
             self.live.append(self.backend.live_tensors())
 
     def report(self) -> dict[str, Any]:
-        """Return what was done and found."""
+        """Return what was done, and the results."""
         require(len(set(self.live)) < 2, f"the number of live tensors changed: {self.live}")
         return {
             **self.counts,
@@ -173,7 +174,7 @@ class Soak:
 
 
 def run(framework: str, steps: int, turn: int, seed: int) -> dict[str, Any]:
-    """Take all steps; return the figures. Raises UnsoundError where something does not hold."""
+    """Take all steps; return the figures. Raises UnsoundError if something does not hold."""
     soak = Soak(importlib.import_module(f"_soak_{framework}"), seed)
     samples, begin = [], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

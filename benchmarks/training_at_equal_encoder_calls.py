@@ -108,7 +108,7 @@ def main() -> None:
     """Run, or show, the tournament."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
     parts = parser.add_subparsers(required=True)
-    train = parts.add_parser("run", help="train whatever of a grid is not there yet")
+    train = parts.add_parser("run", help="train what is missing of a grid")
     train.set_defaults(do=run)
     train.add_argument("--towers", nargs="+", choices=TOWERS, default=["separate"])
     train.add_argument("--methods", nargs="+", choices=METHODS)
@@ -136,19 +136,19 @@ def main() -> None:
             *("--processes", "--jobs"), type=int, default=1, help="runs at a time, each a thread"
         )
         part.add_argument(
-            "--stop-after", type=float, metavar="SECONDS", help="begin no run after this time"
+            "--stop-after", type=float, metavar="SECONDS", help="start no run after this time"
         )
         part.add_argument("--tasks-cache", type=Path, help="folder that keeps the tasks' arrays")
         part.add_argument("--nl2bash", type=Path, help="folder of NL2Bash's three files")
         part.add_argument("--out", type=Path, default=out, help="file of results")
     chosen = parts.add_parser("choose", help="print the best batch and rate of each")
     chosen.set_defaults(do=print_choice)
-    kept = parts.add_parser("keep", help="copy what a report needs to where it is tracked")
+    kept = parts.add_parser("keep", help="copy what a report needs to the tracked files")
     kept.set_defaults(do=keep)
     kept.add_argument("--to", type=Path, default=results.KEPT)
     for part in (chosen, kept):
         part.add_argument("--out", nargs="+", type=Path, default=[out], help="files of results")
-    shown = parts.add_parser("report", help="print test figures of what was chosen")
+    shown = parts.add_parser("report", help="print test figures of the chosen runs")
     shown.set_defaults(do=print_report)
     shown.add_argument("--out", nargs="+", type=Path, default=[results.KEPT])
     options = parser.parse_args()

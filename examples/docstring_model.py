@@ -24,7 +24,7 @@ EVALUATIONS = 10
 
 
 class Settings(NamedTuple):
-    """What all trainings share."""
+    """The settings that all trainings share."""
 
     steps: int
     batch_size: int
@@ -36,9 +36,9 @@ class Result(NamedTuple):
     """A finished training.
 
     curve:     (step, training seconds so far, MRR, recall@10), from step 0 to the last
-    seconds:   spent in training steps, without evaluation
+    seconds:   time in training steps, without evaluation
     memory_mb: peak resident memory of the process, with Python, PyTorch and the data
-    cache_mb:  what of it the cache takes
+    cache_mb:  the cache's part of it
     weights:   the model's state_dict as NumPy arrays
     """
 
@@ -56,8 +56,8 @@ class SearchModel(nn.Module):
     own weight for a word: "return" says little in a sentence, and "self" says nothing in code.
 
     width:  of the embeddings
-    sparse: whether gradients are: a batch touches a few hundred of the words, and so does its
-            update then; not every optimizer takes such gradients
+    sparse: whether gradients are sparse: a batch touches only a few hundred words, and then so does
+            its update; not every optimizer accepts such gradients
     """
 
     def __init__(self, width: int = WIDTH, *, sparse: bool = True) -> None:
@@ -109,7 +109,7 @@ def in_batch_loss(model: SearchModel, settings: Settings, data: Data) -> tuple[L
         queries = model.embed_queries(query_tokens)
         items = model.embed_items({"tokens": item_tokens})
         scores = model.scale() * queries @ items.T
-        # Another query's copy of a query's own item is no negative of it.
+        # Another query's copy of a query's own item does not count as a negative.
         own = torch.eye(len(ids), dtype=torch.bool)
         scores = scores.masked_fill((ids[:, None] == ids) & ~own, -math.inf)
         value = functional.cross_entropy(scores, torch.arange(len(ids)))
@@ -134,7 +134,7 @@ def cache_loss(
         embedding=WIDTH,
         scale=model.scale,
         labels={"id": torch.from_numpy(data.item_of)},
-        id_keys=("id",),  # a query's own item, cached earlier, is no negative of it
+        id_keys=("id",),  # a query's own item, cached earlier, is not a negative
         estimator=estimator,
         in_batch_negatives=in_batch_negatives,
         max_staleness=max_staleness,
@@ -158,8 +158,8 @@ def cache_loss(
 
 
 def train(name: str, make_loss: MakeLoss, settings: Settings, data: Data) -> Result:
-    """Train a model by a loss: the same first weights and the same batches for each."""
-    # The steps are small: more threads hardly help on an idle machine, and wait on a busy one.
+    """Train a model with a loss; all losses get the same initial weights and the same batches."""
+    # The steps are small: more threads barely help on an idle machine, and wait on a busy one.
     torch.set_num_threads(1)
     torch.manual_seed(settings.seed)
     model = SearchModel()
@@ -198,19 +198,32 @@ def train(name: str, make_loss: MakeLoss, settings: Settings, data: Data) -> Res
 
 
 def evaluate(model: SearchModel, data: Data) -> tuple[float, float]:
-    """Return MRR and recall@10 of the best right item of each held-out query, among all items."""
+    """Return MRR and recall@10 of each held-out query's best correct item, among all items."""
     embeddings = embed_all_items(model, data.items)
-    ranks, device = [], embeddings.device
+    parts, device = [], embeddings.device
     with torch.no_grad():
-        # In parts, so that this score matrix does not set the peak of memory.
+        # In parts, so that this score matrix does not determine the peak memory.
         tables = torch.from_numpy(data.queries[data.held_out]), torch.from_numpy(data.answers)
         for tokens, answers in zip(*(table.to(device).split(256) for table in tables), strict=True):
-            queries = model.embed_queries(tokens)
-            scores = queries @ embeddings.T
-            best = scores.gather(1, answers).amax(dim=1, keepdim=True)
-            wrong = scores.scatter(1, answers, -math.inf)
-            ranks.append(1 + (~(wrong < best)).sum(dim=1))  # a tie counts as a loss, as NaN does
-    rank = torch.cat(ranks).double()
+            parts.append(ranks(model.embed_queries(tokens), embeddings, answers))
+    return mrr_and_recall(torch.cat(parts))
+
+
+def ranks(queries: Tensor, items: Tensor, answers: Tensor) -> Tensor:
+    """Return (n,), where each query finds the best of its answers among all items: 1 is best.
+
+    queries, items: embeddings (n, width) and (m, width)
+    answers:        rows (n, P) of the items that are right
+    """
+    scores = queries @ items.T
+    best = scores.gather(1, answers).amax(dim=1, keepdim=True)
+    wrong = scores.scatter(1, answers, -math.inf)
+    return 1 + (~(wrong < best)).sum(dim=1)  # a tie counts as a loss, as NaN does
+
+
+def mrr_and_recall(rank: Tensor) -> tuple[float, float]:
+    """Return MRR and recall@10 of ranks."""
+    rank = rank.double()
     return (1 / rank).mean().item(), (rank <= 10).double().mean().item()
 
 

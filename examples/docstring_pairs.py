@@ -1,4 +1,4 @@
-"""Search pairs from Python source that is already installed: a sentence, and the code it describes.
+"""Search pairs from installed Python source: a sentence, and the code it describes.
 
 A query is the first sentence of a function's docstring; its item is the function's source without
 docstrings. Queries and items become rows of token ids by hashing their words.
@@ -41,7 +41,7 @@ class Data(NamedTuple):
 
     item_of:         (n,) the row of each query's item
     train, held_out: the rows of the queries to train on, and of those to evaluate with
-    answers:         (held out, P) rows of all right items; short lists repeat one
+    answers:         (held out, P) rows of all correct items; short lists repeat one
     """
 
     queries: np.ndarray
@@ -53,7 +53,7 @@ class Data(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A query; its item, a function's name and source; and where that stands: 'ast.py:33'."""
+    """A query; its item, a function's name and source; and where that is: 'ast.py:33'."""
 
     query: str
     name: str
@@ -62,10 +62,10 @@ class Pair(NamedTuple):
 
 
 def mine_pairs(limit: int | None = None) -> list[Pair]:
-    """Return distinct pairs from the standard library, NumPy and PyTorch, always in one order.
+    """Return distinct pairs from the standard library, NumPy and PyTorch, always in the same order.
 
-    Where PyTorch is not installed, from the other two. No two queries have the same words, and no
-    two items: so nothing is both trained on and held out. Stops reading at `limit` pairs.
+    If PyTorch is not installed, it uses the other two. No two queries have the same words, and no
+    two items do, so nothing is both trained on and held out. Stops reading at `limit` pairs.
     """
     pairs, queries, items = [], set(), set()
     for path, base in tqdm(
@@ -100,9 +100,9 @@ def as_data(pairs: list[Pair]) -> Data:
 
 
 def batches(rows: np.ndarray, steps: int, batch_size: int, seed: int = 0) -> np.ndarray:
-    """Return (steps, batch_size) of `rows`: one shuffle of all after another.
+    """Return (steps, batch_size) of `rows`: repeated shuffles of all of them.
 
-    The batch of a step is the same for any number of steps: so a run can be resumed.
+    A step's batch does not depend on the number of steps, so a run can be resumed.
 
     >>> batches(np.arange(3), 4, 2).shape
     (4, 2)
@@ -114,7 +114,7 @@ def batches(rows: np.ndarray, steps: int, batch_size: int, seed: int = 0) -> np.
 
 
 def words(text: str) -> list[str]:
-    """Split text or code into lower-case words: identifiers come apart at _ and at capitals.
+    """Split text or code into lower-case words: identifiers are split at _ and at capitals.
 
     >>> words("def readHTTPBody_v2(self)")
     ['def', 'read', 'http', 'body', 'v', '2', 'self']
@@ -134,7 +134,7 @@ def item_tokens(pairs: Iterable[Pair]) -> np.ndarray:
 
 
 def is_held_out(query: str) -> bool:
-    """Tell whether a query is for evaluation: a tenth of them, by a hash of its words."""
+    """Return whether a query is held out for evaluation: a tenth are, by a hash of their words."""
     return zlib.crc32(" ".join(words(query)).encode()) % 10 == 0
 
 
@@ -181,7 +181,7 @@ def _definitions(node: ast.AST) -> Iterator[_Documented]:
 
 
 def _docstring_lines(node: _Documented) -> range:
-    """Return the numbers of the lines that a docstring takes up."""
+    """Return the line numbers of a docstring."""
     return range(node.body[0].lineno, node.body[0].end_lineno + 1)
 
 

@@ -4,9 +4,9 @@
     python examples/docstring_search.py search "parse an ISO date"
 
 `train` mines pairs (a docstring's first sentence, the function's source) from the standard
-library, NumPy and PyTorch, trains one model with in-batch negatives alone, once more with a
-negative cache and the paper's estimator, and once with the cache at its best, and compares them on
-held-out queries. `search` answers any query from the model that was trained last.
+library, NumPy and PyTorch. It trains the model three times, with in-batch negatives only, with a
+negative cache and the paper's estimator, and with the cache at its best, and compares them on
+held-out queries. `search` answers any query with the model that was trained last.
 """
 
 import argparse
@@ -47,7 +47,7 @@ SAMPLES = (
 
 
 def train(settings: Settings, max_pairs: int | None, out: Path) -> None:
-    """Mine, train by every method, report, save, and answer sample queries."""
+    """Mine, train with every method, report, save, and answer sample queries."""
     start = time.perf_counter()
     pairs = mine_pairs(max_pairs)
     data = as_data(pairs)
@@ -129,7 +129,7 @@ def plot(results: dict[str, Result], settings: Settings, items: int, path: Path)
             axes.annotate(
                 f"{mrr[-1]:.3f}",
                 (along[-1], mrr[-1]),
-                (8, 6 if mrr[-1] == highest else -10),  # near figures stay apart
+                (8, 6 if mrr[-1] == highest else -10),  # keep close figures apart
                 textcoords="offset points",
                 va="center",
                 color=color,
@@ -151,7 +151,7 @@ def plot(results: dict[str, Result], settings: Settings, items: int, path: Path)
 
 
 def save_model(result: Result, pairs: list[Pair], data: Data, out: Path) -> None:
-    """Save the weights and every item's embedding as tensors, and where the items stand."""
+    """Save the weights and every item's embedding as tensors, and the items' locations."""
     model = SearchModel()
     weights = {key: torch.from_numpy(value) for key, value in result.weights.items()}
     model.load_state_dict(weights)
@@ -194,12 +194,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    trainer = commands.add_parser("train", help="train by every method and compare")
+    trainer = commands.add_parser("train", help="train with every method and compare")
     trainer.add_argument("--steps", type=positive_int, default=2000)
     trainer.add_argument("--batch-size", type=positive_int, default=16)
     trainer.add_argument("--cache-size", type=positive_int, default=8192)
     trainer.add_argument("--seed", type=int, default=0)
-    trainer.add_argument("--max-pairs", type=positive_int, help="stop mining at so many pairs")
+    trainer.add_argument("--max-pairs", type=positive_int, help="mine at most this many pairs")
     searcher = commands.add_parser("search", help="answer a query from the saved model")
     searcher.add_argument("query", help='such as "parse an ISO date"')
     for command in (trainer, searcher):

@@ -9,6 +9,7 @@ from docstring_pairs import BUCKETS, PADDING, as_data, mine_pairs
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 WIDTH, SCALE, EPOCHS = 32, 20.0, 4
 
@@ -48,7 +49,8 @@ def evaluate() -> tuple[float, float]:
 parameters = [*words.parameters(), *query_tower[1].parameters(), *item_tower[1].parameters()]
 optimizer = torch.optim.Adam(parameters, lr=3e-3)
 for epoch in range(1, EPOCHS + 1):
-    for rows in DataLoader(train_rows, batch_size=16, shuffle=True):
+    loader = DataLoader(train_rows, batch_size=16, shuffle=True)
+    for rows in tqdm(loader, desc=f"epoch {epoch}", leave=False):
         loss = loss_of(rows)
         optimizer.zero_grad()
         loss.backward()

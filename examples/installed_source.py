@@ -1,4 +1,4 @@
-"""Python files of the standard library and of installed packages: data that is already there."""
+"""Python files of the standard library and of installed packages: data that you already have."""
 
 import importlib.util
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 def source_files(packages: Iterable[str], skipped: Collection[str]) -> list[tuple[Path, Path]]:
     """Return every file to read, with the folder to which its path is shown relative.
 
-    packages: beside the standard library, as far as they are installed; none is imported
-    skipped:  names of folders that are not walked through
+    packages: read besides the standard library if installed; none is imported
+    skipped:  names of folders to skip
     """
     library = Path(sysconfig.get_path("stdlib"))
     found = map(importlib.util.find_spec, packages)

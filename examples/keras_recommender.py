@@ -1,7 +1,7 @@
 """Recommend modules to Python files: a two-tower model, trained by Keras's `fit` against a cache.
 
     python examples/keras_recommender.py
-    python examples/keras_recommender.py --epochs 2 --max-files 500
+    KERAS_BACKEND=jax python examples/keras_recommender.py --epochs 2 --max-files 500
 
 The "users" are the Python files of the standard library and of NumPy, Keras, TensorFlow, JAX and
 PyTorch, as far as these are installed; the "items" are the modules that they import. Nothing is
@@ -15,6 +15,7 @@ It trains twice for the same number of steps: with in-batch negatives, and again
 
 import argparse
 import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,24 +23,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
-import negcache_tensorflow as negcache
 import numpy as np
-import tensorflow as tf
+from curves import Panel, draw
 from installed_source import source_files
-from negcache_keras import CacheLayer
+from keras import ops
+from negcache_keras import CacheLayer, FieldSpec, NegativeCacheLoss
 
-KNOWN = 24  # imports of a file that its query has at most
+KNOWN = 24  # the most imports in a file's query
 WORDS, BUCKETS = 8, 4_096  # words of a module's dotted name, hashed
 WIDTH = 64
 SCALE = 20.0
 _IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t]+([A-Za-z_][\w.]*)", re.MULTILINE)
 _PACKAGES = ("numpy", "keras", "tensorflow", "jax", "torch")
 
-Features = Mapping[str, tf.Tensor]
+Features = Mapping[str, Any]
 
 
 class Imports(NamedTuple):
-    """Who imports what; module number 0 is none, and fills up rows.
+    """Who imports what; module number 0 means none, and pads rows.
 
     modules:  names, by number
     known:    int32 (files, KNOWN), the imports that a file's query may have
@@ -56,7 +57,7 @@ class Imports(NamedTuple):
 def mine(max_files: int | None = None) -> Imports:
     """Read the imports of installed files: the first module of each import line, relative ones not.
 
-    Files with fewer than 4 imports are left out, and so are modules that one file alone imports.
+    Files with fewer than 4 imports are left out, and so are modules that only one file imports.
     """
     files = []
     for found in _imports_of_files():
@@ -68,7 +69,9 @@ def mine(max_files: int | None = None) -> Imports:
     modules = ["", *sorted(name for name, count in counts.items() if count > 1)]
     numbers = {name: number for number, name in enumerate(modules)}
     kept = [[numbers[name] for name in sorted(found) if name in numbers] for found in files]
-    kept = [ids for ids in kept if len(ids) > 2]  # one held out, and one to be found by another
+    kept = [
+        ids for ids in kept if len(ids) > 2
+    ]  # one is held out, and one must be found from another
     known, held_out = np.zeros((len(kept), KNOWN), np.int32), np.zeros(len(kept), np.int32)
     for row, ids in enumerate(kept):
         held_out[row] = ids.pop(row % len(ids))
@@ -87,22 +90,20 @@ def mine(max_files: int | None = None) -> Imports:
     return Imports(modules, known, held_out, features)
 
 
-def dataset(data: Imports, batch_size: int) -> tf.data.Dataset:
-    """Return batches {"known": (B, KNOWN), "item": features}: each known import, from the rest."""
+def pairs_of(data: Imports) -> dict[str, Any]:
+    """Return rows {"known": (n, KNOWN), "item": features}: each known import, from the rest."""
     files, places = np.nonzero(data.known)
     item = data.known[files, places]
     known = data.known[files]
     known[np.arange(len(files)), places] = 0
-    rows = {"known": known, "item": {key: value[item] for key, value in data.features.items()}}
-    batches = tf.data.Dataset.from_tensor_slices(rows).shuffle(len(files), seed=0)
-    return batches.batch(batch_size).prefetch(2)
+    return {"known": known, "item": {key: value[item] for key, value in data.features.items()}}
 
 
 @keras.saving.register_keras_serializable("negcache")
 class TwoTower(keras.Model):
     """A tower for files, one for modules, and a loss between them.
 
-    modules:    how many there are, the one that is none included
+    modules:    how many there are, including the one that means none
     cache_size: slots of the cache; 0 for in-batch negatives alone
     """
 
@@ -124,28 +125,28 @@ class TwoTower(keras.Model):
         self.normalize = layers.UnitNormalization()
         self.cache = CacheLayer(make_loss(cache_size)) if cache_size else None
 
-    def item_network(self, features: Features) -> tf.Tensor:
-        """Return (n, WIDTH), of modules that the features item_id and words are of."""
+    def item_network(self, features: Features) -> Any:
+        """Return (n, WIDTH) for modules, from the features item_id and words."""
         own = self.module_embedding(features["item_id"])
         return self.normalize(own + self.word_tower(features["words"]))
 
-    def call(self, x: Mapping[str, Any]) -> tuple[tf.Tensor, tf.Tensor]:
-        """Return the embeddings of files and of the modules that belong to them."""
+    def call(self, x: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return the embeddings of files and of their modules."""
         return self.file_tower(x["known"]), self.item_network(x["item"])
 
-    def compute_loss(  # what Keras's own train_step and test_step call
+    def compute_loss(  # called by Keras's own train_step and test_step
         self,
         x: Mapping[str, Any],
         y: None,
-        y_pred: tuple[tf.Tensor, tf.Tensor],
-        sample_weight: tf.Tensor | None = None,
+        y_pred: tuple[Any, Any],
+        sample_weight: Any = None,
         training: bool = True,
-    ) -> tf.Tensor:
-        """Return the loss of a batch; the cache is updated where it is training."""
+    ) -> Any:
+        """Return the loss of a batch; update the cache in training."""
         del y, sample_weight
-        # What else the file imports is no wrong answer: the names stand in for absent ones.
+        # The file's other imports are not wrong answers; its own module replaces absent ones.
         own = x["item"]["item_id"][:, None]
-        ids = tf.concat([own, tf.where(x["known"] > 0, x["known"], own)], axis=1)
+        ids = ops.concatenate([own, ops.where(x["known"] > 0, x["known"], own)], axis=1)
         if self.cache is None:
             return in_batch_loss(*y_pred, ids, x["item"])
         return self.cache.compute_loss(
@@ -153,46 +154,58 @@ class TwoTower(keras.Model):
         )
 
 
-def make_loss(cache_size: int) -> negcache.NegativeCacheLoss:
+def make_loss(cache_size: int) -> NegativeCacheLoss:
     """Return a cache of modules with both features, their embedding, and how popular they are."""
-    number = negcache.FieldSpec((), "int32")
-    return negcache.NegativeCacheLoss(
+    number = FieldSpec((), "int32")
+    return NegativeCacheLoss(
         cache_size,
-        features={"item_id": number, "words": negcache.FieldSpec((WORDS,), "int32")},
-        embedding=negcache.FieldSpec((WIDTH,), "bfloat16"),
+        features={"item_id": number, "words": FieldSpec((WORDS,), "int32")},
+        embedding=FieldSpec((WIDTH,), "bfloat16"),
         scale=SCALE,
-        labels={"log_q": negcache.FieldSpec((), "float32")},
+        labels={"log_q": FieldSpec((), "float32")},
         id_keys=("item_id",),
-        log_frequency_key="log_q",  # the cache has popular modules many times over
+        log_frequency_key="log_q",  # the cache holds popular modules many times
         generator=0,
     )
 
 
-def in_batch_loss(query: tf.Tensor, item: tf.Tensor, ids: tf.Tensor, features: Features) -> Any:
-    """Return the same cross-entropy, with the same corrections, over the batch's items alone."""
-    scores = SCALE * tf.matmul(query, item, transpose_b=True)
-    diagonal = tf.eye(tf.shape(scores)[0], dtype=tf.bool)
-    right = tf.reduce_any(ids[:, :, None] == features["item_id"], axis=1)
-    others = tf.where(right, -np.inf, scores - features["log_q"])
-    logits = tf.where(diagonal, scores, others)
-    return tf.reduce_mean(tf.reduce_logsumexp(logits, axis=1) - tf.linalg.diag_part(scores))
+def in_batch_loss(query: Any, item: Any, ids: Any, features: Features) -> Any:
+    """Return the same cross-entropy, with the same corrections, over the batch's items only."""
+    scores = SCALE * ops.matmul(query, ops.transpose(item))
+    diagonal = ops.eye(ops.shape(scores)[0], dtype="bool")
+    right = ops.any(ids[:, :, None] == features["item_id"], axis=1)
+    others = ops.where(right, -np.inf, scores - features["log_q"])
+    logits = ops.where(diagonal, scores, others)
+    return ops.mean(ops.logsumexp(logits, axis=1) - ops.diagonal(scores))
 
 
 def recall_at_10(scores: np.ndarray, data: Imports) -> float:
     """Return the share of files whose held-out import is among the ten best of `scores`."""
     scores = np.array(np.broadcast_to(scores, (len(data.known), len(data.modules))))
     scores[:, 0] = -np.inf
-    np.put_along_axis(scores, data.known, -np.inf, axis=1)  # those are known
+    np.put_along_axis(scores, data.known, -np.inf, axis=1)  # already known
     own = np.take_along_axis(scores, data.held_out[:, None], axis=1)
     return float(((scores <= own).sum(axis=1) > len(data.modules) - 10).mean())
 
 
 def scores_of(model: TwoTower, data: Imports) -> np.ndarray:
-    """Return (files, modules), the products of all with all."""
-    items = model.item_network(
-        {key: tf.constant(data.features[key]) for key in ("item_id", "words")}
-    )
-    return (model.file_tower(tf.constant(data.known)) @ tf.transpose(items)).numpy()
+    """Return (files, modules), the products of all pairs."""
+    items = model.item_network({key: data.features[key] for key in ("item_id", "words")})
+    files = model.file_tower(data.known)
+    return np.asarray(ops.convert_to_numpy(ops.matmul(files, ops.transpose(items))))
+
+
+class Recall(keras.callbacks.Callback):
+    """Keeps recall@10 by epoch in `curve`."""
+
+    def __init__(self, data: Imports, curve: dict[int, float]) -> None:
+        super().__init__()
+        self.data, self.curve = data, curve
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Evaluate; `logs` are as Keras gives them."""
+        del logs
+        self.curve[epoch + 1] = recall_at_10(scores_of(self.model, self.data), self.data)
 
 
 def _imports_of_files() -> Iterator[set[str]]:
@@ -201,37 +214,49 @@ def _imports_of_files() -> Iterator[set[str]]:
 
 
 def _hash(text: str) -> int:
-    return zlib.crc32(text.encode())  # the same in every process
+    return zlib.crc32(text.encode())  # the same in all processes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Mine, train without and with a cache, and say what each recommends."""
+    """Mine, train without and with a cache, and print what each recommends."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--cache-size", type=int, default=4_096)
-    parser.add_argument("--max-files", type=int, help="stop mining at so many files")
+    parser.add_argument("--max-files", type=int, help="read at most this many files")
     parser.add_argument("--learning-rate", type=float, default=0.003)
-    parser.add_argument("--out", type=Path, help="a folder for weights and TensorBoard")
+    parser.add_argument("--out", type=Path, help="a folder for weights, TensorBoard and a picture")
     options = parser.parse_args(arguments)
 
     data = mine(options.max_files)
     print(f"{len(data.known)} files, {len(data.modules) - 1} modules")
     print(f"recall@10, the most popular modules: {recall_at_10(data.features['log_q'], data):.3f}")
+    progress = 1 if sys.stdout.isatty() else 2  # a bar, or a line for each epoch
+    curves: dict[str, dict[int, float]] = {}
     for name, cache_size in (("in-batch negatives", 0), ("with a cache", options.cache_size)):
         keras.utils.set_random_seed(0)
         model = TwoTower(len(data.modules), cache_size)
         model.compile(keras.optimizers.Adam(options.learning_rate))
-        callbacks = []
+        curve = curves[name] = {}
+        callbacks = [Recall(data, curve)]
         if options.out is not None and cache_size:  # the weights have the cache in them
             weights = str(options.out / "model.weights.h5")
-            callbacks = [
+            callbacks += [
                 keras.callbacks.ModelCheckpoint(weights, save_weights_only=True),
                 keras.callbacks.TensorBoard(options.out / "tensorboard"),
             ]
-        batches = dataset(data, options.batch_size)
-        model.fit(batches, epochs=options.epochs, verbose=2, shuffle=False, callbacks=callbacks)
-        print(f"recall@10, {name}: {recall_at_10(scores_of(model, data), data):.3f}")
+        model.fit(
+            pairs_of(data),
+            batch_size=options.batch_size,
+            epochs=options.epochs,
+            verbose=progress,
+            callbacks=callbacks,
+        )
+        print(f"recall@10, {name}: {curve[options.epochs]:.3f}")
+    if options.out is not None:
+        lines = {name: (list(curve), list(curve.values())) for name, curve in curves.items()}
+        title = f"recall@10: {len(data.known):,} files, {len(data.modules) - 1:,} modules"
+        draw([Panel(title, lines, x="epoch")], options.out / "recall.svg")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python examples/lightning_search.py --devices 2
     python examples/lightning_search.py --resume runs/lightning_search/checkpoints/step=500.ckpt
 
-With several devices each process holds a shard of one cache, and a checkpoint the whole of it: it
-goes on with any number of them.
+With several devices each process holds a shard of one cache, and a checkpoint holds all of it, so
+training can resume with any number of devices.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 OUT = Path(__file__).resolve().parents[1] / "runs" / "lightning_search"
-IN_BAR = ("cache/fill", "cache/staleness")  # of the metrics; the loggers have all of them
+IN_BAR = ("cache/fill", "cache/staleness")  # of the metrics; the loggers get all of them
 
 
 def make_handler(
@@ -50,7 +50,7 @@ class DocstringSearch(lightning.LightningModule):
 
     def __init__(self, cache_size: int, width: int) -> None:
         super().__init__()
-        self.save_hyperparameters()  # so that a checkpoint says with what it was made
+        self.save_hyperparameters()  # so that a checkpoint records how it was made
         self.slots = cache_size
         self.model = SearchModel(width, sparse=False)
         self.handler: negcache.CacheLossHandler | None = None
@@ -65,14 +65,14 @@ class DocstringSearch(lightning.LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Make the handler: here, as its shards need the processes to have found each other."""
+        """Make the handler here: its shards need the processes to have joined each other."""
         if self.handler is not None:
             return
         self.sharded = dist.is_initialized() and dist.get_world_size() > 1
         self.handler = make_handler(self.model, self.slots, shards=self.sharded)
 
     def training_step(self, batch: dict[str, Tensor]) -> Tensor:
-        """Run one step of the cache; to DistributedDataParallel all of it is one forward pass."""
+        """Run one step of the cache; for DistributedDataParallel it is a single forward pass."""
         features = {"tokens": batch["tokens"], "id": batch["id"]}
         loss = self.handler.update_cache_and_compute_loss(
             self.model.embed_items,
@@ -87,16 +87,16 @@ class DocstringSearch(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return the optimizer: the handler has no parameters of its own."""
+        """Return the optimizer; the handler has no parameters of its own."""
         return torch.optim.Adam(self.parameters(), lr=LEARNING_RATE)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put in whole tables for the first process's shards; every process comes here."""
+        """Replace the first process's shards by whole tables; every process calls this."""
         for name, table in self._shards().items():
             checkpoint["state_dict"][name] = table.full_tensor()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Cut this process's shards out of the whole tables."""
+        """Take this process's shards out of the whole tables."""
         for name, table in self._shards().items():
             whole = checkpoint["state_dict"][name].to(table.device)
             part = distribute_tensor(whole, table.device_mesh, table.placements)
@@ -109,7 +109,7 @@ class DocstringSearch(lightning.LightningModule):
 
 
 class Batches:
-    """The batches of a run. Lightning saves the state of a loader that has one, to go on there."""
+    """The batches of a run. Lightning saves a loader's state, if it has one, to resume there."""
 
     def __init__(self, data: Data, rows: np.ndarray) -> None:
         self.data, self.rows, self.done = data, rows, 0
@@ -125,18 +125,18 @@ class Batches:
             yield {key: torch.from_numpy(array) for key, array in arrays.items()}
 
     def state_dict(self) -> dict[str, int]:
-        """Return where the run is; the same in all processes."""
+        """Return how far the run is; the same in all processes."""
         return {"done": self.done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on there."""
+        """Resume from there."""
         self.done = state["done"]
 
 
 def train(
     module: DocstringSearch, data: Data, options: argparse.Namespace, **more: Any
 ) -> lightning.Trainer:
-    """Train, from the checkpoint if one is given; `more` goes to the trainer, whom it returns."""
+    """Train, from the checkpoint if one is given; `more` goes to the trainer, which it returns."""
     saver = ModelCheckpoint(
         options.out / "checkpoints", "{step}", every_n_train_steps=options.save_every, save_top_k=-1
     )
@@ -153,7 +153,7 @@ def train(
     )
     micro_steps = options.steps * trainer.accumulate_grad_batches
     rows = batches(data.train, micro_steps, options.batch_size)
-    # Every process takes its own part of each batch.
+    # Each process takes its own part of every batch.
     loader = Batches(data, rows[:, trainer.global_rank :: trainer.world_size])
     trainer.fit(module, loader, ckpt_path=options.resume, weights_only=True)
     return trainer
@@ -167,11 +167,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache-size", type=int, default=4_096, help="of all processes together")
     parser.add_argument("--width", type=int, default=64, help="of the embeddings")
     parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--max-pairs", type=int, default=6_000, help="stop mining at so many pairs")
+    parser.add_argument("--max-pairs", type=int, default=6_000, help="mine at most this many pairs")
     parser.add_argument("--save-every", type=int, default=500, help="steps")
     parser.add_argument("--log-every", type=int, default=50, help="steps")
-    parser.add_argument("--resume", type=Path, help="a checkpoint to go on from")
-    parser.add_argument("--out", type=Path, default=OUT, help="for logs and checkpoints")
+    parser.add_argument("--resume", type=Path, help="a checkpoint to resume from")
+    parser.add_argument("--out", type=Path, default=OUT, help="for logs, checkpoints, a picture")
     options = parser.parse_args(arguments)
 
     lightning.seed_everything(0)
@@ -181,6 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer = train(module, data, options)
     after = evaluate(module.model, data)
     if trainer.is_global_zero:
+        picture = negcache.plot_cache(module.handler, module.model.embed_items)
+        picture.savefig(options.out / "cache.svg")
         print(f"{len(data.held_out)} held-out queries among {len(data.items):,} items, before:")
         print("MRR {:.3f}, recall@10 {:.3f}; after:".format(*before))
         print("MRR {:.3f}, recall@10 {:.3f}".format(*after))

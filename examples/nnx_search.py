@@ -20,6 +20,7 @@ from docstring_pairs import BUCKETS, ITEM_WORDS, PADDING, Data, as_data, batches
 from flax import nnx
 from jax import Array
 from tensorboard.summary import Writer
+from tqdm import tqdm
 
 OUT = Path(__file__).resolve().parents[1] / "runs" / "nnx_search"
 
@@ -51,7 +52,7 @@ class Towers(nnx.Module):
 
 
 def make_loss(cache_size: int, width: int) -> negcache.NegativeCacheLoss:
-    """Return the loss; its state is apart from it."""
+    """Return the loss; its state is separate."""
     return negcache.NegativeCacheLoss(
         cache_size,
         features={"tokens": negcache.FieldSpec((ITEM_WORDS,), jnp.int32)},
@@ -65,7 +66,7 @@ def make_loss(cache_size: int, width: int) -> negcache.NegativeCacheLoss:
 def make_train_step(loss_fn: negcache.NegativeCacheLoss) -> Callable[..., Any]:
     """Return the compiled step: it trains the towers, and returns the next state and metrics."""
 
-    # The state is donated, so that the cache is written where it is.
+    # The state is donated, so that the cache is written in place.
     @nnx.jit(donate_argnames="state")
     def train_step(
         towers: Towers,
@@ -94,7 +95,7 @@ def make_train_step(loss_fn: negcache.NegativeCacheLoss) -> Callable[..., Any]:
 
 @nnx.jit
 def ranks(towers: Towers, data: Data) -> Array:
-    """Return where each held-out query finds its item among all items: 1 is best."""
+    """Return the rank of each held-out query's item among all items; 1 is best."""
     items = jax.lax.map(lambda row: towers.embed_items(row[None])[0], data.items, batch_size=256)
     scores = towers.embed_queries(data.queries[data.held_out]) @ items.T
     own = jnp.take_along_axis(scores, data.answers, axis=1)
@@ -108,15 +109,16 @@ def evaluate(towers: Towers, data: Data) -> tuple[float, float]:
 
 
 class Run:
-    """All that a run goes on from: towers, optimizer, the cache's state, and the steps done."""
+    """Everything that a run resumes from: towers, optimizer, the cache's state, and the step."""
 
     def __init__(self, cache_size: int, width: int) -> None:
         loss_fn = make_loss(cache_size, width)
         self.towers = Towers(width, nnx.Rngs(0))
         self.optimizer = nnx.Optimizer(self.towers, optax.adam(3e-3), wrt=nnx.Param)
-        # An array of integers: not all releases of Orbax save the newer kind of key.
+        # An integer array: not all Orbax releases can save the newer kind of key.
         self.state, self.step = loss_fn.init(jax.random.PRNGKey(1)), 0
         self.train_step = make_train_step(loss_fn)
+        self.loss_fn, self.history = loss_fn, {}  # for the picture
 
     def arrays(self) -> dict[str, Any]:
         """Return the state as a pytree of arrays."""
@@ -124,24 +126,32 @@ class Run:
         return {**models, "cache": self.state, "step": np.asarray(self.step)}
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint; whenever the process dies, it is there whole or not at all."""
+        """Write a checkpoint; if the process dies, it is complete or absent."""
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder, self.arrays())
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint, bit for bit."""
+        """Resume from a checkpoint, bit for bit."""
         with ocp.StandardCheckpointer() as checkpointer:
             saved = checkpointer.restore(folder, self.arrays())
         nnx.update(self.towers, saved["towers"])
         nnx.update(self.optimizer, saved["optimizer"])
         self.state, self.step = saved["cache"], int(saved["step"])
 
+    def draw(self, path: Path) -> None:
+        """Save a picture of the cache, and of how many negatives competed."""
+        handler = self.loss_fn.bind(self.state)
+        figure = negcache.plot_cache(
+            handler, lambda features: self.towers.embed_items(features["tokens"]), self.history
+        )
+        figure.savefig(path)
+
     def train(self, data: Data, options: argparse.Namespace) -> None:
         """Train up to `options.steps`, with a log for TensorBoard."""
         log = Writer(str(options.out / "log"))
-        # All batches are of one size: another one would be compiled anew.
+        # All batches have one size: another one would be compiled again.
         rows = batches(data.train, options.steps, options.batch_size)
-        for step in range(self.step, options.steps):
+        for step in tqdm(range(self.step, options.steps), desc="training", unit="step"):
             ids = data.item_of[rows[step]]
             features = {"tokens": data.items[ids], "id": ids.astype(np.int32)}
             self.state, metrics = self.train_step(
@@ -151,6 +161,7 @@ class Run:
             if self.step % options.log_every == 0:
                 for name, value in metrics.items():
                     log.add_scalar(name, value, self.step)
+                self.history[self.step] = metrics
             if self.step % options.save_every == 0:
                 self.save(options.out / f"step_{self.step}")
         log.close()
@@ -163,11 +174,11 @@ def main(arguments: Sequence[str] | None = None) -> Run:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--cache-size", type=int, default=4_096)
     parser.add_argument("--width", type=int, default=64, help="of the embeddings")
-    parser.add_argument("--max-pairs", type=int, default=6_000, help="stop mining at so many pairs")
+    parser.add_argument("--max-pairs", type=int, default=6_000, help="mine at most this many pairs")
     parser.add_argument("--save-every", type=int, default=500, help="steps")
     parser.add_argument("--log-every", type=int, default=50, help="steps")
-    parser.add_argument("--resume", type=Path, help="a checkpoint to go on from")
-    parser.add_argument("--out", type=Path, default=OUT, help="for logs and checkpoints")
+    parser.add_argument("--resume", type=Path, help="a checkpoint to resume from")
+    parser.add_argument("--out", type=Path, default=OUT, help="for logs, checkpoints, a picture")
     options = parser.parse_args(arguments)
 
     data = as_data(mine_pairs(options.max_pairs))
@@ -177,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> Run:
     before = evaluate(run.towers, data)
     run.train(data, options)
     after = evaluate(run.towers, data)
+    run.draw(options.out / "cache.svg")
     print(f"{len(data.held_out)} held-out queries among {len(data.items):,} items, before:")
     print("MRR {:.3f}, recall@10 {:.3f}; after:".format(*before))
     print("MRR {:.3f}, recall@10 {:.3f}".format(*after))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from curves import Panel, draw
 from datasets import Dataset
 from docstring_pairs import Pair, is_held_out, mine_pairs
 from negcache_sentence_transformers import NegativeCacheLoss, keep_cache
@@ -27,11 +28,11 @@ from sentence_transformers.util import semantic_search
 from tokenizers import BertWordPieceTokenizer
 
 OUT = Path(__file__).resolve().parents[1] / "runs" / "sentence_transformers_search"
-TOKENS = 256  # of a text; what is longer is cut off
+TOKENS = 256  # of a text; longer ones are cut
 
 
 def make_model(pairs: Sequence[Pair]) -> SentenceTransformer:
-    """Return a model of one vector for each token, random as yet."""
+    """Return a model of one vector per token, still random."""
     tokenizer = BertWordPieceTokenizer()
     texts = [text for pair in pairs for text in (pair.query, pair.code)]
     tokenizer.train_from_iterator(texts, vocab_size=16_384, show_progress=False)
@@ -62,7 +63,7 @@ def as_dataset(pairs: Sequence[Pair]) -> Dataset:
 
 
 def train(model: SentenceTransformer, pairs: Sequence[Pair], options: argparse.Namespace) -> None:
-    """Train by the trainer, as with any of its losses; two lines are about the cache."""
+    """Train with the trainer, as with any of its losses; two lines concern the cache."""
     arguments = SentenceTransformerTrainingArguments(
         str(options.out),
         max_steps=options.steps,
@@ -80,6 +81,16 @@ def train(model: SentenceTransformer, pairs: Sequence[Pair], options: argparse.N
     )
     keep_cache(trainer)
     trainer.train()
+    logged = [log for log in trainer.state.log_history if "loss" in log]
+    steps = [log["step"] for log in logged]
+    shown = {"loss against the cache": "loss", "staleness of drawn rows": "cache_staleness"}
+    draw(
+        [
+            Panel(title, {key: (steps, [log[key] for log in logged])})
+            for title, key in shown.items()
+        ],
+        options.out / "training.svg",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -90,9 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--cache-size", type=int, default=8_192)
     parser.add_argument("--learning-rate", type=float)
-    parser.add_argument("--max-pairs", type=int, help="stop mining at so many pairs")
+    parser.add_argument("--max-pairs", type=int, help="mine at most this many pairs")
     parser.add_argument("--query", default="parse an ISO date")
-    parser.add_argument("--out", type=Path, default=OUT, help="for checkpoints")
+    parser.add_argument("--out", type=Path, default=OUT, help="for checkpoints, a picture")
     options = parser.parse_args(arguments)
 
     pairs = mine_pairs(options.max_pairs)

@@ -1,4 +1,4 @@
-"""Train the docstring search on several processes, with one cache cut into a shard for each.
+"""Train the docstring search on several processes, with one cache split into a shard for each.
 
     torchrun --nproc-per-node 2 examples/sharded_cache.py --steps 500
 
@@ -21,6 +21,7 @@ from docstring_pairs import ITEM_WORDS, as_data, batches, mine_pairs
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 
 class Towers(SearchModel):
@@ -32,7 +33,7 @@ class Towers(SearchModel):
 
 
 def make_loss(towers: Towers, slots: int) -> negcache.NegativeCacheLoss:
-    """Return a loss that holds this process's shard of `slots` slots, where the towers are."""
+    """Return a loss that holds this process's shard of `slots` slots, on the towers' device."""
     return negcache.NegativeCacheLoss(
         slots,
         features={"tokens": negcache.FieldSpec((ITEM_WORDS,), torch.int32)},
@@ -71,7 +72,7 @@ def state_of(
     optimizer: torch.optim.Optimizer,
     done: Tensor,
 ) -> dict[str, Any]:
-    """Return all that a run goes on from, by name; the cache's tables are the live ones."""
+    """Return everything that a run resumes from, by name; the cache's tables are the live ones."""
     towers_state, optimizer_state = get_state_dict(towers, optimizer)
     return {
         "towers": towers_state,
@@ -88,7 +89,7 @@ def load(
     optimizer: torch.optim.Optimizer,
     done: Tensor,
 ) -> None:
-    """Go on from a checkpoint, whatever the number of processes that saved it."""
+    """Resume from a checkpoint, whatever the number of processes that saved it."""
     state = state_of(towers, loss_fn, optimizer, done)
     dcp.load(state, checkpoint_id=folder)  # the cache's tables and `done` in place
     set_state_dict(
@@ -100,7 +101,7 @@ def load(
 
 
 def train(options: argparse.Namespace, device: torch.device) -> None:
-    """Train, and say what the search finds before and after."""
+    """Train, and print what the search finds before and after."""
     torch.manual_seed(0)
     towers = DistributedDataParallel(Towers(options.width, sparse=False).to(device))
     loss_fn = make_loss(towers.module, options.slots)
@@ -112,7 +113,8 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
     rank, count = dist.get_rank(), dist.get_world_size()
     before, begun = evaluate(towers.module, data), int(done)
     rows = batches(data.train, begun + options.steps, options.batch * count)[begun:]
-    for own in rows[:, rank::count]:  # each process has its own part of the batch
+    own_rows = rows[:, rank::count]  # each process has its own part of the batch
+    for own in tqdm(own_rows, desc="training", unit="step", disable=rank > 0):
         ids = data.item_of[own]
         arrays = data.queries[own], data.items[ids], ids
         query_tokens, tokens, ids = (torch.from_numpy(array).to(device) for array in arrays)
@@ -121,13 +123,16 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
     if options.checkpoint:
         dcp.save(state_of(towers, loss_fn, optimizer, done), checkpoint_id=options.checkpoint)
 
+    if rank == 0 and options.picture:  # of this process's shard
+        picture = negcache.plot_cache(loss_fn, towers.module.embed_items)
+        picture.savefig(options.picture)
     if rank == 0:
         fill, here = loss_fn.metrics["fill"], len(loss_fn.cache.age)
-        print("MRR {:.3f}, recall@10 {:.3f} at first;".format(*before), end=" ")
-        print("MRR {:.3f}, recall@10 {:.3f} at last".format(*evaluate(towers.module, data)))
+        print("MRR {:.3f}, recall@10 {:.3f} before;".format(*before), end=" ")
+        print("MRR {:.3f}, recall@10 {:.3f} after".format(*evaluate(towers.module, data)))
         print(f"{count} processes, {here} slots on this one", end="; ")
         print(f"{fill:.0%} of {options.slots} written", end="")
-        print(f"; went on from step {begun}" if begun else "")
+        print(f"; resumed from step {begun}" if begun else "")
 
 
 def main() -> None:
@@ -137,8 +142,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="queries of each process")
     parser.add_argument("--slots", type=int, default=4_096, help="of all processes together")
     parser.add_argument("--width", type=int, default=64, help="of the embeddings")
-    parser.add_argument("--max-pairs", type=int, default=6_000, help="stop mining at so many pairs")
-    parser.add_argument("--checkpoint", type=Path, help="folder to go on from and to save to")
+    parser.add_argument("--max-pairs", type=int, default=6_000, help="mine at most this many pairs")
+    parser.add_argument("--checkpoint", type=Path, help="folder to resume from and save to")
+    parser.add_argument("--picture", type=Path, help="file to draw the first process's shard to")
     options = parser.parse_args()
 
     gpu = torch.cuda.is_available()
@@ -149,8 +155,8 @@ def main() -> None:
     else:
         torch.set_num_threads(1)
     train(options, device)
-    # DistributedDataParallel must be gone by here: as the last to hold the group it would wait for
-    # gloo's threads while it holds Python's lock, for which these may wait.
+    # DistributedDataParallel must be gone by here: as the last owner of the group it would wait for
+    # gloo's threads while it holds Python's lock, which these may need.
     gc.collect()
     dist.destroy_process_group()
 

@@ -1,7 +1,7 @@
 """`python -m negcache_core`: versions, adapters and devices, to paste into a bug report.
 
-`python -m negcache_core negcache_torch` looks at one adapter only. The whole report does so in a
-process of its own for each, because a framework whose native code is broken takes its process down.
+`python -m negcache_core negcache_torch` looks at one adapter only. The whole report does that in a
+separate process for each, because a framework with broken native code takes its process down.
 """
 
 import importlib
@@ -54,7 +54,7 @@ DEVICES: dict[str, tuple[str, Callable[[Any], Iterator[str]]]] = {
 
 
 def _look(adapter: str) -> str:
-    """Import an adapter and name what it found, or what went wrong, in one line."""
+    """Import an adapter; return one line that says what it found, or what went wrong."""
     try:
         importlib.import_module(adapter)
         name, devices = DEVICES[adapter]
@@ -65,8 +65,8 @@ def _look(adapter: str) -> str:
 
 
 def _look_from_outside(adapter: str) -> str:
-    """Do what `_look` does, in a process of its own; its death is an answer too."""
-    # JAX would take most of a GPU's memory merely to name it.
+    """Do what `_look` does, in a separate process; if that dies, say so."""
+    # JAX would take most of a GPU's memory just to name it.
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     try:
         done = subprocess.run(  # noqa: S603 - this very interpreter and module

@@ -103,7 +103,7 @@ def bind(
         before = () if mixin is None else (mixin,)
         own: dict[str, Any] = {"__module__": package, "backend": backend}
         own |= more
-        own["__doc__"] = merged(cls.__doc__, mixin and mixin.__doc__)
+        own["__doc__"] = merged(cls.__doc__, None if mixin is None else mixin.__doc__)
         if store is not None and issubclass(cls, BaseHandler):
             own["make_store"] = staticmethod(store)
         if replicas is not None and issubclass(cls, DistributedCacheClassificationLoss):

@@ -10,8 +10,8 @@ class NegcacheError(Exception):
     """The base class of every error that negcache raises on purpose."""
 
     if not TYPE_CHECKING:
-        # AutoGraph rebuilds an error raised while tracing in its own type only if it sees this
-        # very constructor; otherwise tf.function would show a StagingError instead.
+        # While tracing, AutoGraph re-raises an error in its own type only if it has exactly this
+        # constructor; otherwise tf.function would show a StagingError.
         __init__ = Exception.__init__
 
 

@@ -1,6 +1,6 @@
-"""The oracle: what the estimates are meant to equal, computed in full. For tests and for study.
+"""The oracle: what the estimates should equal, computed in full. For tests and study.
 
-Here scores are linear, scale * <q, d>; losses are means over the B queries.
+Scores here are linear, scale * <q, d>; losses are means over the B queries.
 """
 
 import itertools
@@ -109,11 +109,11 @@ def surrogate_gradients(
     scale: Any = 1.0,
     xp: Any = None,
 ) -> Gradients:
-    """Return the gradients of the training loss for one outcome of the draw, by hand.
+    """Return the gradients of the training loss for one outcome of the draw, in closed form.
 
     positive_weight: (B,) 1 - p+; slots: (B, S), what was drawn; items: (C, D) fresh embeddings
 
-    For libraries without automatic differentiation, and as a second opinion on those that have it.
+    For libraries without automatic differentiation, and to check those that have it.
     """
     xp = namespace(query, positive, items, xp=xp)
     every = positions(items, xp)

@@ -1,4 +1,4 @@
-"""Files of named arrays, by safetensors: written whole or not at all, checked when read."""
+"""Files of named arrays, in safetensors: written completely or not at all, checked when read."""
 
 import contextlib
 import hashlib
@@ -21,13 +21,13 @@ FORMAT = "negcache 1"
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a path to write to; when the block ends without an error it takes the place of `path`.
+    """Give a path to write to; if the block ends without an error, that file replaces `path`.
 
-    So `path` holds the old file or the new one, whole, whenever the process is killed: the new one
-    is on the disk before it is renamed. After an error the old file stands. What a process that
-    was killed left half-written is named `.<name>.<random>.partial`, beside it.
+    So `path` holds the complete old or new file, whenever the process is killed: the new one
+    is on disk before it is renamed. After an error the old file stays. A killed process may leave
+    a half-written file `.<name>.<random>.partial` in the same folder.
 
-    Raises KindError if `path` is no path, and OSError where it cannot be written.
+    Raises KindError if `path` is not a path, and OSError if it cannot be written.
 
     >>> import pathlib, tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "weights"
@@ -40,12 +40,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.touch()
-        mode = partial.stat().st_mode  # which a writer with a temporary file of its own narrows
+        mode = partial.stat().st_mode  # which a writer with its own temporary file narrows
         yield partial
         partial.chmod(mode)
         _sync(partial)
         partial.replace(target)
-        if os.name == "posix":  # a rename is on the disk once its folder is
+        if os.name == "posix":  # a rename is on disk once its folder is
             _sync(target.parent)
     finally:
         partial.unlink(missing_ok=True)
@@ -65,8 +65,8 @@ def write_arrays(
 def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray[Any, Any]], Any]:
     """Return the arrays and the notes of a file that `write_arrays` wrote.
 
-    Raises CheckpointError if it is truncated, corrupted, or no such file, and OSError where it
-    cannot be read.
+    Raises CheckpointError if it is truncated, corrupted, or another kind of file, and OSError if
+    it cannot be read.
     """
     source = as_path(path)
     try:
@@ -74,14 +74,14 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray[Any,
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise CheckpointError(
-                    f"{source} has format {metadata.get('format')!r}: expected {FORMAT!r}, a file "
-                    "that a handler's save wrote."
+                    f"{source} has format {metadata.get('format')!r}: expected {FORMAT!r}, as "
+                    "written by a handler's save."
                 )
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
     except SafetensorError as error:
         raise CheckpointError(
-            f"{source} is no whole safetensors file ({error}): it was cut short, overwritten, or "
-            "made by something else. Load an earlier checkpoint."
+            f"{source} is not a complete safetensors file ({error}): it was truncated, "
+            "overwritten, or written by something else. Load an earlier checkpoint."
         ) from error
     text = metadata.get("notes", "")
     if metadata.get("sha256") != _digest(arrays, text):

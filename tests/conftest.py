@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 jax.config.update("jax_enable_x64", True)  # the properties are checked in float64  # noqa: FBT003
 
 OF_TENSORFLOW = re.compile(r"tensorflow|keras|tf\.function")
+LONG = re.compile(r"(_shards|_pages|_demo|_types|_example)\.py")  # most of them are processes
 
 # Timings say nothing here: the first example of a backend pays for its tracing.
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -29,10 +30,13 @@ def pytest_collection_modifyitems(items):
     """Put tests of a framework side by side: what it has compiled or converted serves them all.
 
     `--dist worksteal` gives each process a stretch of this order, and the rest to who is idle.
+    The longest go first: the last one would keep all but one of them waiting.
     """
-    items.sort(
-        key=lambda item: ("jax" not in item.nodeid) + bool(OF_TENSORFLOW.search(item.nodeid))
-    )
+
+    def place(name):
+        return not LONG.search(name), ("jax" not in name) + bool(OF_TENSORFLOW.search(name))
+
+    items.sort(key=lambda item: place(item.nodeid))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -16,7 +16,7 @@ from . import _namespace
 
 
 class KeyStream:
-    """Keys for the draws of one call: each is used once."""
+    """Keys for the draws of one call, each used once."""
 
     def __init__(self, key: Array) -> None:
         self.key = key
@@ -37,7 +37,7 @@ def check_key(key: Any, what: str) -> Array:
 
 
 class JaxBackend(Backend[Array]):
-    """JAX, eager or under jit; nothing is ever written in place except by donation."""
+    """JAX, eager or under jit; arrays are written in place only by donation."""
 
     name = "jax"
     slices_copy = True
@@ -95,7 +95,7 @@ class JaxBackend(Backend[Array]):
         rows = arrays[0].shape[0]
         whole = rows - rows % size
         parts = []
-        if whole:  # in a loop: one chunk's program, and one chunk's memory
+        if whole:  # a loop: the program and the memory of one chunk
             cut = [array[:whole].reshape(whole // size, size, *array.shape[1:]) for array in arrays]
             stack = jax.lax.map(lambda chunk: again(*chunk), cut)
             parts.append(stack.reshape(whole, *stack.shape[2:]))

@@ -1,4 +1,4 @@
-"""negcache's classes in JAX; what mypy knows of them stands in _bound.pyi."""
+"""negcache's classes in JAX; mypy reads their types from _bound.pyi."""
 
 from typing import Any
 
@@ -82,4 +82,4 @@ BOUND = bind(
         "NegativeCacheLoss": _FrontDoor,
     },
 )
-globals().update(BOUND._asdict())  # the names are those of _bound.pyi
+globals().update(BOUND._asdict())  # the names match _bound.pyi

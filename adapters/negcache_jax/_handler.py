@@ -1,4 +1,4 @@
-"""What a handler is in JAX besides the core's: without state, which goes in and comes out."""
+"""Handlers in JAX: they have no state; it is an argument and a result."""
 
 import math
 import os
@@ -69,7 +69,7 @@ class StateHandler(Silent):
         """
         if not self._setup.placement.sharded:
             raise OptionError(
-                "specs and shardings are for a cache in shards: this handler's loss is a "
+                "specs and shardings are for a sharded cache: this handler's loss is a "
                 f"{type(self.cache_loss).__name__}. Use a DistributedCacheClassificationLoss."
             )
         rows = PartitionSpec(self.cache_loss.group)
@@ -96,7 +96,7 @@ class StateHandler(Silent):
         missing = [axis for axis in axes if axis not in mesh.shape]
         if missing:
             raise OptionError(
-                f"the loss's group is {group!r}, and the mesh has axes {tuple(mesh.shape)}: name "
+                f"the loss's group is {group!r}, but the mesh has axes {tuple(mesh.shape)}: name "
                 "one of these, or several in a tuple."
             )
         count = math.prod(mesh.shape[axis] for axis in axes)
@@ -114,8 +114,8 @@ class StateHandler(Silent):
         """
         if not isinstance(state, HandlerState):
             raise KindError(
-                f"state is a {type(state).__name__}: expected a HandlerState, as handler.init(key) "
-                "makes. Give that to a checkpoint library as the target to restore."
+                f"state is a {type(state).__name__}: expected a HandlerState, as made by "
+                "handler.init(key). Pass that to a checkpoint library as the restore target."
             )
         caches = check_mapping(state.caches, "state.caches")
         check_keys(caches, self._managers, "the state", exact=True)
@@ -123,9 +123,10 @@ class StateHandler(Silent):
         if windowed != (state.window is not None):
             has, wants = ("none", "one") if windowed else ("a window", "none")
             raise OptionError(
-                f"state.window is {has} and the loss, of max_staleness="
-                f"{getattr(self.cache_loss, 'max_staleness', None)}, wants {wants}: take a state "
-                "of this handler's init, and put the rows into it by handler.restore."
+                f"state.window is {has} but the loss, with "
+                f"max_staleness={getattr(self.cache_loss, 'max_staleness', None)}, needs "
+                f"{wants}: make a state with this handler's init, and put the rows into it with "
+                "handler.restore."
             )
         if not self._setup.placement.sharded:
             own = jax.eval_shape(lambda: dict(self._setup.init_caches(HERE)))
@@ -203,7 +204,7 @@ class StateHandler(Silent):
         return self.bind(state).diagnose(metrics)
 
     def _after(self, name: str, state: HandlerState, *arguments: Any, **options: Any) -> Any:
-        """Return the state after a method of the core's handler."""
+        """Return the state after a method of the core's handler ran."""
         bound = self.bind(state)
         getattr(bound, name)(*arguments, **options)
         return bound.state

@@ -1,4 +1,4 @@
-"""What a loss is in JAX besides the core's: a pure function that takes a random key."""
+"""Losses in JAX: pure functions that take a random key."""
 
 import copy
 from typing import Any, Self

@@ -1,4 +1,4 @@
-"""jax.numpy, with the few functions of the core that JAX has in other places."""
+"""jax.numpy, with the few functions of the core that JAX keeps elsewhere."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.numpy import *  # noqa: F403 - this module is jax.numpy and a little more
 
-index_dtype = int  # int64, or int32 without x64, also where that is switched later
+index_dtype = int  # int64, or int32 without x64, even if that is switched later
 
 
 def device_of(array: Array) -> None:
@@ -32,17 +32,17 @@ def full(  # type: ignore[no-redef]
 
 
 def largest(values: Array, count: int) -> Array:
-    """Return the positions of the `count` largest; equal elements keep their order in top_k."""
+    """Return the positions of the `count` largest; top_k keeps the order of equal elements."""
     return jax.lax.top_k(values, count)[1]
 
 
 def put_rows(table: Array, slots: Array, rows: Array) -> Array:
-    """Return the table with `rows` at `slots`; in place under jit where the table is donated."""
+    """Return the table with `rows` at `slots`; in place under jit if the table is donated."""
     return table.at[slots].set(rows)
 
 
 def take_rows(array: Array, indices: Array) -> Array:
-    """Return rows by index; all indices of the core are in range."""
+    """Return rows by index; the core's indices are always in range."""
     return array.at[indices].get(mode="promise_in_bounds")
 
 

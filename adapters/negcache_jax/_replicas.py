@@ -1,4 +1,4 @@
-"""Exchange between the devices along an axis of a mesh, inside of `jax.shard_map`."""
+"""Exchange between the devices along an axis of a mesh, inside `jax.shard_map`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,8 +16,8 @@ class MeshAxis(Replicas[Array]):
 
     One program runs on all of them, so their sizes are equal and known, and only the rank is
     traced. No shape may depend on a draw: each device makes every draw, as if all were its own, and
-    the others' are told apart by their owner. It does so in as many turns as there are devices, for
-    no more memory than its own draws take.
+    then selects by owner. It does this in as many turns as there are devices, which takes no more
+    memory than its own draws.
     """
 
     lasting = False  # the rank is a part of one trace
@@ -27,8 +27,8 @@ class MeshAxis(Replicas[Array]):
             self.count = jax.lax.axis_size(name)
         except NameError as error:
             raise OptionError(
-                f"no mesh axis {name!r} is in scope: call this inside of jax.shard_map over a mesh "
-                "with that axis, or name the axis that your mesh has as the loss's group."
+                f"no mesh axis {name!r} is in scope: call this inside jax.shard_map over a mesh "
+                "with that axis, or make the loss with your mesh's axis as its group."
             ) from error
         self.name, self.rank, self.turns = name, jax.lax.axis_index(name), self.count
 
@@ -45,7 +45,7 @@ class MeshAxis(Replicas[Array]):
         return [own] * self.count
 
     def agree(self, own: Mapping[str, Any], like: Array) -> None:
-        """Return: one program runs on all devices."""
+        """Do nothing: one program runs on all devices."""
 
     def check_slots(self, slots: Mapping[str, int], facts: Mapping[str, Any]) -> None:
         for name, here in slots.items():
@@ -53,15 +53,15 @@ class MeshAxis(Replicas[Array]):
             if size is not None and here * self.count != size:
                 raise ShapeError(
                     f"cache {name!r} has {here} slots on each of {self.count} devices along "
-                    f"{self.name!r}: expected {size} in all. Pass the state through shard_map "
-                    "with handler.specs() among in_specs and out_specs."
+                    f"{self.name!r}: expected {size} in total. Pass the state through shard_map "
+                    "with handler.specs() in in_specs and out_specs."
                 )
 
     def gather(self, arrays: Sequence[Array], sizes: Sequence[int]) -> list[Array]:
         return [jax.lax.all_gather(array, self.name, tiled=True) for array in arrays]
 
     def total(self, sums: Array, xp: Any) -> Array:
-        return jax.lax.psum(sums, self.name)  # which shard_map knows to be the same everywhere
+        return jax.lax.psum(sums, self.name)  # shard_map knows that this is the same everywhere
 
     def gather_fresh(self, array: Array, sizes: Sequence[int]) -> Array:
         return jax.lax.all_gather(array, self.name, tiled=True)  # JAX transposes it to a sum
@@ -74,8 +74,8 @@ class MeshAxis(Replicas[Array]):
         return self.parts(array, sizes).sum(0)  # one operation for any number of devices
 
     def serve(self, arrays: Sequence[Array], route: Route) -> list[Array]:
-        # Every device sends a row for each draw, and the asker takes the owner's. As much is sent
-        # as to sum up masked rows, and any dtype and any value passes.
+        # Every device sends a row for each draw; the receiver takes the owner's. This sends as much
+        # as a sum of masked rows, but works for any dtype and any value.
         owner, place = self.own(route.owner, route.sizes), jnp.arange(route.sizes[0])
         return [self.parts(array, route.sizes)[owner, place] for array in arrays]
 

@@ -1,4 +1,4 @@
-"""Where a cache's state lives in JAX: in a pytree that goes into each call and comes out of it."""
+"""Where a cache's state lives in JAX: in a pytree that each call takes and returns."""
 
 from typing import Any, NamedTuple, Self
 
@@ -22,24 +22,24 @@ class HandlerState(NamedTuple):
 
 
 class NoStore(Store):
-    """What a handler holds that no state is bound to."""
+    """The store of a handler without a bound state."""
 
     @classmethod
     def of(cls, setup: Setup) -> Self:
-        """Return it, whatever the handler: its state is explicit."""
+        """Return it for any handler: the state is explicit."""
         del setup
         return cls(Caches({}))
 
     def read(self) -> Caches:
         """Raise KindError."""
         raise KindError(
-            "this handler holds no state: bind one to it, bound = handler.bind(state), and "
-            "take bound.state afterwards."
+            "this handler holds no state: bind one with bound = handler.bind(state), and read "
+            "bound.state afterwards."
         )
 
 
 class TreeStore(Store):
-    """One state while it is worked on; `keys` are for its draws."""
+    """A bound state; `keys` are for its draws."""
 
     def __init__(self, state: HandlerState, keys: KeyStream) -> None:
         caches = {name: state.caches[name] for name in sorted(state.caches)}
@@ -47,11 +47,11 @@ class TreeStore(Store):
         self.keys = keys
 
     def state(self) -> HandlerState:
-        """Return what became of the state."""
+        """Return the current state."""
         caches = self.read()
         return HandlerState(dict(caches), self.keys.key, caches.window)
 
     def generators(self, loss: Any) -> list[Any]:
-        """Return the one stream that all draws come from."""
+        """Return the single stream that all draws come from."""
         del loss
         return [self.keys]

@@ -1,4 +1,4 @@
-"""Which calls of the model embed rows: kinds, mini-batches, and what processes must have alike."""
+"""Which calls of the model embed rows: kinds, mini-batches, and what processes must share."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -29,9 +29,9 @@ class Calls(NamedTuple):
 
     rows:   what the model takes for rows
     size:   the most rows of a call; None: all
-    joint:  whether each process makes calls for the kinds of all of them: then all have gradients
-            of the same weights
-    evenly: whether it also makes as many calls as the others for each kind
+    joint:  whether each process makes calls for the kinds of all processes, so that all have
+            gradients for the same weights
+    evenly: whether each also makes as many calls as the others for each kind
     """
 
     rows: TokenRows
@@ -45,21 +45,21 @@ class Calls(NamedTuple):
         rows: Mapping[str, Tensor],
         last: Callable[[dict[str, Any], list[Tensor]], Tensor] | None = None,
     ) -> Tensor:
-        """Return embeddings (n, D) of rows; of texts without content zeros.
+        """Return embeddings (n, D) of rows; zeros for texts without content.
 
         embed: features -> embeddings
-        last:  takes the place of the last call; is given the embeddings of the others too
+        last:  replaces the last call; also gets the embeddings of the others
         """
         taken = {key: rows[key] for key in (*self.rows.dtypes, FACTS)}
         (live,) = torch.nonzero(rows[TEXT] != NO_TEXT, as_tuple=True)
         count = len(rows[TEXT])
-        if len(live) in {0, count}:  # a model takes one text at least
+        if len(live) in {0, count}:  # a model needs at least one text
             return self._kind_by_kind(embed, taken, last)
         found = self._kind_by_kind(embed, _at(taken, live), last)
         return found.new_zeros((count, found.shape[1])).index_copy(0, live, found)
 
     def of_anchors(self, _: Mapping[str, Any]) -> "Calls":
-        """Return how a batch's anchors are embedded: as their rows say."""
+        """Return how a batch's anchors are embedded: as their rows specify."""
         return self
 
     def _kind_by_kind(self, embed: Any, rows: Rows, last: Any) -> Tensor:
@@ -74,7 +74,7 @@ class Calls(NamedTuple):
             final = last if number == len(calls) else None
             features = partial(self.rows.features, kind=kind)
             parts += in_parts(embed, features, own, self.size, final, parts)
-            if kind in kinds:  # else another process's, and nobody's embedding
+            if kind in kinds:  # otherwise it belongs to another process, and no embedding is used
                 index = kinds[kind]
                 size = count if index is None else len(index)
                 there = torch.arange(start, start + size, device=device)
@@ -85,7 +85,7 @@ class Calls(NamedTuple):
         return torch.cat(parts)[place]
 
     def _calls_of_all(self, own: dict[str, Rows]) -> dict[str, Rows]:
-        """Return the calls of this process, and a row for each kind that only others have."""
+        """Return this process's calls, and a row for each kind that only others have."""
         told: list[Any] = [None] * dist.get_world_size()
         examples = {
             kind: (len(rows[FACTS]), {key: value[:1].cpu() for key, value in rows.items()})
@@ -116,7 +116,7 @@ def in_parts(
     """Return the embeddings of rows of one kind, in one or more parts.
 
     features:    what the model takes for rows
-    before:      embeddings of the calls before; for the other arguments see `Calls`
+    before:      embeddings of earlier calls; for the other arguments see `Calls`
     """
 
     def network(rows: Rows) -> Tensor:
@@ -135,8 +135,8 @@ def in_parts(
 class Embedder(NamedTuple):
     """Embeds a step's texts with a model that the trainer may have wrapped.
 
-    wrapped: the DistributedDataParallel that is around it, if one is
-    behind:  whether that has to find each call's weights behind the one call that it sees
+    wrapped: the DistributedDataParallel around it, if any
+    behind:  whether that must find the weights of all calls through the one call that it sees
     """
 
     model: nn.Module
@@ -148,7 +148,7 @@ class Embedder(NamedTuple):
     def of(
         cls, model: nn.Module, rows: TokenRows, size: int | None, *, sharded: bool, routes: bool
     ) -> "Embedder":
-        """Choose which calls the processes need alike.
+        """Choose which calls the processes must share.
 
         size:    texts of a call; None: all
         sharded: whether there are several processes
@@ -168,11 +168,11 @@ class Embedder(NamedTuple):
         return self.calls.of_anchors(anchors).embed(self._inside, rows)
 
     def items(self, rows: Mapping[str, Tensor], queries: Tensor) -> Tensor:
-        """Return embeddings (n, D) of rows as they are stored.
+        """Return embeddings (n, D) of stored rows.
 
-        Processes may have other numbers of calls, and each call of DistributedDataParallel waits
-        for all of them. So here each makes one such call, the last one, which readies the exchange
-        of gradients; and the others of what is in it.
+        Processes may make different numbers of calls, and each call of DistributedDataParallel
+        waits for all of them. So each process calls it only once, last, which prepares the exchange
+        of gradients, and makes its other calls to the wrapped model.
         """
         wrapped = self.wrapped
         if wrapped is None:
@@ -192,7 +192,7 @@ class Embedder(NamedTuple):
 def embed(model: nn.Module, features: Mapping[str, Any]) -> Tensor:
     """Return normalised embeddings (n, D), at least as wide as float32."""
     given = {key: value for key, value in features.items() if key != MADE_WITH}
-    rows = model(given)["sentence_embedding"]  # modules write into what they get
+    rows = model(given)["sentence_embedding"]  # modules write into their input
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return functional.normalize(rows, dim=1)
 

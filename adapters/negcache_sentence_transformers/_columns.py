@@ -1,4 +1,4 @@
-"""What a model makes of a column, texts or not: how many rows, some of them, and what they say."""
+"""A model's features of a column, texts or not: count rows, select some, and compare them."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from ._facts import PROMPT
 from ._forms import MASK, TOKENS, to_features, to_rows
 
 _CLOSE = 0.01  # of the largest value: a batch may be rounded to fewer bits
-_WHOLE = "a row of what the model makes of a column cannot be told from the others"
+_WHOLE = "the model's output for a column cannot be split into rows"
 
 
 def count_of(column: Mapping[str, Any]) -> int:
@@ -21,16 +21,16 @@ def count_of(column: Mapping[str, Any]) -> int:
         rows, _, _ = to_rows(column)
     except KindError:
         tensors = [column[TOKENS]] if TOKENS in column else [each for _, each in _tensors(column)]
-        return min((len(each) for each in tensors), default=0)  # others have patches, or frames
+        return min((len(each) for each in tensors), default=0)  # the rest have patches, or frames
     return len(rows[MASK])
 
 
 def some_of(column: Mapping[str, Any], count: int, index: Tensor) -> dict[str, Any]:
-    """Return a column of some of its `count` rows.
+    """Return a column with some of its `count` rows.
 
     index: (n,) which, in order
 
-    Raises KindError where a tensor has not a row for each of the column's.
+    Raises KindError if a tensor does not have one row for each of the column's.
     """
     if len(index) == count:
         return dict(column)
@@ -40,7 +40,7 @@ def some_of(column: Mapping[str, Any], count: int, index: Tensor) -> dict[str, A
         rows, form, given = {}, None, dict(column)
     odd = [key for key, value in _tensors(given) if len(value) != count and key != PROMPT]
     if odd:
-        raise KindError(f"{_WHOLE}, {odd}: leave mini_batch_size out, and empty texts.")
+        raise KindError(f"{_WHOLE}, {odd}: leave out mini_batch_size, and empty texts.")
     given = {key: value[index] if _by_row(value, count) else value for key, value in given.items()}
     if form is None:
         return given
@@ -48,9 +48,9 @@ def some_of(column: Mapping[str, Any], count: int, index: Tensor) -> dict[str, A
 
 
 def unlike(one: Mapping[str, Any], column: Mapping[str, Any], row: int) -> str | None:
-    """Return the name of what a column's row has otherwise than a column of it alone; None: all.
+    """Return the name of a value in which a column's row differs from a column of one, or None.
 
-    What cannot be told by row is not compared.
+    Values that are not by row are not compared.
     """
     if _prompt(one, 0) != _prompt(column, row):
         return PROMPT
@@ -85,7 +85,7 @@ def _prompt(column: Mapping[str, Any], row: int) -> int:
 
 
 def _apart(one: Tensor, other: Tensor) -> bool:
-    """Return whether values differ where both have some; batches are padded."""
+    """Return whether values differ where both have any; batches are padded."""
     if one.ndim != other.ndim:
         return True
     both = tuple(slice(min(sizes)) for sizes in zip(one.shape, other.shape, strict=True))

@@ -1,4 +1,4 @@
-"""What a text says, apart from the prompt before it and the tokens around it."""
+"""The content of a text, without its prompt and the tokens around it."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,8 +16,8 @@ _MIX = 0xBF58476D1CE4E5B9 - 2**64
 class Around(NamedTuple):
     """The tokens that a route puts before and after each text, such as [CLS] and [SEP].
 
-    words: a hash of what it makes of one text, by which tokenizers are told apart: where routes
-           have different ones, equal numbers are other words
+    words: a hash of one tokenised text, which identifies the tokenizer: if routes have different
+           tokenizers, equal numbers mean different words
     """
 
     head: Tensor
@@ -26,7 +26,7 @@ class Around(NamedTuple):
 
     @classmethod
     def of(cls, blank: Tensor, text: Tensor) -> "Around":
-        """Compare the tokens of an empty text with those of another, the same for all routes."""
+        """Compare the tokens of an empty text with those of one text, the same for all routes."""
         same = min(len(blank), len(text))
         first = int((blank[:same] == text[:same]).long().cumprod(0).sum())
         said = text[None, first : len(text) - len(blank) + first]
@@ -57,11 +57,11 @@ NOTHING_AROUND = Around(torch.empty(0), torch.empty(0))
 
 
 def ids_of_others(features: Mapping[str, Any]) -> Tensor:
-    """Return int64 (B,): equal for equal images or whatever else is no text.
+    """Return int64 (B,): equal for equal images, or other items that are not texts.
 
-    Zeros at the end of an axis, as padding has them, do not count.
+    Zeros at the end of an axis, such as padding, do not count.
 
-    Raises KindError where no tensor has a row for each of them.
+    Raises KindError if no tensor has a row for each of them.
     """
     given = [
         (key, value)
@@ -70,8 +70,8 @@ def ids_of_others(features: Mapping[str, Any]) -> Tensor:
     ]
     if not given or any(len(value) != len(given[0][1]) for _, value in given):
         raise KindError(
-            f"the anchors are {sorted(features)}: expected tokens, or tensors of B rows each, by "
-            "which equal anchors are known."
+            f"the anchors have {sorted(features)}: expected tokens, or tensors of B rows each, "
+            "to recognise equal anchors by."
         )
     found = torch.zeros((), dtype=torch.int64, device=given[0][1].device)
     for _, value in given:

@@ -1,7 +1,7 @@
 """Further directions of the softmax: a pair's document is scored too, and anchors are negatives.
 
-A pair has up to two views, its anchor's and its document's, each a query of the cache. In a joint
-softmax each view is told the mass of the other as a constant, so that both have the same whole.
+A pair has up to two views, its anchor's and its document's, each a query to the cache. In a joint
+softmax each view gets the mass of the other as a constant, so that both have the same total.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,22 +17,22 @@ from ._contents import NO_TEXT, TEXT
 from ._known import NOTHING, RING, Ids, Known
 from ._tokens import ID
 
-KIND = "kind"  # the field that says whether a row is a document or an anchor
+KIND = "kind"  # the field that marks a row as a document or an anchor
 DOCUMENT, ANCHOR = 0, 1
-WANTED = {  # direction -> whose view it is of, and which kind competes
+WANTED = {  # direction -> whose view it belongs to, and which kind competes
     "query_to_doc": (0, DOCUMENT),
     "query_to_query": (0, ANCHOR),
     "doc_to_query": (1, ANCHOR),
     "doc_to_doc": (1, DOCUMENT),
 }
-_SALT = 0x5851F42D4C957F2D  # makes an anchor another item than a document of the same text
+_SALT = 0x5851F42D4C957F2D  # makes an anchor a different item from a document with the same text
 
 
 class Directions(NamedTuple):
     """Which views a pair has, and what competes in each.
 
     names: of WANTED
-    joint: whether there is one softmax over all of them, or the mean of one for each
+    joint: whether there is one softmax over all of them, or the mean of one per direction
     """
 
     names: tuple[str, ...] = ("query_to_doc",)
@@ -49,19 +49,21 @@ class Directions(NamedTuple):
         by_number: bool,
         sharded: bool,
     ) -> "Directions":
-        """Raise KindError or OptionError for directions that make no loss.
+        """Return the directions; raise KindError or OptionError if they make no loss.
 
         correction: the option staleness_correction; cut: whether embeddings are cut to several
         widths; by_number: whether items are known by number; sharded: whether there are several
         processes
         """
         if isinstance(names, str) or not isinstance(names, Iterable):
-            raise KindError(f"directions is {names!r}: expected several, as ('query_to_doc',).")
+            raise KindError(
+                f"directions is {names!r}: expected several names, such as ('query_to_doc',)."
+            )
         names = tuple(names)
         unknown = [name for name in names if name not in WANTED]
         if unknown or "query_to_doc" not in names or len(names) > len(set(names)):
             raise OptionError(
-                f"directions is {names!r}: expected 'query_to_doc', which has the positive, and "
+                f"directions is {names!r}: expected 'query_to_doc', which has the positive, plus "
                 f"any others of {list(WANTED)}, each once."
             )
         if partition_mode not in {"joint", "per_direction"}:
@@ -71,46 +73,48 @@ class Directions(NamedTuple):
         found = cls(names, partition_mode == "joint")
         if not found.joint and {"query_to_query", "doc_to_doc"} & set(names):
             raise OptionError(
-                "partition_mode='per_direction' is for 'query_to_doc' and 'doc_to_query': the "
-                "positive is not among the candidates of 'query_to_query' and 'doc_to_doc', which "
-                "have no loss of their own. Use partition_mode='joint'."
+                "partition_mode='per_direction' is for 'query_to_doc' and 'doc_to_query': "
+                "'query_to_query' and 'doc_to_doc' have no loss of their own, because the "
+                "positive is not among their candidates. Use partition_mode='joint'."
             )
         if found.joint and found.views == 2 and correction:
             raise OptionError(
-                f"staleness_correction=True changes the mass of each view alone, and directions "
-                f"{names!r} have one softmax over both: leave it out."
+                "staleness_correction=True corrects each view separately, but directions "
+                f"{names!r} share one softmax over both: leave it out."
             )
         if cut and not found.plain:
             raise OptionError(
-                f"matryoshka_dims with directions {names!r}: the scores of further directions are "
-                "those of whole embeddings. Use directions=('query_to_doc',), or no widths."
+                f"matryoshka_dims does not work with directions {names!r}: further directions "
+                "score whole embeddings. Use directions=('query_to_doc',), or leave "
+                "matryoshka_dims out."
             )
         if by_number and not found.plain:
             raise OptionError(
-                f"features='index' with directions {names!r}: further directions store anchors, "
-                "which have no numbers. Use directions=('query_to_doc',), or features='content'."
+                f"features='index' does not work with directions {names!r}: further directions "
+                "store anchors, which have no numbers. Use directions=('query_to_doc',), or "
+                "features='content'."
             )
         if sharded and not found.plain:
             raise OptionError(
-                f"directions is {names!r} in several processes, and negatives of further "
-                "directions are not exchanged among them: train in one process, or with "
+                f"directions is {names!r} in several processes, but negatives of further "
+                "directions are not exchanged between processes: train in one process, or with "
                 "directions=('query_to_doc',)."
             )
         return found
 
     @property
     def plain(self) -> bool:
-        """Whether there is the usual one alone."""
+        """Whether there is only the usual direction."""
         return len(self.names) == 1
 
     @property
     def views(self) -> int:
-        """How many queries a pair makes: 1, or 2 with its document."""
+        """The number of queries per pair: 1, or 2 with its document."""
         return 1 + max(WANTED[name][0] for name in self.names)
 
     @property
     def anchors(self) -> bool:
-        """Whether anchors are candidates, and so are in the cache."""
+        """Whether anchors are candidates, and so enter the cache."""
         return any(WANTED[name][1] == ANCHOR for name in self.names)
 
     @property
@@ -126,9 +130,9 @@ class Directions(NamedTuple):
         ]
 
     def fields(self) -> dict[str, FieldSpec]:
-        """Return what a row must say, beside its text: its kind, where a view is to leave one out.
+        """Return what a row must store besides its text: its kind, if a view excludes one.
 
-        Where there are documents alone, there is nothing to leave out.
+        If there are only documents, there is nothing to exclude.
         """
         mixed = self.anchors and not all(map(all, self.counts()))
         return {KIND: FieldSpec((), torch.int64)} if mixed else {}
@@ -136,8 +140,8 @@ class Directions(NamedTuple):
     def keys(self, group_key: str | None) -> tuple[tuple[str, ...], str | None]:
         """Return the fields of `fields` that are ids, and the group key, perhaps one of them.
 
-        Where each view wants one kind, kinds are groups: that is faster than ids that half of the
-        rows have. But there is one group key alone.
+        If each view wants one kind, kinds are groups: that is faster than ids that half of the rows
+        have. But there is only one group key.
         """
         apart = self.counts() == [[True, False], [False, True]]
         return ((), KIND) if apart and group_key is None else (tuple(self.fields()), group_key)
@@ -148,21 +152,21 @@ class Directions(NamedTuple):
 
 
 def reverse(anchors: Mapping[str, Tensor], texts: Tensor) -> Ids:
-    """Return ids of a batch with the roles changed: anchors are items, of documents (B,).
+    """Return ids of a batch with roles swapped: anchors are items, of documents (B,).
 
-    They are all salted: what is known of anchors never meets what is known of documents.
+    They are all salted, so that facts about anchors never mix with facts about documents.
     """
     return Ids(texts, anchors[ID], anchors[TEXT]).of_dataset(_SALT)
 
 
 class Batch(NamedTuple):
-    """B pairs of which both sides are known.
+    """B pairs with both sides known.
 
     queries:  (B, D), differentiable
     items:    (n, D), n = B (1 + H), documents, column by column, differentiable
-    rows:     key -> (n, …), as they are stored; anchors: key -> (B, …)
-    forward:  what is known of documents; backward: of anchors, see `reverse`
-    in_batch: whether more of the batch competes than explicit negatives with their own anchor
+    rows:     key -> (n, …), as stored; anchors: key -> (B, …)
+    forward:  facts about documents; backward: about anchors, see `reverse`
+    in_batch: whether more of the batch competes than each anchor's explicit negatives
     """
 
     queries: Tensor
@@ -179,9 +183,9 @@ class Batch(NamedTuple):
         handler: Any,
         embed: Callable[[dict[str, Tensor]], Tensor] | None,
     ) -> tuple[Tensor, CacheLossReturn]:
-        """Return the mean loss, and the result by view and pair, which a handler commits.
+        """Return the mean loss, and the result by view and pair, for a handler to commit.
 
-        embed: rows -> embeddings, of what was drawn; None: nothing is drawn
+        embed: rows -> embeddings, for drawn rows; None: nothing is drawn
         """
         both = self._views(directions, self.queries, self.items)
         own = self._own(directions)
@@ -223,7 +227,7 @@ class Batch(NamedTuple):
         return torch.cat([self.items, self.queries]), rows
 
     def _views(self, directions: Directions, first: Tensor, second: Tensor) -> Tensor:
-        """Return (V B, …): of each view's pairs the first B."""
+        """Return (V B, …): the first B of each view's pairs."""
         count = len(self.queries)
         return torch.cat([first[:count], second[:count]][: directions.views])
 
@@ -232,10 +236,10 @@ class Batch(NamedTuple):
         return {key: self._views(directions, rows[key], anchors[key]) for key in rows}
 
     def _own(self, directions: Directions) -> dict[str, Tensor]:
-        """Return key -> (V B, P), ids by which a row is no negative of a view.
+        """Return key -> (V B, P), ids of rows that are not negatives of a view.
 
-        An anchor's own documents and its text are no negatives of it, nor are anchors that have one
-        of these documents; a document's anchors and its text, and what else these anchors have.
+        For an anchor: its own documents, its text, and anchors that share one of these documents.
+        For a document: its anchors, its text, and the other documents of these anchors.
         """
         text, whose = self.forward.own[TEXT], self.forward.own[RING[0]]
         mine = _salted(text[:, : text.shape[1] - self.forward.hard[TEXT].shape[1]])
@@ -251,7 +255,7 @@ class Batch(NamedTuple):
         return {TEXT: _stacked(texts[:views]), **dict.fromkeys(RING, ring), KIND: torch.cat(kinds)}
 
     def _counts(self, directions: Directions, own: Mapping[str, Tensor]) -> Tensor:
-        """Return bool (V B, n + B): which of the batch compete in each view."""
+        """Return bool (V B, n + B): which rows of the batch compete in each view."""
         keys, count = (TEXT, *RING), len(self.queries)
         labels = [torch.cat([self.rows[key], self.anchors[key]]) for key in keys]
         found: Tensor = Exclusions(tuple(own[key] for key in keys)).admit(
@@ -273,10 +277,10 @@ class Batch(NamedTuple):
 
 
 def _joined(directions: Directions, result: Any, positive: Tensor) -> Tensor:
-    """Return the loss of each pair (B,) from those of its views.
+    """Return the loss of each pair (B,) from the losses of its views.
 
-    Both views of a joint softmax pull at the positive, by 1 - p+ each; together they are to pull by
-    1 - p+, or by 1 - 2 p+ where it counts twice.
+    Both views of a joint softmax pull at the positive, by 1 - p+ each; together they should pull by
+    1 - p+, or by 1 - 2 p+ if it counts twice.
     """
     training = result.training_loss.reshape(directions.views, -1)
     value = result.interpretable_loss.reshape(directions.views, -1)
@@ -291,7 +295,7 @@ def _joined(directions: Directions, result: Any, positive: Tensor) -> Tensor:
 def _mass_of_others(
     competing: Tensor, log_partition: Tensor, positive: Tensor, symmetric: bool
 ) -> Tensor:
-    """Return (2 B,), constants: of each view the log mass of what competes in the other."""
+    """Return (2 B,), constants: for each view, the log mass of what competes in the other."""
     known = torch.cat([competing.detach(), log_partition.to(competing)[:, None]], 1)
     first, second = torch.logsumexp(known, 1).chunk(2)
     mass = torch.cat([second, first])
@@ -303,7 +307,7 @@ def _salted(ids: Tensor) -> Tensor:
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:
-    """Return ids (n, P) of several, the narrower ones filled up with that of no text."""
+    """Return several ids (n, P) stacked, padding narrower ones with the id of no text."""
     widest = max(part.shape[1] for part in parts)
     spare = [part.new_full((len(part), widest - part.shape[1]), NO_TEXT) for part in parts]
     return torch.cat([torch.cat(both, 1) for both in zip(parts, spare, strict=True)])

@@ -15,18 +15,18 @@ _ENDS = ("cu_seq_lens_q", "cu_seq_lens_k")  # 0, and where each text ends
 _LONGEST = ("max_length_q", "max_length_k")
 _POSITIONS, _TEXT = "position_ids", "seq_idx"
 _PACKED = (*_ENDS, *_LONGEST, _POSITIONS, _TEXT)
-MADE_WITH = "made_with"  # where a column says how the model's preprocess was called, in JSON
-_RESULTS = {"sentence_embedding", "token_embeddings", "all_layer_embeddings"}  # of a pass before
+MADE_WITH = "made_with"  # where a column records, in JSON, how preprocess was called
+_RESULTS = {"sentence_embedding", "token_embeddings", "all_layer_embeddings"}  # of an earlier pass
 _NO_FEATURES = {MADE_WITH, *_RESULTS}
 
 
 def to_rows(
     features: Mapping[str, Any],
 ) -> tuple[dict[str, Tensor], list[Any], dict[str, Any]]:
-    """Return what is (texts, tokens), the form that it had, and all else.
+    """Return what is (texts, tokens), the form it had, and everything else.
 
-    A form is its name, the number of a text's first position, and the names of what it lacks of all
-    that its kind may have. Raises KindError for features that are not tokens.
+    A form is its name, the number of a text's first position, and the names of the features of its
+    kind that it lacks. Raises KindError for features that are not tokens.
     """
     given = {key: value for key, value in features.items() if key not in _NO_FEATURES}
     form: list[Any] = ["padded", 0]
@@ -48,14 +48,14 @@ def to_rows(
     rows = {k: v for k, v in given.items() if isinstance(v, Tensor) and k != PROMPT}
     if MASK not in rows or any(value.shape != shape for value in rows.values()):
         raise KindError(
-            f"the model makes {sorted(given)} of a text: expected {TOKENS!r} and {MASK!r} of shape "
-            "(rows, tokens), as a Transformer makes them, or those of a StaticEmbedding."
+            f"the model turns a text into {sorted(given)}: expected {TOKENS!r} and {MASK!r} of "
+            "shape (rows, tokens), as from a Transformer, or the inputs of a StaticEmbedding."
         )
     return rows, form, {key: value for key, value in given.items() if key not in rows}
 
 
 def to_features(rows: Mapping[str, Tensor], form: list[Any]) -> dict[str, Any]:
-    """Return rows (texts, tokens) in a form again, without the columns that no text needs."""
+    """Return rows (texts, tokens) in their form again, without columns that no text needs."""
     name, start, *lacks = form
     mask = rows[MASK].bool()
     sizes = mask.sum(1)
@@ -76,7 +76,7 @@ def _padded(tokens: Tensor, sizes: Tensor) -> dict[str, Tensor]:
 
 
 def _packed(tokens: Tensor, sizes: Tensor, start: int, lacks: list[str]) -> dict[str, Any]:
-    """Return what transformers' DataCollatorWithFlattening makes of texts."""
+    """Return texts as transformers' DataCollatorWithFlattening packs them."""
     count = len(sizes)
     ends = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
     text = torch.repeat_interleave(torch.arange(count, device=sizes.device), sizes)

@@ -1,4 +1,4 @@
-"""Which calls of the model embed items by number: a batch's columns, and those drawn."""
+"""Which calls of the model embed items by number: a batch's columns, and drawn items."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,9 +15,9 @@ from ._wrappers import parallel
 
 
 class _Call(NamedTuple):
-    """Features of so many rows, of which `taken` are embedded, and the (m,) rows they are for.
+    """Features of `rows` rows; the `taken` ones are embedded, for the (m,) rows at `places`.
 
-    which: (m,) the embedding of each; None: in their order
+    which: (m,) the index of each one's embedding; None: in order
     """
 
     features: Mapping[str, Any]
@@ -30,9 +30,9 @@ class _Call(NamedTuple):
 class ItemCalls(NamedTuple):
     """How a batch's columns and drawn items are embedded.
 
-    rows:    what numbers stand for
+    rows:    what numbers refer to
     size:    the most rows of a call; None: all
-    columns: the features of a batch's columns; rows of them come first, then those drawn
+    columns: the features of a batch's columns; their rows come first, then drawn ones
     """
 
     rows: ItemRows
@@ -41,7 +41,7 @@ class ItemCalls(NamedTuple):
 
     @property
     def joint(self) -> bool:
-        """Whether each process makes calls for the kinds of all of them: it need not."""
+        """Whether each process makes calls for the kinds of all processes: not needed here."""
         return False
 
     def of_anchors(self, anchors: Mapping[str, Any]) -> "ItemCalls":
@@ -54,10 +54,10 @@ class ItemCalls(NamedTuple):
         rows: Mapping[str, Tensor],
         last: Callable[[dict[str, Any], list[Tensor]], Tensor] | None = None,
     ) -> Tensor:
-        """Return embeddings (n, D) of rows; of texts of a batch without content zeros.
+        """Return embeddings (n, D) of rows; zeros for a batch's texts without content.
 
         embed: features -> embeddings
-        last:  takes the place of the last call; is given the embeddings of the others too
+        last:  replaces the last call; also gets the embeddings of the others
         """
         calls = self._calls(rows)
         parts: list[Tensor] = []
@@ -80,7 +80,7 @@ class ItemCalls(NamedTuple):
         for column in self.columns:
             count = count_of(column)
             (live,) = torch.nonzero(texts[start : start + count] != NO_TEXT, as_tuple=True)
-            if not len(live):  # a model takes one text at least
+            if not len(live):  # a model needs at least one text
                 live = torch.arange(count, device=texts.device)
             calls.append(_Call(column, count, live, start + live))
             start += count
@@ -100,9 +100,9 @@ class ItemCalls(NamedTuple):
 def embedder_of(
     model: nn.Module, rows: ItemRows, size: int | None, columns: Sequence[Mapping[str, Any]]
 ) -> Embedder:
-    """Return what embeds a batch's columns and drawn items.
+    """Return the embedder of a batch's columns and drawn items.
 
-    Each kind of items may go through other weights, as in CLIP images and texts do.
+    Each kind of items may go through its own weights, as images and texts do in CLIP.
     """
     wrapped = parallel(model)
     behind = wrapped is not None and wrapped.find_unused_parameters

@@ -1,4 +1,4 @@
-"""Rows that hold an item's number: what it stands for is fetched when the row is drawn."""
+"""Rows that hold an item's number: the item itself is fetched when the row is drawn."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,32 +28,32 @@ from ._wrappers import bare, refuse_shards
 
 NUMBER = "number"
 _TASK, _PROMPT, _LENGTH = "task", "prompt", "max_length"
-_WORDS = 24  # int64 of what a row remembers
+_WORDS = 24  # int64 numbers of what a row remembers
 _SHORTER = "give shorter prompts"
 _ADVICE = (
-    "features='index' takes for each row the number of its positive in items, shape (B,), or with "
-    "H columns of negatives those of positive and negatives, (B, 1 + H): in the data's column "
-    "'label', or in a training loop of your own as loss(features, labels)."
+    "features='index' needs for each row the number of its positive in items, shape (B,), or "
+    "with H columns of negatives the numbers of positive and negatives, (B, 1 + H): in the "
+    "data's column 'label', or in your own training loop as loss(features, labels)."
 )
 
 
 class ItemRows:
-    """How items become rows: by their number in a sequence.
+    """How items become rows: through their number in a sequence.
 
     items:      number -> what the model's preprocess takes: a text, an image, a dict of audio, …
-    prompt, max_length: with which the items' columns are made, or those of each task; None: what a
-                trainer's columns say
-    check:      whether a row of each column is compared with what its number stands for, each step
+    prompt, max_length: those of the items' columns, or one per task; None: what a trainer's
+                columns say
+    check:      whether each step compares one row of each column with the item of its number
 
-    With its number a row remembers how its column was made: task, prompt and max_length. So are its
-    features when it is drawn.
+    With its number, a row remembers how its column was made: task, prompt and max_length. A drawn
+    row's features are made the same way.
     """
 
     def __init__(self, model: Any, items: Any, prompt: Any, length: Any, *, check: bool) -> None:
         self.model, self.items, self.check, self.step = model, _checked_items(items), check, 0
         self.prompt, self.length = _checked_prompt(prompt), length
         if length is not None:
-            slot_length(model, length, 0)  # raises where it is no length
+            slot_length(model, length, 0)  # raises if it is not a length
         self.texts = TokenRows.unasked_length(model)
 
     def specs(self) -> dict[str, FieldSpec]:
@@ -72,17 +72,18 @@ class ItemRows:
     ) -> dict[str, Tensor]:
         """Return rows to store, column by column; raise before anything is changed.
 
-        labels: numbers (B,) or (B, 1 + H); in evaluation None too, for items that have none
+        labels: numbers (B,) or (B, 1 + H); in evaluation also None, for items without numbers
         """
         held = int(cache.data[NUMBER].max())
         if held >= len(self.items):
             raise OptionError(
-                f"the cache has item {held}, and items has {len(self.items)}: expected the items "
-                "that it was filled with. Empty it, loss.handler.reset(), or give all of them."
+                f"the cache has item {held}, but items has {len(self.items)}: expected the items "
+                "that the cache was filled with. Empty it with loss.handler.reset(), or pass "
+                "all of them."
             )
         count = count_of(columns[0])
         device = _device_of(columns[0])
-        if labels is None and not learning:  # each is another than all that have numbers
+        if labels is None and not learning:  # each is a new item, unlike any with a number
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
             numbers = -1 - rank * 2**32 - torch.arange(count * len(columns), device=device)
         else:
@@ -97,16 +98,16 @@ class ItemRows:
         return {NUMBER: numbers, FACTS: torch.cat(words), TEXT: torch.cat(texts), ID: numbers}
 
     def contents(self, column: Mapping[str, Any], numbers: Tensor) -> Tensor:
-        """Return ids of what items say, (n,): of their tokens, or else their numbers."""
+        """Return ids of the items' content, (n,): of their tokens, or else their numbers."""
         try:
             return self.texts.contents(column) if TOKENS in column else numbers
-        except KindError:  # tokens are not all
+        except KindError:  # there is more than tokens
             return numbers
 
     def anchors(self, column: Mapping[str, Any], rows: Mapping[str, Tensor]) -> Tensor:
-        """Return ids of what anchors say, (B,): of their tokens, or else of all their values.
+        """Return ids of the anchors' content, (B,): of their tokens, or else of all their values.
 
-        rows: those of the items; anchors that cannot be told by row are known by their positives'
+        rows: those of the items; anchors without values by row are identified by their positives'
               numbers
         """
         try:
@@ -115,16 +116,16 @@ class ItemRows:
             return rows[NUMBER][: count_of(column)]
 
     def unstored(self, column: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return rows of anchors, which no cache stores; the column has what to embed."""
+        """Return rows of anchors, which no cache stores; the column has the features to embed."""
         none = torch.zeros(count_of(column), dtype=torch.int64, device=_device_of(column))
         return {TEXT: self.contents(column, none)}
 
     def told(self) -> dict[str, Any]:
-        """Return what the model card tells of how rows are kept."""
+        """Return what the model card says about how rows are kept."""
         return {"features": "index", "items": len(self.items)}
 
     def kinds(self, words: Tensor) -> list[tuple[dict[str, Any], Tensor]]:
-        """Return how rows were made, by their facts, and which of them so."""
+        """Return how rows were made, by their facts, and which rows were made so."""
         distinct, which = words.unique(dim=0, return_inverse=True)
         return [
             (parse(kind)[1], (which == place).nonzero()[:, 0])
@@ -134,17 +135,17 @@ class ItemRows:
     def fetch(
         self, numbers: Iterable[int], made: Mapping[str, Any], device: torch.device
     ) -> dict[str, Any]:
-        """Return what the model makes of items, as the trainer's collator would."""
+        """Return the model's features of items, as the trainer's collator would make them."""
         options = {_TASK: None, _PROMPT: None, **made}
         found = self.model.preprocess([self.items[number] for number in numbers], **options)
         told = {_TASK: made[_TASK]} if _TASK in made else {}
         return batch_to_device({**found, **told}, device)
 
     def _made(self, column: Mapping[str, Any]) -> dict[str, Any]:
-        """Return how a column was made: as it says, or by this one's options."""
+        """Return how a column was made: as it records, or by these options."""
         task = column.get(_TASK)
         if task is not None and not isinstance(task, str):
-            raise KindError(f"a column's task is {task!r}: expected its name, one for all rows.")
+            raise KindError(f"a column's task is {task!r}: expected one name for all rows.")
         own = {_PROMPT: self.prompt, _LENGTH: self.length}
         own = {key: _of_task(value, task) for key, value in own.items() if value is not None}
         if MADE_WITH not in column:
@@ -153,8 +154,8 @@ class ItemRows:
         for key, value in own.items():
             if value != made.get(key):
                 raise OptionError(
-                    f"the loss has {key}={value!r} for items, and the trainer has made a column "
-                    f"of them with {made.get(key)!r}: leave it out of the loss."
+                    f"the loss has {key}={value!r} for items, but the trainer made a column of "
+                    f"them with {made.get(key)!r}: leave it out of the loss."
                 )
         return made
 
@@ -169,13 +170,13 @@ class ItemRows:
         shapes = [(count, columns), *([(count,)] if columns == 1 else [])]
         if tuple(labels.shape) not in shapes:
             raise ShapeError(
-                f"labels has shape {tuple(labels.shape)}, and the batch {count} rows with "
+                f"labels has shape {tuple(labels.shape)}, but the batch has {count} rows and "
                 f"{columns - 1} columns of negatives: {_ADVICE}"
             )
         outside = (labels < 0) | (labels >= len(self.items))
         if outside.any():
             raise OptionError(
-                f"labels has the number {int(labels[outside][0])}, and items has "
+                f"labels has the number {int(labels[outside][0])}, but items has "
                 f"{len(self.items)}: expected 0 to {len(self.items) - 1}."
             )
         return labels.reshape(count, columns)
@@ -183,16 +184,16 @@ class ItemRows:
     def _compare(
         self, columns: Sequence[Mapping[str, Any]], numbers: list[list[int]], made: list[Any]
     ) -> None:
-        """Raise OptionError where a row is not what its number stands for, another each step."""
+        """Raise OptionError if a row is not its number's item; checks another row each step."""
         row = self.step % len(numbers[0])
         for place, (column, own, how) in enumerate(zip(columns, numbers, made, strict=True), 2):
             wrong = unlike(self.fetch([own[row]], how, _device_of(column)), column, row)
             if wrong is not None:
                 raise OptionError(
-                    f"row {row} of the batch's column {place} is to be item {own[row]}, and has "
-                    f"other {wrong!r} than the model makes of that item: are the numbers those of "
-                    "items, and are prompt and max_length those of the columns? For features that "
-                    "differ from one time to the next, give check_items=False."
+                    f"row {row} of the batch's column {place} should be item {own[row]}, but its "
+                    f"{wrong!r} differ from what the model makes of that item: do the numbers "
+                    "refer to items, and do prompt and max_length match the columns? If "
+                    "features differ from one call to the next, pass check_items=False."
                 )
         self.step += 1
 
@@ -200,7 +201,7 @@ class ItemRows:
 def rows_of(
     features: Any, model: Any, items: Any, prompt: Any, max_length: Any, *, check: bool
 ) -> TokenRows | ItemRows:
-    """Return how a loss keeps rows. Raises OptionError or KindError for options that do not fit."""
+    """Return how a loss keeps rows. Raises OptionError or KindError for options that clash."""
     if features == "index":
         return ItemRows(model, items, prompt, max_length, check=check)
     if features != "content":
@@ -208,20 +209,20 @@ def rows_of(
     named = [key for key, value in (("items", items), ("prompt", prompt)) if value is not None]
     if named:
         raise OptionError(
-            f"the loss has {named}, which features='index' takes, and features is 'content', "
-            "which stores what the batches have."
+            f"the loss has {named}, which only features='index' uses, but features is 'content', "
+            "which stores what is in the batches."
         )
     return TokenRows.of(model, max_length)
 
 
 class Telling:
-    """The `preprocess` of a model, which says beside its features how it was called."""
+    """The `preprocess` of a model, which also records how it was called."""
 
     def __init__(self, preprocess: Callable[..., Mapping[str, Any]]) -> None:
         self.preprocess = preprocess
 
     def __call__(self, inputs: Sequence[Any], **options: Any) -> dict[str, Any]:
-        """Return features as the model makes them, and how they were made."""
+        """Return features as the model makes them, with a record of how."""
         made = {key: options.get(key) for key in (_TASK, _PROMPT, _LENGTH)}
         told = json.dumps({key: value for key, value in made.items() if value is not None})
         return {**self.preprocess(inputs, **options), MADE_WITH: told}
@@ -236,19 +237,19 @@ def packed(
     *,
     learning: bool,
 ) -> dict[str, Tensor]:
-    """Return rows to store of a batch's columns; raise OptionError for numbers of no use.
+    """Return rows to store from a batch's columns; raise OptionError for unusable numbers.
 
-    model: with what is around it
+    model: with its wrappers
     """
     if isinstance(rows, ItemRows):
         refuse_shards(model)
-        rows.model = bare(model)  # a trainer may have made a new one
+        rows.model = bare(model)  # a trainer may have made a new model
         return rows.pack(columns, labels, cache, learning=learning)
     return rows.pack(columns)
 
 
 def numbers_in(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the numbers of rows that have some, by their key."""
+    """Return the numbers of rows that have them, by key."""
     return {NUMBER: rows[NUMBER]} if NUMBER in rows else {}
 
 
@@ -257,7 +258,7 @@ def _checked_items(items: Any) -> Any:
     if not known or isinstance(items, str | bytes | Mapping):
         raise KindError(
             f"items is a {type(items).__name__}: expected a sequence, such as a list or a column "
-            "of a Dataset, in which a number finds what the model's preprocess takes."
+            "of a Dataset, that has an input of the model's preprocess at each number."
         )
     if not len(items):
         raise OptionError("items is empty: expected at least one item.")
@@ -267,7 +268,7 @@ def _checked_items(items: Any) -> Any:
 def _checked_prompt(prompt: Any) -> Any:
     every = prompt.values() if isinstance(prompt, Mapping) else [prompt]
     if not all(each is None or isinstance(each, str) for each in every):
-        raise KindError(f"prompt is {prompt!r}: expected a text, or a dict of those of each task.")
+        raise KindError(f"prompt is {prompt!r}: expected a text, or a dict with one text per task.")
     return prompt
 
 

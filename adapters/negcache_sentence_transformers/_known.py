@@ -1,4 +1,4 @@
-"""Who is whose: which texts are no negatives of which anchors, in the batch and in the cache."""
+"""Who belongs to whom: which texts are not negatives of an anchor, in the batch and the cache."""
 
 from typing import Any, NamedTuple
 
@@ -16,17 +16,17 @@ RING = tuple(f"anchor_{place}" for place in range(4))
 """Where a row keeps the last anchors whose positive it was; of more than four it forgets the oldest
 one, whose negative it may be from then on."""
 
-NOTHING = NO_TEXT - 1  # in a ring's free places: the id of no text
+NOTHING = NO_TEXT - 1  # fills a ring's free places: the id of no text
 
 RING_FIELDS = {key: FieldSpec((), torch.int64) for key in RING}
 
 
 class Ids(NamedTuple):
-    """A batch's texts, by ids: int64.
+    """A batch's texts as ids: int64.
 
     anchors: (B,) contents
-    slots:   (n,) by which an item has its slot; n = B (1 + H), column by column
-    texts:   (n,) contents; NO_TEXT where there is none, which is nobody's negative
+    slots:   (n,) that identify an item's slot; n = B (1 + H), column by column
+    texts:   (n,) contents; NO_TEXT for an empty one, which is nobody's negative
     """
 
     anchors: Tensor
@@ -34,20 +34,20 @@ class Ids(NamedTuple):
     texts: Tensor
 
     def of_dataset(self, number: int) -> "Ids":
-        """Return ids as those of a data set, whose texts are others than equal texts elsewhere."""
+        """Return ids for a data set, whose texts differ from equal texts in other data sets."""
         ids = (torch.where(each == NO_TEXT, NO_TEXT, each ^ number) for each in self)
         return Ids(*ids)
 
 
 class Known(NamedTuple):
-    """What is known of a batch.
+    """Facts about a batch.
 
-    own:    key -> (B, P), ids by which a row is no negative of an anchor
-    labels: key -> (n,), what the items are to be stored with
-    hard:   key -> (B, H), labels of explicit negatives: NO_TEXT, which no anchor admits, for those
+    own:    key -> (B, P), ids of rows that are not negatives of an anchor
+    labels: key -> (n,), what to store with the items
+    hard:   key -> (B, H), labels of explicit negatives: NO_TEXT, which no anchor accepts, for those
             that do not count, and NOTHING for the others
-    sound:  bool (B,), whether neither the anchor nor its positive is empty
-    share:  the queries of all processes for each one that is sound; 0 where none is
+    sound:  bool (B,), whether both the anchor and its positive have content
+    share:  all processes' queries per sound one; 0 if none is sound
     """
 
     own: dict[str, Tensor]
@@ -57,7 +57,7 @@ class Known(NamedTuple):
     share: float
 
     def weight(self, dtype: torch.dtype) -> Tensor | None:
-        """Return the anchors' weights (B,), for a mean over the sound ones; None where all are."""
+        """Return the anchors' weights (B,), for a mean over the sound ones; None if all are."""
         return None if self.share == 1.0 else self.sound.to(dtype) * self.share
 
     def negatives(self, items: Tensor) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Known(NamedTuple):
 def known_of(
     ids: Ids, labels: dict[str, Tensor], cache: NegativeCache, placement: Any, xp: Any
 ) -> Known:
-    """Return what is known of a batch, from itself, all processes' batches, and the cache.
+    """Return the facts about a batch, from itself, all processes' batches, and the cache.
 
     labels: key -> (n,), what else to store with the items
     """
@@ -85,7 +85,7 @@ def known_of(
     columns = len(ids.texts) // count
     queries, widest = count, columns
     every, mine = torch.stack([ids.slots, ids.texts, whose], 1), slice(None)
-    if placement.sharded:  # in a step one process may be at pairs and another at triplets
+    if placement.sharded:  # in a step, one process may have pairs and another triplets
         shapes = placement.replicas.numbers([count, columns], every)
         sizes = [rows * width for rows, width in shapes]
         queries, widest = sum(rows for rows, _ in shapes), max(width for _, width in shapes)
@@ -108,7 +108,7 @@ def known_of(
     also = _partners(ids.anchors, pairs.flip(1), most)
     also = torch.where(also == NOTHING, NO_TEXT, also)
     no_text = torch.full_like(positives, NO_TEXT)
-    spare = [no_text] * (1 + widest - columns)  # exchanged ids are as wide as the widest
+    spare = [no_text] * (1 + widest - columns)  # exchanged ids are padded to the widest
     own = torch.cat([torch.stack([positives, ids.anchors, *spare], 1), also], 1)
     twice = (negatives[:, :, None] == negatives[:, None, :]).tril(-1).any(2)
     positive = (theirs == ids.anchors[:, None, None]).any(2)
@@ -126,13 +126,13 @@ def known_of(
 
 
 def enters(_: NegativeCache, new_items: Any) -> Tensor:
-    """Return which of a batch's items enter the cache: those with a text."""
+    """Return which of a batch's items enter the cache: those with content."""
     found: Tensor = new_items[TEXT] != NO_TEXT
     return found
 
 
 def _held_rings(slots: Tensor, cache: NegativeCache, xp: Any) -> Tensor:
-    """Return (n, K): the anchors that the cache knows of items (n,)."""
+    """Return (n, K): the anchors that the cache knows for items (n,)."""
     data: Any = cache.data
     place, found = first_match(slots, data[ID], cache.age != UNWRITTEN, xp=xp)
     rings = torch.stack([data[key][place] for key in RING], 1)
@@ -140,7 +140,7 @@ def _held_rings(slots: Tensor, cache: NegativeCache, xp: Any) -> Tensor:
 
 
 def _partners(keys: Tensor, pairs: Tensor, width: int) -> Tensor:
-    """Return (n, width): what stands beside keys (n,) in pairs (m, 2), each once; NOTHING after."""
+    """Return (n, width): partners of keys (n,) in pairs (m, 2), each once, padded with NOTHING."""
     if not len(pairs) or not width:
         return keys.new_full((len(keys), width), NOTHING)
     pairs = torch.unique(pairs, dim=0)  # in order
@@ -153,7 +153,7 @@ def _partners(keys: Tensor, pairs: Tensor, width: int) -> Tensor:
 
 
 def _most(keys: Tensor) -> int:
-    """Return how often the most frequent of keys (m,) is there; 0 where each is there once."""
+    """Return how often the most frequent of keys (m,) occurs; 0 if each occurs once."""
     if not len(keys):
         return 0
     most = int(torch.unique(keys, return_counts=True)[1].max())
@@ -161,7 +161,7 @@ def _most(keys: Tensor) -> int:
 
 
 def _joined(new: Tensor, old: Tensor) -> Tensor:
-    """Return rings (n, K) of two: the new ones' anchors, then the old ones' as far as they fit."""
+    """Return rings (n, K) merged from two: the new anchors, then as many old ones as fit."""
     old = torch.where((old[:, :, None] == new[:, None, :]).any(2), NOTHING, old)
     both = torch.cat([new, old], 1)
     order = torch.argsort((both == NOTHING).to(torch.uint8), dim=1, stable=True)

@@ -23,7 +23,7 @@ def processes() -> int:
         return dist.get_world_size()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError(
-            "the loss is made in one of several processes before they are joined: make the "
+            "this is one of several processes, which are not joined yet: create the "
             "SentenceTransformerTrainingArguments, which join them, before the loss."
         )
     return 1

@@ -1,4 +1,4 @@
-"""The state of losses in a folder of a checkpoint and back; looked at whole before it is loaded."""
+"""Save and load the state of losses in a checkpoint's folder; all is checked before loading."""
 
 import logging
 import re
@@ -23,32 +23,36 @@ Saved = dict[str, dict[str, Any]]  # by loss, by key of its handler's state
 
 
 def save(losses: Mapping[str, NegativeCacheLoss], folder: Path) -> None:
-    """Write the state of losses, all processes together."""
+    """Write the state of losses; all processes do this together."""
     _exchange(dcp.save, _joined(_state_of(losses)), folder)
 
 
 def load(losses: Mapping[str, NegativeCacheLoss], folder: Path) -> None:
-    """Read into the live state of losses, all processes together.
+    """Read into the live state of losses; all processes do this together.
 
-    Where no window of ages was saved, all rows compete at first. Losses that were not saved are
-    left as they are, with a warning, if others were.
+    If no window of ages was saved, all rows compete at first. Losses that were not saved are left
+    unchanged, with a warning, if others were saved.
 
-    Raises CheckpointError, before anything is changed, where what was saved does not fit.
+    Raises CheckpointError, before anything is changed, if what was saved does not fit.
     """
     own, saved = _state_of(losses), _saved_in(folder)
     wrong = [line for name in own.keys() & saved for line in _misfits(name, own, saved)]
     if not own.keys() & saved:
-        wrong = [f"of the losses {sorted(saved)}, and the trainer's are {sorted(own)}"]
+        wrong = [f"it is for the losses {sorted(saved)}, but the trainer's are {sorted(own)}"]
     if wrong:
         raise CheckpointError(
-            f"the cache saved in {folder} does not fit the trainer's: it is {'; '.join(wrong)}. "
-            "Make the losses with the options that they were saved with; or go on with empty "
-            "caches, keep_cache(trainer, start_empty=True)."
+            f"the cache saved in {folder} does not fit the trainer's: {'; '.join(wrong)}. Make "
+            "the losses with the options that they were saved with, or continue with empty "
+            "caches: keep_cache(trainer, start_empty=True)."
         )
     for name in sorted(own.keys() - saved):
-        logger.warning("The checkpoint has no cache of the loss %r: it starts as it is.", name)
+        logger.warning(
+            "The checkpoint has no cache for the loss %r, which starts with the cache it has.", name
+        )
     for name in sorted(saved.keys() - own):
-        logger.warning("The checkpoint's cache of the loss %r is left out: no such loss.", name)
+        logger.warning(
+            "The checkpoint's cache for the loss %r is ignored: there is no such loss.", name
+        )
     wanted = {
         name: {key: value for key, value in state.items() if key in saved[name]}
         for name, state in own.items()
@@ -61,26 +65,26 @@ def load(losses: Mapping[str, NegativeCacheLoss], folder: Path) -> None:
 
 
 def _misfits(name: str, own: Saved, saved: Saved) -> Iterator[str]:
-    """Say what of one loss was saved otherwise than it has it."""
+    """Yield how one loss's saved state differs from its own."""
     mine, found = own[name], saved[name]
     missing = sorted(mine.keys() - found - {_WINDOW})
     unknown = sorted(found.keys() - mine - {_WINDOW})
     if missing:
-        yield f"of {name!r} without {[_field(key) for key in missing]}"
+        yield f"for {name!r} it lacks {[_field(key) for key in missing]}"
     if unknown:
-        yield f"of {name!r} with {[_field(key) for key in unknown]}, which it has not"
+        yield f"for {name!r} it has {[_field(key) for key in unknown]}, which the loss lacks"
     shared = sorted(mine.keys() & found)
     slots = [each[_AGE].shape[0] for each in (found, mine)] if _AGE in shared else [0, 0]
     if slots[0] != slots[1]:
-        yield f"of {name!r} with cache_size={slots[0]}, where it has {slots[1]}"
+        yield f"for {name!r} it has cache_size={slots[0]}, but the loss has {slots[1]}"
         return
     for key in shared:
         shapes = [tuple(each[key].shape) for each in (found, mine)]
         dtypes = [each[key].dtype for each in (found, mine)]
         if shapes[0] != shapes[1] or dtypes[0] != dtypes[1]:
             yield (
-                f"of {name!r} with {_field(key)!r} of shape {shapes[0]} and {dtypes[0]}, where it "
-                f"has {shapes[1]} and {dtypes[1]}"
+                f"for {name!r} it has {_field(key)!r} of shape {shapes[0]} and {dtypes[0]}, but "
+                f"the loss has {shapes[1]} and {dtypes[1]}"
             )
 
 
@@ -102,7 +106,7 @@ class _Table:
 def _saved_in(folder: Path) -> Saved:
     try:
         tables = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    except Exception as error:  # a file that was cut short fails in many ways
+    except Exception as error:  # a truncated file fails in many ways
         raise CheckpointError(f"the cache saved in {folder} cannot be read: {error}") from error
     found: Saved = {}
     for joined, table in tables.items():
@@ -114,11 +118,11 @@ def _saved_in(folder: Path) -> Saved:
 
 
 def _open_window(loss: NegativeCacheLoss) -> None:
-    """Let all rows compete at first, as a handler does that loads rows without a window."""
+    """Let all rows compete at first, as a handler does when it loads rows without a window."""
     state = loss.handler.state_dict()
     window = state.pop(_WINDOW)
     loss.handler.load_state_dict(state)
-    if loss.sharded:  # as wide as the oldest row in any shard wants it
+    if loss.sharded:  # as wide as the oldest row in any shard needs
         dist.all_reduce(window, dist.ReduceOp.MAX)
 
 
@@ -131,6 +135,6 @@ def _joined(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _exchange(verb: Any, state: dict[str, Tensor], folder: Path) -> None:
-    with warnings.catch_warnings():  # one process alone is no reason to warn
+    with warnings.catch_warnings():  # no warning for a single process
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         verb(state, checkpoint_id=folder)

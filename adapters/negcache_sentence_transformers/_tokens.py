@@ -1,4 +1,4 @@
-"""Texts as rows of one length, which a cache can store, and back as what a model takes."""
+"""Texts as rows of one length, which a cache can store, and back to a model's features."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -32,14 +32,14 @@ _USUAL = (TOKENS, MASK, "token_type_ids")
 class TokenRows(NamedTuple):
     """How a model's features become rows of `length` tokens.
 
-    length: T, tokens of a row; shorter texts end in zeros
-    dtypes: field -> what the model takes, each (rows, tokens)
+    length: T, tokens in a row; shorter texts end in zeros
+    dtypes: field -> the dtype that the model takes, each (rows, tokens)
     around: task -> the tokens before and after each text
     model:  the SentenceTransformer
 
-    Tokens are stored as int32 and the masks and types beside them as int8: a quarter of int64. With
-    each row is stored what decides its embedding beside its tokens: the length of its prompt, its
-    task, the form in which the model takes it. So a row never depends on the batch that draws it.
+    Tokens are stored as int32, and masks and types as int8. Each row also stores whatever else
+    decides its embedding: the length of its prompt, its task, and the form in which the model takes
+    it. So a row never depends on the batch that draws it.
     """
 
     length: int
@@ -49,9 +49,9 @@ class TokenRows(NamedTuple):
 
     @classmethod
     def of(cls, model: Any, max_length: int | Mapping[str, int] | None) -> "TokenRows":
-        """Ask the model what it makes of a text, on each of its routes that answers.
+        """Ask the model for its features of a text, on each of its routes that answers.
 
-        Raises OptionError where no length is known, and KindError for a model without tokens.
+        Raises OptionError if no length is known, and KindError for a model without tokens.
         """
         dtypes, around, refused = _asked(model)
         if not dtypes and refused is not None:
@@ -63,7 +63,7 @@ class TokenRows(NamedTuple):
 
     @classmethod
     def unasked_length(cls, model: Any) -> "TokenRows":
-        """Return rows that are not stored, of a model that may take something else than texts."""
+        """Return rows that are not stored, for a model that may take something other than texts."""
         dtypes, around, _ = _asked(model)
         return cls(0, dtypes, around, model)
 
@@ -79,8 +79,8 @@ class TokenRows(NamedTuple):
     def pack(self, columns: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return rows to store, column by column.
 
-        `id` says which item a row is: equal tokens, prompts and tasks. `text` is what it says,
-        whatever its prompt; NO_TEXT where that is nothing.
+        `id` identifies a row's item: equal tokens, prompts and tasks. `text` identifies its
+        content, whatever its prompt; NO_TEXT if it has none.
 
         Raises KindError, KeysError, ShapeError or OptionError for what a row cannot store.
         """
@@ -88,16 +88,16 @@ class TokenRows(NamedTuple):
         return {key: torch.cat([part[key] for part in parts]) for key in self.specs()}
 
     def unstored(self, column: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return rows of a column that no cache stores, such as anchors: as long as they are.
+        """Return rows of a column that no cache stores, such as anchors, at their own length.
 
-        Raises KindError, KeysError or OptionError for what a row cannot say.
+        Raises KindError, KeysError or OptionError for what a row cannot hold.
         """
         return self._column(column, None)
 
     def contents(self, column: Mapping[str, Any]) -> Tensor:
-        """Return int64 (n,), the `text` of a column's rows, or what else tells them apart.
+        """Return int64 (n,), the `text` of a column's rows, or what else identifies them.
 
-        Raises KindError for what can not be told apart.
+        Raises KindError for rows that cannot be identified.
         """
         if TOKENS not in column:
             return ids_of_others(column)
@@ -106,19 +106,19 @@ class TokenRows(NamedTuple):
         return self._contents(rows, given, lengths)
 
     def anchors(self, column: Mapping[str, Any], _: Mapping[str, Tensor]) -> Tensor:
-        """Return int64 (n,), by which anchors are told apart."""
+        """Return int64 (n,) that identify anchors."""
         return self.contents(column)
 
     def told(self) -> dict[str, Any]:
-        """Return what the model card tells of how rows are kept."""
+        """Return what the model card says about how rows are kept."""
         return {"features": "content"}
 
     def kinds(self, words: Tensor) -> dict[str, Tensor | None]:
-        """Return the rows of each kind, by their facts; None where all are of one.
+        """Return the rows of each kind, by their facts; None if all are of one kind.
 
-        Rows of one form, task and, where the model leaves prompts out, prompt length are of a kind.
+        A kind is one form, one task and, if the model leaves prompts out, one prompt length.
         """
-        if (words == words[:1]).all():  # as most often: no need to sort
+        if (words == words[:1]).all():  # the usual case: no need to sort
             return {self._named(words[:1])[0]: None}
         keys, which = text_ids(words, torch.ones_like(words)).unique(return_inverse=True)
         of_each = torch.empty_like(keys).scatter_(0, which, torch.arange(len(which)).to(which))
@@ -130,7 +130,7 @@ class TokenRows(NamedTuple):
         return {kind: (of == number).nonzero()[:, 0] for kind, number in numbers.items()}
 
     def features(self, rows: Mapping[str, Tensor], kind: str) -> dict[str, Any]:
-        """Return what the model takes for rows of one kind."""
+        """Return the model's features for rows of one kind."""
         form, facts = parse(kind)
         features = to_features({key: rows[key] for key in self.dtypes}, form)
         dtypes = self.dtypes.items()
@@ -148,16 +148,16 @@ class TokenRows(NamedTuple):
         unknown = sorted(rows.keys() - self.dtypes.keys())
         if unknown:
             raise KeysError(
-                f"a column has {unknown}, and the cache was made for {sorted(self.dtypes)}: what "
-                "the model gave for a text when the loss was made. Make the loss anew."
+                f"a column has {unknown}, but the cache was made for {sorted(self.dtypes)}, "
+                "which the model returned for a text when the loss was made. Make a new loss."
             )
         tokens, live = rows[TOKENS], rows[MASK].bool()
         count, width = tokens.shape
         length = width if length is None else length
         if width > length:
             raise ShapeError(
-                f"a text has {width} tokens and the cache stores {length}: make the loss with "
-                "a larger max_length, or lower the model's max_seq_length."
+                f"a text has {width} tokens, but the cache stores {length}: make the loss with a "
+                "larger max_length, or lower the model's max_seq_length."
             )
         if form[0] in {"padded", "counted"}:
             form += sorted(self.dtypes.keys() - rows.keys())
@@ -188,9 +188,9 @@ class TokenRows(NamedTuple):
 def _asked(
     model: Any,
 ) -> tuple[dict[str, torch.dtype], dict[str | None, Around], KindError | None]:
-    """Return what the model makes of a text, what it puts around one, and what it is no model of.
+    """Return the model's features of a text, what it puts around one, and the error of a misfit.
 
-    On each of its routes that answers.
+    For each of its routes that answers.
     """
     dtypes: dict[str, torch.dtype] = {}
     around: dict[str | None, Around] = {}
@@ -222,7 +222,7 @@ def _sample(model: Any, text: str, task: str | None) -> tuple[dict[str, Tensor],
 
 
 def _leaves_prompts_out(model: Any) -> bool:
-    """Return whether a module may leave prompts out: a pooling that does, or one of the user's."""
+    """Return whether a module may leave prompts out: a pooling that does, or a user's module."""
     return any(
         not getattr(each, "include_prompt", True)
         or not type(each).__module__.startswith("sentence_transformers.")
@@ -231,7 +231,7 @@ def _leaves_prompts_out(model: Any) -> bool:
 
 
 def _parts(modules: Iterable[Any]) -> Iterator[Any]:
-    """Yield modules, those of a router's routes instead of the router."""
+    """Yield modules, with the modules of a router's routes in place of the router."""
     for each in modules:
         if hasattr(each, "sub_modules"):
             for route in each.sub_modules.values():

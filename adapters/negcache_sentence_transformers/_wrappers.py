@@ -1,4 +1,4 @@
-"""What may be around a model: the trainer's wrappers, and those of losses, which are refused."""
+"""Wrappers of a model: the trainer's, and those of other losses, which are refused."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +16,12 @@ _LAYERS = (adaptive_layer.ForwardDecorator, adaptive_layer.TransformerDecorator)
 
 
 def bare(model: nn.Module) -> SentenceTransformer:
-    """Return the model without what the trainer has put around it."""
+    """Return the model without the trainer's wrappers."""
     return next(each for each in model.modules() if isinstance(each, SentenceTransformer))
 
 
 def parallel(model: nn.Module) -> DistributedDataParallel | None:
-    """Return the DistributedDataParallel around a model; what is in it asks no process."""
+    """Return the DistributedDataParallel around a model, or None; inside, nothing is exchanged."""
     for each in model.modules():  # from the outside
         if isinstance(each, SentenceTransformer):
             break
@@ -31,15 +31,15 @@ def parallel(model: nn.Module) -> DistributedDataParallel | None:
 
 
 def may_route(model: nn.Module) -> bool:
-    """Return whether some texts may go through other weights than others."""
+    """Return whether different texts may go through different weights."""
     return any(hasattr(each, "sub_modules") for each in model.modules())
 
 
 @contextmanager
 def found_behind(wrapped: DistributedDataParallel, others: list[Tensor]) -> Iterator[None]:
-    """Let a call of what is wrapped return other embeddings too.
+    """Let a call of the wrapped model also return other embeddings.
 
-    DistributedDataParallel takes weights for unused that are not behind what its call returns.
+    DistributedDataParallel treats weights as unused if the result of its call does not need them.
     """
 
     def beside(_: nn.Module, __: Any, output: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def found_behind(wrapped: DistributedDataParallel, others: list[Tensor]) -> Iter
 
 
 def refuse_shards(model: nn.Module) -> None:
-    """Raise OptionError where each call of the model waits for other processes' calls.
+    """Raise OptionError if each call of the model waits for other processes' calls.
 
     DistributedDataParallel is called once a step, whatever is drawn.
     """
@@ -62,26 +62,27 @@ def refuse_shards(model: nn.Module) -> None:
         wrapped = parallel(model) is None and model is not bare(model)
         if wrapped or "FSDPModule" in bases:
             raise OptionError(
-                "features='index' in several processes takes a model in DistributedDataParallel, "
-                "or a bare one: others, such as FSDP and DeepSpeed, need as many calls of the "
-                "model in each process, and these depend on what is drawn."
+                "features='index' in several processes needs a model in "
+                "DistributedDataParallel, or an unwrapped one: others, such as FSDP and "
+                "DeepSpeed, need the same number of model calls in each process, but that "
+                "number depends on what is drawn."
             )
 
 
 def refuse_wrappers(model: nn.Module) -> None:
-    """Raise OptionError where a wrapping loss has replaced how the model, or a part, is called."""
+    """Raise OptionError if a wrapping loss has replaced how the model, or a part, is called."""
     inner = bare(model)
     for module in (model, inner, *inner.children()):
         forward = vars(module).get("forward")
         if isinstance(forward, _LAYERS):
             raise OptionError(
-                "AdaptiveLayerLoss or Matryoshka2dLoss is around NegativeCacheLoss: they take "
+                "AdaptiveLayerLoss or Matryoshka2dLoss wraps NegativeCacheLoss: they take "
                 "embeddings from earlier layers, which the cache does not hold. Use "
-                "NegativeCacheLoss alone; for embeddings that may be cut, "
+                "NegativeCacheLoss alone; for embeddings that can be shortened, "
                 "NegativeCacheLoss(matryoshka_dims=…)."
             )
         if isinstance(forward, _CUTS):
             raise OptionError(
-                "MatryoshkaLoss is around NegativeCacheLoss: it cuts the embeddings that the cache "
+                "MatryoshkaLoss wraps NegativeCacheLoss: it cuts the embeddings that the cache "
                 "holds whole. Use NegativeCacheLoss(matryoshka_dims=…) instead of wrapping it."
             )

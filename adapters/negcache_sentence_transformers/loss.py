@@ -1,6 +1,6 @@
 """The loss: MultipleNegativesRankingLoss against everything in a cache.
 
-More than 300 lines, as half of them are what users read: the docstring, and the options.
+More than 300 lines, because half of them are for users: the docstring, and the options.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -155,7 +155,7 @@ class NegativeCacheLoss(nn.Module):
                 "texts have one dense embedding each."
             )
         if mini_batch_size is not None:
-            negcache.in_chunks(partial(embed, model), mini_batch_size)  # raises where it is wrong
+            negcache.in_chunks(partial(embed, model), mini_batch_size)  # raises if it is wrong
         self.model, self.mini_batch_size = model, mini_batch_size
         self.sharded, self.partition_mode = processes() > 1, partition_mode
         self.in_batch_negatives = check_flag(in_batch_negatives, "in_batch_negatives")
@@ -237,9 +237,9 @@ class NegativeCacheLoss(nn.Module):
         learning = bare(self.model).training and torch.is_grad_enabled()
         if learning and self.report is None and not self.own_loop:
             raise negcache.OptionError(
-                "a trainer saves its model and not its loss, so the cache would be lost with its "
-                "checkpoints: call keep_cache(trainer) before trainer.train(). In a training loop "
-                "of your own make the loss with own_loop=True, and save loss.state_dict()."
+                "a trainer saves its model but not its loss, so the cache would be lost with "
+                "its checkpoints: call keep_cache(trainer) before trainer.train(). In your own "
+                "training loop, make the loss with own_loop=True, and save loss.state_dict()."
             )
         refuse_wrappers(self.model)
         handler = self.handler
@@ -268,7 +268,7 @@ class NegativeCacheLoss(nn.Module):
             )
             return result.loss
         found = handler.retrieve(queries, positives, positive_ids=known.own)
-        # One call of the model for all texts but the anchors, which are shorter: one a kind.
+        # One call of the model per kind for all texts except the anchors, which are shorter.
         inputs = {key: torch.cat([rows[key], found.features[key]]) for key in handler.data_keys}
         embeddings = embedder.items(inputs, queries)
         items, drawn = embeddings.tensor_split([len(rows[ID])])

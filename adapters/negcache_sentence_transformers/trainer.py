@@ -1,4 +1,4 @@
-"""Save a loss's cache with the trainer's checkpoints, go on from there, and log its metrics."""
+"""Save a loss's cache with the trainer's checkpoints, resume from them, and log its metrics."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ from ._saved import load, save
 from .loss import NegativeCacheLoss
 
 logger = logging.getLogger(__name__)
-_NOTE = "negcache"  # where in trainer_state.json a checkpoint says which folder has its caches
+_NOTE = "negcache"  # where trainer_state.json names the folder with a checkpoint's caches
 _FOLDER = "negcache-"
 
 
@@ -89,7 +89,7 @@ def keep_cache(
 
 
 class _Keeper(TrainerCallback):
-    """Does what `keep_cache` says, on the trainer's events; every process has one."""
+    """Does what `keep_cache` describes, on the trainer's events; every process has one."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class _Keeper(TrainerCallback):
         self.hooked: dict[str, Any] = {}
 
     def losses(self) -> dict[str, NegativeCacheLoss]:
-        """Return the losses that have a cache, by where they are in the trainer's; each once."""
+        """Return the losses that have a cache, by their place in the trainer's; each once."""
         given = self.trainer.loss
         named = given if isinstance(given, dict) else {"loss": given}
         found = {
@@ -116,12 +116,12 @@ class _Keeper(TrainerCallback):
         return {name: loss for loss, name in reversed(found.items())}
 
     def hook(self, name: str, function: Any) -> None:
-        """Put a function in the place of this one trainer's method."""
+        """Replace a method of this one trainer by a function."""
         self.hooked[name] = vars(self.trainer).get(name)
         setattr(self.trainer, name, function)
 
     def unhook(self) -> None:
-        """Give the trainer its methods back."""
+        """Restore the trainer's methods."""
         for name, before in self.hooked.items():
             delattr(self.trainer, name)
             if before is not None:
@@ -132,12 +132,12 @@ class _Keeper(TrainerCallback):
         del control
         losses, note = self.losses(), state.stateful_callbacks.get(_NOTE)
         if state.global_step > 0 and self.start_empty:
-            self._empty("The training goes on with empty caches: start_empty=True.")
+            self._empty("Training continues with empty caches, because of start_empty=True.")
         elif note is not None:
             load(losses, self._find(args, state, note))
         elif state.global_step > 0:
             logger.warning(
-                "The checkpoint was saved by a training without a negative cache: it starts empty."
+                "The checkpoint was saved without a negative cache: the cache starts empty."
             )
         elif self.trainer.model_init is not None:
             self._empty("The trainer's model_init made a new model: its cache starts empty.")
@@ -146,8 +146,8 @@ class _Keeper(TrainerCallback):
             HubStrategy.ALL_CHECKPOINTS,
         }:
             logger.warning(
-                "Checkpoints are pushed to the hub before the cache is saved into them: to go on "
-                "from one that was pushed, upload its folder %s… too.",
+                "Checkpoints are pushed to the hub before the cache is saved into them: to "
+                "resume from a pushed one, upload its folder %s… too.",
                 _FOLDER,
             )
         (self.folder,) = broadcast_object_list([_FOLDER + secrets.token_hex(8)])
@@ -157,9 +157,9 @@ class _Keeper(TrainerCallback):
             loss.report = self.trainer.track_loss_components
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Forget metrics that were logged: else the trainer divides by 0 steps where none follow.
+        """Forget logged metrics: otherwise the trainer divides by 0 steps if none follow.
 
-        So it does in a time of logging in which all batches are of data sets with other losses.
+        That happens if all batches between two logs are from data sets with other losses.
         """
         del args, state, control
         if logs is not None and "loss" in logs:
@@ -169,19 +169,19 @@ class _Keeper(TrainerCallback):
         """Save the caches into the checkpoint that the trainer has just written."""
         del control
         if args.save_only_model or state.is_hyper_param_search:
-            return  # such checkpoints are not to go on from; one that is tried says what it lacks
+            return  # such checkpoints cannot be resumed; trying to says what is missing
         checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         save(self.losses(), checkpoint / self.folder)
-        if args.should_save:  # what another run left there, whose checkpoint was written over
+        if args.should_save:  # left by another run, whose checkpoint was overwritten
             for old in checkpoint.glob(f"{_FOLDER}*"):
                 if old.name != self.folder:
                     shutil.rmtree(old, ignore_errors=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Go back to the best model's caches; let go of the losses, which need keeping anew."""
+        """Go back to the best model's caches, and release the losses, which must be kept again."""
         del control
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
-        if best is not None and not state.is_hyper_param_search:  # whose models go as they came
+        if best is not None and not state.is_hyper_param_search:  # whose models are left unchanged
             self._load_best(Path(best))
         for loss in self.losses().values():
             loss.report = None
@@ -192,9 +192,9 @@ class _Keeper(TrainerCallback):
             load(self.losses(), checkpoint / told["stateful_callbacks"][_NOTE]["folder"])
         except (OSError, KeyError, CheckpointError) as error:
             logger.warning(
-                "The trainer is back at its best model, of %s, and the cache is that of the last "
-                "step: none was saved there, or not one that fits (%s). Before this model trains "
-                "on, call loss.handler.reset().",
+                "The trainer is back at its best model, from %s, but the cache is that of the "
+                "last step: none was saved there, or not one that fits (%s). Before training "
+                "this model further, call loss.handler.reset().",
                 checkpoint,
                 error,
             )
@@ -213,34 +213,35 @@ class _Keeper(TrainerCallback):
             if (checkpoint / note["folder"] / ".metadata").is_file():  # written last
                 return checkpoint / note["folder"]
         raise OptionError(
-            f"the trainer resumes at step {state.global_step}, and the cache of that checkpoint, "
+            f"the trainer resumes at step {state.global_step}, but the cache of that checkpoint, "
             f"{note['folder']}, is in none of {[str(each) for each in checkpoints]}: name the "
-            "checkpoint, keep_cache(trainer, checkpoint=…). Where it is lost, or was never saved, "
-            "as with save_only_model, go on with an empty one: keep_cache(trainer, "
-            "start_empty=True)."
+            "checkpoint with keep_cache(trainer, checkpoint=…). If the cache is lost, or was "
+            "never saved, as with save_only_model, continue with an empty one: "
+            "keep_cache(trainer, start_empty=True)."
         )
 
 
 def _check_names(trainer: SentenceTransformerTrainer, grouped: list[str]) -> None:
-    """Raise OptionError unless all data sets have names, those to evaluate the names of others."""
+    """Raise OptionError unless all data sets have names, and evaluation uses training names."""
     train: Any = trainer.train_dataset
     evaluated: Any = trainer.eval_dataset
     for what, given in (("train_dataset", train), ("eval_dataset", evaluated)):
         if given is not None and not isinstance(given, DatasetDict):
             raise OptionError(
-                f"the losses {grouped} have group_by_dataset=True, and {what} is a "
-                f"{type(given).__name__}: expected a DatasetDict, whose names tell data sets apart."
+                f"the losses {grouped} have group_by_dataset=True, but {what} is a "
+                f"{type(given).__name__}: expected a DatasetDict, whose names tell data sets "
+                "apart."
             )
     unknown = [] if train is None or evaluated is None else sorted(set(evaluated) - set(train))
     if unknown:
         raise OptionError(
-            f"eval_dataset has {unknown}, which train_dataset has not: with group_by_dataset=True "
-            "no row of the cache would compete there. Give them the names of data sets in training."
+            f"eval_dataset has {unknown}, which train_dataset lacks: with group_by_dataset=True "
+            "no row of the cache would compete there. Give them the names of training data sets."
         )
 
 
 def _is_dict(dataset: Any, args: Any, loss: Any) -> bool:
-    """Say of every dict of data sets that its batches tell their names."""
+    """Say that batches of every dict of data sets name their data set."""
     del args, loss
     return isinstance(dataset, DatasetDict)
 
@@ -248,7 +249,7 @@ def _is_dict(dataset: Any, args: Any, loss: Any) -> bool:
 def _naming(
     compute_loss: Callable[..., Any], losses: dict[str, NegativeCacheLoss]
 ) -> Callable[..., Any]:
-    """Return `compute_loss` so that it tells losses of which data set a batch is."""
+    """Return a `compute_loss` that tells losses which data set a batch is from."""
 
     @wraps(compute_loss)
     def named(model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:

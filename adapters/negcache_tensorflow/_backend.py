@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.eager import record  # nothing public tells what a tape records
+from tensorflow.python.eager import record  # there is no public way to see what a tape records
 
 from negcache_core import KindError
 from negcache_core.adapter import Backend
@@ -13,11 +13,11 @@ from negcache_core.adapter import Backend
 from . import _namespace
 from ._chunks import map_chunks
 
-# all_gather knows few dtypes: the others travel as one that holds all their values.
+# all_gather supports few dtypes: the others travel as one that holds all their values.
 _WIRE = {
     **dict.fromkeys((tf.bool, tf.int8, tf.int16, tf.uint8, tf.uint16), tf.int32),
     tf.uint32: tf.int64,
-    tf.uint64: tf.int64,  # the cast keeps the bits, there and back
+    tf.uint64: tf.int64,  # the cast and its reverse keep the bits
     tf.bfloat16: tf.float32,
 }
 
@@ -58,22 +58,22 @@ class TensorFlowBackend(Backend[Any]):
         return arrays
 
     def has_graph(self, value: Any) -> bool:
-        # An eager tensor that a tape records is one of this step, if the loss is made in each.
+        # An eager tensor that a tape records belongs to this step, if each step makes a loss.
         if not isinstance(value, tf.Tensor) or not tf.is_symbolic_tensor(value):
             return False
-        graph = tf.compat.v1.get_default_graph()  # a body of a loop is inside of another
+        graph = tf.compat.v1.get_default_graph()  # the body of a loop is inside another
         while graph is not None and graph is not value.graph:
             graph = getattr(graph, "outer_graph", None)
         return graph is None
 
     def after(self, arrays: Any) -> contextlib.AbstractContextManager[Any]:
-        # A graph runs whatever has its inputs, also where something else is about to fail.
+        # A graph runs whatever has its inputs, even if something else is about to fail.
         return tf.control_dependencies(
             [each for each in tf.nest.flatten(arrays) if isinstance(each, tf.Tensor)]
         )
 
     def slice_rows(self, array: tf.Tensor, start: Any, size: int) -> tf.Tensor:
-        # Gathered: a slice of a variable that is written to would first read a copy of all of it.
+        # Gathered: slicing a variable that is written to would first copy all of it.
         rows = tf.cast(start, tf.int64) + tf.range(size, dtype=tf.int64)
         return tf.gather(array, rows)
 
@@ -105,7 +105,7 @@ class TensorFlowBackend(Backend[Any]):
             (tf.constant(1, tf.int64), carry, arrays),
             parallel_iterations=1,
         )
-        # Rows and queries keep their static sizes, where they have any.
+        # Rows and queries keep their static sizes, if they have any.
         return carry, tuple(
             tf.reshape(array.stack(), (count * part.shape[0], part.shape[1] or -1))
             for array, part in zip(arrays, first, strict=True)
@@ -116,7 +116,7 @@ class TensorFlowBackend(Backend[Any]):
 
     def write_rows(self, table: tf.Variable, slots: tf.Tensor, rows: tf.Tensor) -> tf.Variable:
         if isinstance(table, tf.distribute.DistributedValues):
-            # Such a variable has no scatter of its own, but this replica's part of it has a handle.
+            # Such a variable has no scatter, but this replica's part of it has a handle.
             tf.raw_ops.ResourceScatterNdUpdate(
                 ref=table.handle, indices=slots[:, None], updates=rows
             )
@@ -140,7 +140,7 @@ class TensorFlowBackend(Backend[Any]):
         return tf.random.Generator.from_seed(seed)
 
     def remember(self, generator: Any) -> Callable[[], Any] | None:
-        # A trace has drawn nothing yet; nor can a replica put back what it shares.
+        # A trace has drawn nothing yet, and a replica cannot undo what it shares.
         drawing = isinstance(generator, tf.random.Generator)
         if not drawing or not tf.executing_eagerly() or tf.distribute.has_strategy():
             return None
@@ -160,18 +160,18 @@ class TensorFlowBackend(Backend[Any]):
 
 
 def _is_recorded(array: Any) -> bool:
-    """Return whether a gradient tape that is active here records what becomes of an array."""
+    """Return whether a gradient tape that is active here records the uses of an array."""
     tensor = tf.convert_to_tensor(array)
     recorded: bool = record.should_record_backprop([tensor])
     return recorded
 
 
 def _learns_unseen(array: Any) -> bool | None:
-    """Return None for an array that a tape outside of this trace may record, False otherwise.
+    """Return None for an array that a tape outside this trace may record, False otherwise.
 
-    An argument of the function that is traced tells nothing of where it comes from. So an array
-    that was made of one is known to be a constant only if it was also made of what is recorded: of
-    a variable, with something in between that stops gradients.
+    An argument of a traced function does not show where it comes from. So an array computed from
+    one is known to be a constant only if it was also computed from something recorded: from a
+    variable, with something in between that stops gradients.
     """
     if not tf.is_symbolic_tensor(array):
         return False

@@ -1,4 +1,4 @@
-"""negcache's classes in TensorFlow; what mypy knows of them stands in _bound.pyi."""
+"""negcache's classes in TensorFlow; mypy reads their types from _bound.pyi."""
 
 import contextlib
 from typing import Any
@@ -28,8 +28,9 @@ class _DistributedLoss:
         strategy = tf.distribute.get_strategy()
         if self.top_k is not None and isinstance(strategy, tf.distribute.TPUStrategy):
             raise OptionError(
-                "top_k needs each replica to know while it is traced which one it is, and a TPU's "
-                "replicas share one trace: leave top_k out to draw from the softmax over all slots."
+                "top_k needs each replica to know while tracing which one it is, but a TPU's "
+                "replicas share one trace: leave top_k out to draw from the softmax over all "
+                "slots."
             )
         self.placement = self.placement.of(StrategyReplicas(strategy))
 
@@ -90,4 +91,4 @@ BOUND = bind(
         "NegativeCacheLoss": _FrontDoor,
     },
 )
-globals().update(BOUND._asdict())  # the names are those of _bound.pyi
+globals().update(BOUND._asdict())  # the names match _bound.pyi

@@ -1,9 +1,9 @@
-"""Rows through a function a chunk at a time, and again in the backward pass.
+"""Run rows through a function a chunk at a time, and again in the backward pass.
 
-Not by tf.recompute_grad for each chunk: TensorFlow would keep what a loop of those differentiates,
-and tensors that the function closes over would get no gradient. Here the whole loop has one
-gradient, which is a loop of its own, so that any number of rows, also one that tracing leaves
-unknown, takes one small graph and the memory of one chunk.
+This does not use tf.recompute_grad per chunk: TensorFlow would keep what a loop of those
+differentiates, and tensors that the function closes over would get no gradient. Here the whole loop
+has one gradient, itself a loop. So any number of rows, even one unknown while tracing, takes one
+small graph and the memory of one chunk.
 """
 
 import contextlib
@@ -11,28 +11,30 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import tensorflow as tf
-from tensorflow.python.eager import context, record, tape  # nothing public tells what they know
-from tensorflow.python.framework import op_callbacks  # nor what a call does
+from tensorflow.python.eager import context, record, tape  # there is no public way to read these
+from tensorflow.python.framework import op_callbacks  # nor to see what a call does
 
 from negcache_core import OptionError
 
 
 def map_chunks(function: Callable[..., Any], arrays: Sequence[Any], size: int) -> Any:
-    """Do what `Backend.map_chunks` says."""
+    """Implement `Backend.map_chunks`."""
     eager = tf.executing_eagerly()
     cut = _Cut([tf.convert_to_tensor(array) for array in arrays], size)
     heads = [cut.head(array) for array in cut.arrays]
     if eager and not record.could_possibly_record():
         return _forward(function, cut, function(*heads))
-    with _Watched(heads) as watched:  # recorded, as else a tf.function tells of no variables
+    with _Watched(
+        heads
+    ) as watched:  # recorded, because otherwise a tf.function reports no variables
         first = function(*heads)
     with record.stop_recording():
-        first = tf.identity(first)  # and forgotten by the tape with the tensor that it was
+        first = tf.identity(first)  # and the tape forgets it together with the original tensor
     watched.refuse_what_cannot_be_repeated()
     closed_over = watched.closed_over()
 
     def run(*inputs: Any) -> tuple[Any, Callable[..., Any]]:
-        del inputs  # the same tensors as outside
+        del inputs  # the same tensors as outside the function
         for variable in watched.variables:
             tape.variable_accessed(variable)  # in the first chunk
         with record.stop_recording() if eager else contextlib.nullcontext():
@@ -51,9 +53,9 @@ def map_chunks(function: Callable[..., Any], arrays: Sequence[Any], size: int) -
 
 
 class _Cut:
-    """Where the rows of `arrays` are cut: the first chunk is the short one.
+    """How the rows of `arrays` are split: the first chunk is the short one.
 
-    So all others have a size that is known, and the first tells what the function returns.
+    So all others have a known size, and the first shows what the function returns.
     """
 
     def __init__(self, arrays: Sequence[Any], size: int) -> None:
@@ -62,7 +64,7 @@ class _Cut:
         self.known = rows is not None
         if not self.known:
             rows = tf.shape(arrays[0])[0]
-            for each in arrays[1:]:  # a longer one would be cut off in silence
+            for each in arrays[1:]:  # a longer one would be truncated silently
                 tf.debugging.assert_equal(tf.shape(each)[0], rows)
         self.others = ((max(rows, 1) if self.known else tf.maximum(rows, 1)) - 1) // size
         self.first = rows - self.others * size
@@ -76,7 +78,7 @@ class _Cut:
         return tf.gather(array, self.first + chunk * self.size + tf.range(self.size))
 
     def loop(self, body: Callable[..., Any], carry: Any) -> Any:
-        """Return what body(chunk, carry) makes of `carry`, over the other chunks."""
+        """Return `carry` after body(chunk, carry) ran over the other chunks."""
         if self.known and (tf.executing_eagerly() or self.others < 2):
             for chunk in range(self.others):
                 carry = body(chunk, carry)
@@ -90,11 +92,11 @@ class _Cut:
         )[1]
 
     def parts(self, first: Any) -> Any:
-        """Return a place for what the other chunks yield, each as the first one did."""
+        """Return space for the results of the other chunks, shaped like the first one's."""
         shape = (self.size, *first.shape[1:])
         if self.known:
             return tf.TensorArray(first.dtype, self.others, element_shape=shape)
-        # One, if there is none: an empty array could not be read where a size is unknown.
+        # One, even if there is none: an empty array could not be read if a size is unknown.
         parts = tf.TensorArray(first.dtype, tf.maximum(self.others, 1), element_shape=shape)
         sizes = tf.concat([[self.size], tf.shape(first)[1:]], 0)
         return parts.write(0, tf.zeros(sizes, first.dtype))
@@ -144,14 +146,14 @@ def _backward(
 
     first, sums = gradients(cut.head)
     if not tf.executing_eagerly():
-        sums = [tf.convert_to_tensor(each) for each in sums]  # a loop carries no sparse ones
+        sums = [tf.convert_to_tensor(each) for each in sums]  # a loop cannot carry sparse ones
     parts, sums = cut.loop(body, ([cut.parts(each) for each in first], sums))
     rows = [cut.joined(each, part) for each, part in zip(first, parts, strict=True)]
     return iter([*rows, *sums])
 
 
 def _sum(left: Any, right: Any) -> Any:
-    """Return left + right, sparse if both are, as the gradients of a table's rows."""
+    """Return left + right, sparse if both are, as gradients of a table's rows are."""
     if isinstance(left, tf.IndexedSlices) and isinstance(right, tf.IndexedSlices):
         return tf.IndexedSlices(
             tf.concat([left.values, right.values], 0),
@@ -162,7 +164,7 @@ def _sum(left: Any, right: Any) -> Any:
 
 
 class _Watched:
-    """What a function does in this context: what it reads from outside, and what it changes.
+    """What a function does in this context: which outside tensors it reads, and what it changes.
 
     heads: its own arguments
     """
@@ -190,14 +192,14 @@ class _Watched:
             return
         for operation in self._graph.get_operations()[self._before :]:
             self._done.update((operation.type, *_called(operation.node_def)))
-            if operation.type != "Placeholder":  # which stands for what is read from outside
+            if operation.type != "Placeholder":  # which represents what is read from outside
                 self._note(operation.inputs, operation.outputs)
 
     def _executed(
         self, kind: Any, inputs: Any, attributes: Any, outputs: Any, *names: Any, **more: Any
     ) -> None:
         del attributes, names, more
-        self._done.add(tf.compat.as_str(kind))  # of a function its name, in bytes
+        self._done.add(tf.compat.as_str(kind))  # the name of a function, in bytes
         self._note(inputs, outputs)
 
     def _note(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
@@ -208,7 +210,7 @@ class _Watched:
 
     def closed_over(self) -> list[Any]:
         """Return the floating tensors that a gradient may have to reach."""
-        known = record.could_possibly_record()  # else a tape may be outside of this trace
+        known = record.could_possibly_record()  # otherwise a tape may be outside this trace
         return [
             each
             for each in self._outside.values()
@@ -216,16 +218,16 @@ class _Watched:
         ]
 
     def refuse_what_cannot_be_repeated(self) -> None:
-        """Raise OptionError if a second run would draw or find something else."""
+        """Raise OptionError if a second run would draw or read something else."""
         done = _operations(self._done)
         for beginnings, does in ((_DRAWS, "draws random numbers"), (_WRITES, "writes a variable")):
             found = sorted(each for each in done if each.startswith(beginnings))
             if found:
                 raise OptionError(
                     f"the network {does} ({', '.join(found)}), as dropout layers and batch "
-                    "normalisation do in training: computed again for the gradient, it would not "
-                    "be the same. Call it with training=False, or draw with tf.random.stateless_* "
-                    "from seeds (n, 2) among the features."
+                    "normalisation do in training: recomputed for the gradient, its output "
+                    "would differ. Call it with training=False, or draw with "
+                    "tf.random.stateless_* from seeds (n, 2) in the features."
                 )
 
 
@@ -238,13 +240,13 @@ _WRITES = ("Assign", "ResourceScatter")
 
 
 def _id_of(tensor: Any) -> int:
-    """Return a number that no other tensor has, also after this one is gone."""
+    """Return a number that no other tensor has, even after this one is gone."""
     number: int = tensor._id  # noqa: SLF001 - tapes know tensors by it
     return number
 
 
 def _operations(done: set[str]) -> set[str]:
-    """Return kinds of operations, with those inside of the functions among them."""
+    """Return kinds of operations, including those inside the functions among them."""
     found, left = set(), list(done)
     known = context.context()
     while left:
@@ -259,7 +261,7 @@ def _operations(done: set[str]) -> set[str]:
 
 
 def _called(node: Any) -> list[str]:
-    """Return the names of the functions that an operation calls: a loop its body, and so on."""
+    """Return the names of the functions that an operation calls, such as a loop's body."""
     values = node.attr.values()
     functions = [value.func for value in values] + [
         one for each in values for one in each.list.func

@@ -1,4 +1,4 @@
-"""What a checkpoint must agree on with the handler that it is restored into."""
+"""What a checkpoint and the handler that it is restored into must agree on."""
 
 import json
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ from negcache_core.cache.restoring import check_layout
 class Layout(tf.train.experimental.PythonState):
     """Fields, shapes and dtypes, as text in the checkpoint.
 
-    TensorFlow restores Python state first: a checkpoint that does not fit is refused here, before
-    any variable is assigned. TensorFlow itself assigns what fits, and skips what it does not know.
+    TensorFlow restores Python state first, so a checkpoint that does not fit is refused here,
+    before any variable is assigned. TensorFlow itself assigns what fits, and skips unknown names.
     """
 
     def __init__(self, caches: Mapping[str, NegativeCache]) -> None:
@@ -23,10 +23,10 @@ class Layout(tf.train.experimental.PythonState):
             name: NegativeCache({key: _spec(rows) for key, rows in data.items()}, _spec(age))
             for name, (data, age) in caches.items()
         }
-        self.restored = False  # whether a checkpoint came in that nobody has looked into
+        self.restored = False  # whether a checkpoint was restored and not yet checked
 
     def serialize(self) -> str:
-        """Return what is written into a checkpoint."""
+        """Return what goes into a checkpoint."""
         return json.dumps(self._caches)
 
     def deserialize(self, value: str) -> None:

@@ -1,7 +1,7 @@
-"""Exchange between the replicas of tf.distribute, all of it by sums over them.
+"""Exchange between the replicas of tf.distribute, done entirely with sums over them.
 
-A sum is the one collective that CPUs, GPUs and TPUs have alike. What is not a replica's own is left
-out by a choice and never by a factor: 0 times -inf is not 0 (all_gather on a TPU multiplies).
+A sum is the one collective that CPUs, GPUs and TPUs have in common. Values of other replicas are
+removed by selection, never by a factor: 0 times -inf is not 0 (all_gather on a TPU multiplies).
 """
 
 import zlib
@@ -16,7 +16,7 @@ from negcache_core.arrays._array import mask_rows
 
 from ._backend import TENSORFLOW
 
-# What a sum knows everywhere; the others are cast to it, or sent as their bits.
+# Dtypes that a sum supports everywhere; others are cast to one, or sent as bits.
 _CAST = {
     **dict.fromkeys((tf.bool, tf.int8, tf.int16, tf.uint8, tf.uint16), tf.int32),
     **dict.fromkeys((tf.float16, tf.bfloat16), tf.float32),
@@ -25,20 +25,20 @@ _BITS = (tf.uint32, tf.int64, tf.uint64)
 
 
 class StrategyReplicas(Replicas[Any]):
-    """The replicas of a strategy: they run one program, on parts of the batch of equal size."""
+    """The replicas of a strategy: they run one program, on equal parts of the batch."""
 
     def __init__(self, strategy: tf.distribute.Strategy) -> None:
         self.strategy = strategy
         self.count = strategy.num_replicas_in_sync
-        # One program for each worker: what they trace may differ.
+        # Each worker traces its own program, so these may differ.
         self._many = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
-        self._checks: list[Any] = []  # of the graph that is being traced
+        self._checks: list[Any] = []  # in the graph that is being traced
 
     @property
     def rank(self) -> Any:
-        """The replica that is running: a number where it is known, as on CPUs and GPUs.
+        """The replica that is running: a number if it is known, as on CPUs and GPUs.
 
-        Outside of `strategy.run` 0, as all replicas are then one.
+        0 outside `strategy.run`, where all replicas are one.
         """
         context = tf.distribute.get_replica_context()
         if context is None:
@@ -57,7 +57,7 @@ class StrategyReplicas(Replicas[Any]):
         del like  # TensorFlow places tensors itself
         if None in own:
             raise ShapeError(
-                "the batch has an unknown number of rows, and a cache in shards needs to know it: "
+                "the batch has an unknown number of rows, but a sharded cache needs to know it: "
                 "batch the dataset with drop_remainder=True."
             )
         self._check_equal(own, "replicas have unequal batches: batch with drop_remainder=True.")
@@ -66,23 +66,23 @@ class StrategyReplicas(Replicas[Any]):
     def texts(self, own: str, like: tf.Tensor) -> list[str]:
         del like
         number = zlib.crc32(own.encode()) >> 1  # of 31 bits
-        self._check_equal([number], f"the workers are not set up alike; this one has {own}.")
+        self._check_equal([number], f"the workers are set up differently; this one has {own}.")
         return [own] * self.count
 
     def noise(
         self, backend: Backend, generator: Any, rows: Sequence[int], draws: int, like: tf.Tensor
     ) -> tf.Tensor:
-        # No two replicas' streams are alike, so each makes its own queries' part.
+        # Replicas have different streams, so each makes its own queries' part.
         own = backend.uniform(generator, (rows[0], draws, 2), like)
         return self.gather([own], rows)[0]
 
     def gather(self, arrays: Sequence[tf.Tensor], sizes: Sequence[int]) -> list[tf.Tensor]:
-        del sizes  # they are those of `arrays`
+        del sizes  # they have the sizes of `arrays`
         mine = tf.range(self.count, dtype=tf.int64) == self.rank
         return self._sum([_at_own_place(mine, array) for array in arrays])
 
     def gather_fresh(self, array: tf.Tensor, sizes: Sequence[int]) -> tf.Tensor:
-        # The gradient of a sum over replicas is one, and that of a choice is a choice.
+        # The gradient of a sum over replicas is a sum, and that of a selection a selection.
         return self.gather([array], sizes)[0]
 
     def parts(self, array: tf.Tensor, sizes: Sequence[int]) -> tf.Tensor:
@@ -106,7 +106,7 @@ class StrategyReplicas(Replicas[Any]):
         return tf.range(owner.shape[0], dtype=tf.int64)
 
     def by_rank(self, variable: tf.Variable) -> dict[str, tf.Variable]:
-        """Return the variables that this worker's replicas hold a part of `variable` in."""
+        """Return the variables in which this worker's replicas hold their parts of `variable`."""
         ranks = self.strategy.experimental_distribute_values_from_function(
             lambda context: context.replica_id_in_sync_group
         )
@@ -117,16 +117,16 @@ class StrategyReplicas(Replicas[Any]):
         context = tf.distribute.get_replica_context()
         if context is None or tf.distribute.get_strategy() is not self.strategy:
             raise OptionError(
-                "a cache in shards is used outside of its strategy: make loss and handler inside "
+                "a sharded cache is used outside its strategy: make loss and handler inside "
                 "strategy.scope(), and call them in strategy.run."
             )
         return context
 
     def _sum(self, arrays: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Return arrays (n, …) summed over replicas; those of a dtype travel side by side."""
+        """Return arrays (n, …) summed over replicas; arrays of one dtype travel together."""
         context = self._context()
-        # A graph runs what has its inputs: without this, unlike workers might exchange the rows of
-        # unequal batches before they are told that they are unlike.
+        # A graph runs what has its inputs: without this, workers that differ could exchange rows of
+        # unequal batches before the check fails.
         graph = tf.compat.v1.get_default_graph()
         with tf.control_dependencies([check for check in self._checks if check.graph is graph]):
             sent = [tf.identity(_to_wire(array)) for array in arrays]
@@ -146,7 +146,7 @@ class StrategyReplicas(Replicas[Any]):
         ]
 
     def _check_equal(self, numbers: Sequence[int | None], message: str) -> None:
-        """Raise where replicas differ: while tracing, and in the step itself where workers do."""
+        """Raise if replicas differ: while tracing, or in the step itself if workers do."""
 
         def check(strategy: tf.distribute.Strategy, *every: Any) -> None:
             for each in every:
@@ -162,7 +162,7 @@ class StrategyReplicas(Replicas[Any]):
 
 
 def _at_own_place(mine: tf.Tensor, array: tf.Tensor) -> tf.Tensor:
-    """Return array (n, …) where it belongs among those of all, the others being zero."""
+    """Return array (n, …) at its position among those of all, with zeros elsewhere."""
     placed = _chosen(mine, tf.broadcast_to(array, (mine.shape[0], *array.shape)))
     return tf.reshape(placed, (mine.shape[0] * array.shape[0], *array.shape[1:]))
 

@@ -22,7 +22,7 @@ class VariableStore(Store):
     """The caches of a handler as variables, which checkpoints find under its `tables`."""
 
     def __init__(self, setup: Setup) -> None:
-        placement: Any = setup.placement  # replicas are those of shards
+        placement: Any = setup.placement  # the replicas that share shards
         aggregation = tf.VariableAggregation.ONLY_FIRST_REPLICA
         if placement.sharded:
             check_equal_shards(setup.managers, placement.replicas.count)
@@ -42,13 +42,13 @@ class VariableStore(Store):
         window = None
         if caches.window is not None:
             window = _variable(caches.window, "window", aggregation)
-        # A namespace keeps what it holds from being tracked.
+        # A namespace keeps its contents from being tracked.
         self._live = SimpleNamespace(tables=tables, window=window)
 
     def attach(self, handler: tf.Module) -> None:
         """Let the handler's checkpoints find the variables.
 
-        Where replicas hold unlike values, only the variable of each can be saved.
+        If replicas hold different values, only each one's variable can be saved.
         """
         placement: Any = self.setup.placement
         tables = dict(self._live.tables)
@@ -70,30 +70,30 @@ class VariableStore(Store):
 
     def write(self, caches: Caches) -> None:
         """Do nothing: variables are written in place."""
-        del caches  # not an empty body, of which AutoGraph would warn
+        del caches  # not an empty body: AutoGraph would warn
 
     def replace(self, caches: Caches) -> None:
-        """Raise OptionError: variables, and functions that were traced with them, stay."""
+        """Raise OptionError: variables keep their shapes, as do functions traced with them."""
         del caches
         raise OptionError(
-            "resize changes shapes, and TensorFlow's variables keep theirs: make a handler with "
-            "the new cache_size, and new.load(path, resize=True) what this one's save(path) wrote, "
-            "or new.restore(handler.cache, resize=True)."
+            "resize changes shapes, but TensorFlow's variables keep theirs: make a new handler "
+            "with the new cache_size, and call new.load(path, resize=True) on what this one's "
+            "save(path) wrote, or new.restore(handler.cache, resize=True)."
         )
 
     @tf.autograph.experimental.do_not_convert
     def _look_into_restored(self) -> None:
-        """Leave out rows of a checkpoint that are not finite, where this process sees them."""
+        """Drop rows of a checkpoint that are not finite, if this process sees them."""
         self.layout.restored = False
         ages = [table["age"] for table in self._live.tables.values()]
-        with tf.init_scope():  # out of a tf.function that is being traced
+        with tf.init_scope():  # outside any tf.function that is being traced
             if tf.executing_eagerly() and not any(
                 isinstance(age, tf.distribute.DistributedValues) for age in ages
             ):
                 warn_of_nonfinite(int(checkpoint.evict_nonfinite(self.setup, self)))
 
 
-# What the workers of a cluster can send one another when a variable is made.
+# What the workers of a cluster can send each other when a variable is made.
 _BROADCAST = (tf.bool, tf.float16, tf.float32, tf.float64, tf.int32, tf.int64)
 
 
@@ -102,8 +102,8 @@ def _variable(value: tf.Tensor, name: str, aggregation: tf.VariableAggregation) 
     several = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
     if several and strategy.num_replicas_in_sync > 1 and value.dtype not in _BROADCAST:
         raise DTypeError(
-            f"field {name!r} is {value.dtype.name}, and a MultiWorkerMirroredStrategy makes "
-            f"variables of {[dtype.name for dtype in _BROADCAST]} only: choose one of these."
+            f"field {name!r} is {value.dtype.name}, but a MultiWorkerMirroredStrategy makes only "
+            f"variables of {[dtype.name for dtype in _BROADCAST]}: choose one of these."
         )
     return tf.Variable(
         value,

@@ -32,7 +32,7 @@ class TorchBackend(Backend[Tensor]):
         if not isinstance(array, Tensor):
             return np.asarray(array)
         array = array.detach().cpu()
-        if array.dtype == torch.bfloat16:  # which NumPy knows by ml_dtypes only
+        if array.dtype == torch.bfloat16:  # which NumPy supports only through ml_dtypes
             return array.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return array.numpy()
 
@@ -54,7 +54,7 @@ class TorchBackend(Backend[Tensor]):
     def truth(self, value: Tensor) -> bool | None:
         return None if torch.compiler.is_compiling() else bool(value)
 
-    # No Python code of its own: a step does it often.
+    # No Python code around it: a step does this often.
     stop_gradient = staticmethod(torch.Tensor.detach)  # type: ignore[assignment]
 
     def tile_rows(self, queries: Tensor) -> int | None:
@@ -94,7 +94,7 @@ class TorchBackend(Backend[Tensor]):
             return array[start : start + size]
         torch._check(start >= 0)  # noqa: SLF001 - documented for unknown sizes, if not public
         torch._check(start + size <= array.shape[0])  # noqa: SLF001
-        rows = torch.narrow(array, 0, start, size)  # its size counts as unknown, like its start
+        rows = torch.narrow(array, 0, start, size)  # its size is treated as unknown, like its start
         return rows.as_strided((size, *array.shape[1:]), array.stride())
 
     def scan_tiles(
@@ -116,7 +116,7 @@ class TorchBackend(Backend[Tensor]):
         stacks = tuple(
             torch.cat([part[None], part.new_zeros((count - 1, *part.shape))]) for part in first
         )
-        start = torch.ones((), dtype=torch.int64, device="cpu")  # where it is read
+        start = torch.ones((), dtype=torch.int64, device="cpu")  # where it is used
         state = torch.while_loop(lambda tile, *_: tile < count, body, (start, *carry, *stacks))[1:]
         return state[:carried], tuple(stack.flatten(0, 1) for stack in state[carried:])
 
@@ -129,7 +129,7 @@ class TorchBackend(Backend[Tensor]):
 
     def block_log_sum_exp(self, scores: Tensor, written: Tensor, block: int) -> Tensor:
         if _values_are_at_hand(scores):
-            # The few rows to leave out are found and filled.
+            # The few excluded rows are found and filled.
             scores = scores.contiguous()  # a score_transform may have returned a view of something
             scores.index_fill_(0, torch.nonzero(~written)[:, 0], -torch.inf)
             return block_log_sum_exp_in_place(scores, block, xp=self.xp)
@@ -146,7 +146,7 @@ class TorchBackend(Backend[Tensor]):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if not _values_are_at_hand(scores):
             return super().read_blocks(scores, rows, written, block, factors)
-        # Measured: twice as fast as PyTorch's attention kernel beside the blocks' own exponentials.
+        # Measured: twice as fast as PyTorch's attention kernel plus the blocks' own exponentials.
         scores = scores.contiguous()
         if not written.all():
             scores.index_fill_(0, torch.nonzero(~written)[:, 0], -torch.inf)
@@ -187,7 +187,7 @@ class TorchBackend(Backend[Tensor]):
 
 
 def _values_are_at_hand(array: Tensor) -> bool:
-    """Return whether reading values costs nothing: on a CPU, and not in a trace."""
+    """Return whether reading values is free: on a CPU, and not while tracing."""
     return array.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

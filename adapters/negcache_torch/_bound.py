@@ -1,4 +1,4 @@
-"""negcache's classes in PyTorch; what mypy knows of them stands in _bound.pyi."""
+"""negcache's classes in PyTorch; mypy reads their types from _bound.pyi."""
 
 import contextlib
 from typing import Any
@@ -43,7 +43,7 @@ class _Handler(_Mode):
         setup = self._setup
         if not setup.placement.sharded:
             raise OptionError(
-                "distributed_state_dict is for a cache in shards: this handler's loss is a "
+                "distributed_state_dict is for a sharded cache: this handler's loss is a "
                 f"{type(self.cache_loss).__name__}. Use state_dict()."
             )
         state, replicas = self.state_dict(), setup.placement.replicas
@@ -86,7 +86,7 @@ class _FrontDoor:
     ) -> None:
         if isinstance(group := options.get("group"), DeviceMesh):
             options["group"] = group.get_group()
-        # The cache is made where the example is: it need not be moved, nor fit anywhere else.
+        # The cache is made on the example's device: it need not be moved, or fit anywhere else.
         where = embedding.device if isinstance(embedding, Tensor) else contextlib.nullcontext()
         with where:
             super().__init__(cache_size, features, embedding, *arguments, **options)
@@ -106,4 +106,4 @@ BOUND = bind(
         "NegativeCacheLoss": _FrontDoor,
     },
 )
-globals().update(BOUND._asdict())  # the names are those of _bound.pyi
+globals().update(BOUND._asdict())  # the names match _bound.pyi

@@ -15,7 +15,7 @@ _MIX_2 = 0x94D049BB133111EB - 2**64
 
 
 class BufferGenerator(OwnState):
-    """SplitMix64: uniforms that are a function of one int64, and of nothing else.
+    """SplitMix64: uniforms that depend on one int64 and nothing else.
 
     seed: an int; or a torch.Generator, or None for PyTorch's global one, from which a seed is drawn
 
@@ -32,7 +32,7 @@ class BufferGenerator(OwnState):
         if seed is None or isinstance(seed, torch.Generator):
             device = (
                 "cpu" if seed is None else seed.device
-            )  # never "meta", where a model may be made
+            )  # never "meta", where a model may be created
             seed = int(torch.randint(2**62, (), generator=seed, device=device))
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise KindError(
@@ -50,7 +50,7 @@ class BufferGenerator(OwnState):
         return bits
 
     def reset_parameters(self) -> None:
-        """Begin anew at the seed."""
+        """Start again from the seed."""
         self.held.state.fill_(self._seed)
 
     def uniform(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -59,21 +59,21 @@ class BufferGenerator(OwnState):
         count = 1
         for size in shape:
             count = count * size
-        # Apple's GPUs have no float64; the draw copes with a float32 uniform that rounds to 1.
+        # Apple's GPUs have no float64; the draw accepts a float32 uniform that rounds to 1.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         return (_shift_right(self.bits(count, device), 11).to(dtype) * 2.0**-53).reshape(shape)
 
 
 def refuse_recomputation() -> None:
-    """Raise OptionError inside of a backward pass, where a checkpoint runs its function again.
+    """Raise OptionError inside a backward pass, where a checkpoint runs its function again.
 
-    A step that is run again would draw other rows than the loss has seen, and commit twice.
+    A step that runs again would draw other rows than the loss saw, and commit twice.
     """
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # noqa: SLF001
         raise OptionError(
-            "a step of the cache is run in a backward pass, as torch.utils.checkpoint does with "
-            "what it wraps: it would draw other negatives and update the cache a second time. "
-            "Checkpoint the towers inside of the step, not the step."
+            "a step of the cache runs in a backward pass, as it does inside "
+            "torch.utils.checkpoint: it would draw other negatives and update the cache a "
+            "second time. Checkpoint the towers inside the step, not the step."
         )
 
 
@@ -85,7 +85,7 @@ def _split_mix(state: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return mixed ^ _shift_right(mixed, 31), state + torch.full_like(state, _GAMMA) * count
 
 
-# Whole to compilers: PyTorch 2.13 would fold the constants into more than 64 bits, and fuse the
+# One unit to compilers: PyTorch 2.13 would fold the constants to over 64 bits, and fuse the
 # advance of the state into a loop that still reads it.
 _split_mix_whole = torch.library.custom_op("negcache::split_mix", _split_mix, mutates_args=())
 

@@ -1,7 +1,7 @@
 """The few array functions that the core calls, in PyTorch.
 
-array-api-compat has them too, but works out each result's dtype in Python: torch.compile cannot
-trace that, and it costs more than a small operation does.
+array-api-compat has them too, but computes each result's dtype in Python: torch.compile cannot
+trace that, and it costs more than a small operation.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ _THIS = sys.modules[__name__]
 UNSIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
-# These run no Python code of their own.
+# These run no Python code.
 astype, take_rows, sum = torch.Tensor.to, operator.getitem, torch.sum
 
 
@@ -63,7 +63,7 @@ def minimum(left: Tensor, right: Any, out: Tensor | None = None) -> Tensor:
 
 
 def exp_difference(left: Tensor, right: Tensor) -> Tensor:
-    # exp takes up to a hundred times as long where it underflows, on a CPU; exp2 does not.
+    # On a CPU, exp takes up to a hundred times as long if it underflows; exp2 does not.
     right = torch.mul(right, -LOG2_E).clamp_(max=torch.finfo(right.dtype).max)
     return torch.exp2(torch.add(right, left, alpha=LOG2_E, out=left), out=left)
 
@@ -97,7 +97,7 @@ def matmul_transposed(left: Tensor, right: Tensor) -> Tensor:
 
 
 def as_wide_as_given(array: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which products keep their dtype, also inside of the user's autocast."""
+    """Return a context in which products keep their dtype, even inside the user's autocast."""
     return torch.autocast(array.device.type, enabled=False)
 
 
@@ -110,7 +110,7 @@ def _select(keys: Tensor, count: int) -> Tensor:
 
 
 def signed(array: Tensor) -> Tensor:
-    """Return a view of the same bits, in a dtype that indexed writes know."""
+    """Return a view of the same bits, in a dtype that indexed writes support."""
     return array.view(UNSIGNED[array.dtype])
 
 

@@ -14,15 +14,15 @@ from negcache_core.adapter import Replicas, Route
 
 
 class ProcessGroup(Replicas[Tensor]):
-    """The ranks of a process group; None for all there are.
+    """The ranks of a process group; None for all ranks.
 
-    What belongs together is sent together, as bytes: no engine knows every dtype.
+    What belongs together is sent together, as bytes: no backend supports every dtype.
     """
 
     def __init__(self, group: Any = None) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise OptionError(
-                "a cache is to be shared between processes, and torch.distributed is not "
+                "a cache is to be shared between processes, but torch.distributed is not "
                 "initialised: call torch.distributed.init_process_group first, or use "
                 "CacheClassificationLoss without use_cross_replica in one process."
             )
@@ -83,7 +83,7 @@ class ProcessGroup(Replicas[Tensor]):
         return DTensor.from_local(rows, mesh, [Shard(0)], shape=shape, stride=stride)
 
     def _counts(self, route: Route) -> tuple[list[int], list[int], Tensor]:
-        """Return rows to send to and to expect from each rank, and the draws in that order."""
+        """Return how many rows to send to and get from each rank, and the draws in that order."""
         by_asker = route.owner.split(route.sizes)
         out = torch.stack([(asked == self.rank).sum() for asked in by_asker])
         own = by_asker[self.rank]
@@ -103,7 +103,7 @@ class ProcessGroup(Replicas[Tensor]):
 
 
 class _GatherFresh(torch.autograd.Function):
-    """Rows of all ranks; a row's gradient is the sum of what it has on each of them."""
+    """Rows of all ranks; a row's gradient is the sum of its gradients on each of them."""
 
     @staticmethod
     def forward(context: Any, rows: Tensor, group: ProcessGroup, sizes: Sequence[int]) -> Tensor:
@@ -124,13 +124,13 @@ def _as_bytes(array: Tensor) -> Tensor:
     row = array.shape[1:].numel() * array.element_size()
     if not array.numel():
         return torch.empty((len(array), row), dtype=torch.uint8, device=array.device)
-    # Flat first, by strides: columns of one number count as contiguous whatever their stride is.
+    # Flatten first, by strides: one-number columns count as contiguous whatever their stride.
     flat = array.contiguous().as_strided((array.numel(),), (1,))
     return flat.view(torch.uint8).reshape(len(array), row)
 
 
 def _unpack(packed: Tensor, arrays: Sequence[Tensor]) -> list[Tensor]:
-    """Return what `_pack` made of arrays like these, with as many rows as were packed."""
+    """Reverse `_pack` for arrays like these, with as many rows as were packed."""
     columns = [array.shape[1:].numel() * array.element_size() for array in arrays]
     return [
         part.clone(memory_format=torch.contiguous_format)

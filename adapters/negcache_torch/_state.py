@@ -1,4 +1,4 @@
-"""State that goes with a module, and that nothing around the module touches."""
+"""State that moves with a module, and that nothing around the module touches."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,29 +17,29 @@ class OwnState(nn.Module):
 
     tensors: the state, by name; written in place
 
-    To what wraps a model its buffers are one thing, of which every process has a copy and which may
-    be cast or averaged. Rows, ages and generators are none of that. So they are buffers of `held`,
-    a module that is no submodule: no model around it finds them. Asked itself, it names them, which
-    FSDP does to move them to its device and torch.distributed.checkpoint to save them.
+    Wrappers of a model assume that every process has a copy of its buffers, and that these may be
+    cast or averaged. That does not hold for rows, ages and generators. So they are buffers of
+    `held`, which is not a submodule, and no model around it finds them. It names them only if asked
+    directly, as FSDP does to move them and torch.distributed.checkpoint to save them.
     """
 
     held: Any
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        held = nn.Module()  # whose buffers torch.compile takes for static, as it does any module's
+        held = nn.Module()  # torch.compile treats its buffers as static, like any module's
         for name, tensor in tensors.items():
             held.register_buffer(name, tensor)
-        self.__dict__["held"] = held  # nn.Module's own way would make it a submodule
+        self.__dict__["held"] = held  # nn.Module's own __setattr__ would make it a submodule
 
     def reset_parameters(self) -> None:
-        """Make all as it was at first; PyTorch's name for it, by which FSDP calls it too."""
+        """Reset everything to its initial state; FSDP calls this by PyTorch's name too."""
         raise NotImplementedError
 
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
-        """Name the tensors: only to who asks this very module."""
+        """Name the tensors, but only if this module itself is asked."""
         found: Iterator[tuple[str, Tensor]] = self.held.named_buffers(
             prefix, recurse, remove_duplicate
         )
@@ -49,7 +49,7 @@ class OwnState(nn.Module):
         return self._own[name] if name in self._own else super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._own:  # torch.func.functional_call swaps tensors so
+        if name in self._own:  # torch.func.functional_call swaps tensors this way
             setattr(self.held, name, value)
         else:
             super().__setattr__(name, value)
@@ -60,7 +60,7 @@ class OwnState(nn.Module):
         return {} if held is None else held._buffers  # noqa: SLF001 - its own
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow the module to another device; a cast is none of this state's business."""
+        """Follow the module to another device; ignore casts."""
         del recurse
         kept = True
         for name, tensor in self._own.items():
@@ -72,9 +72,10 @@ class OwnState(nn.Module):
 
     def _replicate_for_data_parallel(self) -> Self:
         raise OptionError(
-            "a cache is in a torch.nn.DataParallel, which runs copies of the model in threads and "
-            "drops what they write: rows and draws would be lost. Use one process for each device "
-            "with torch.nn.parallel.DistributedDataParallel, or keep the handler outside."
+            "a cache is inside torch.nn.DataParallel, which runs copies of the model in threads "
+            "and discards what they write: rows and draws would be lost. Use one process for "
+            "each device with torch.nn.parallel.DistributedDataParallel, or keep the handler "
+            "outside."
         )
 
     def _save_to_state_dict(
@@ -87,9 +88,9 @@ class OwnState(nn.Module):
 
 
 def _moved(tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return what `function` makes of a tensor, but in its own dtype, bit for bit.
+    """Return function(tensor), but in the tensor's own dtype, bit for bit.
 
-    Casts are for floating tensors, so it is given the same bits as integers.
+    Casts apply to floating tensors, so pass it the same bits as integers.
     """
     bits = tensor.view(_AS_INTEGERS[tensor.itemsize]) if tensor.is_floating_point() else tensor
     moved = function(bits)
@@ -99,8 +100,8 @@ def _moved(tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _keeps_values(function: Callable[[Tensor], Tensor], device: torch.device) -> bool:
-    """Return whether values come along: `to_empty` leaves them behind, and whatever is there."""
-    # Zeros and ones, as each dtype has them, that no memory can hold by chance or from before.
+    """Return whether `function` keeps values; `to_empty` does not."""
+    # Zeros and ones in each dtype, a pattern that memory cannot hold by chance or from before.
     now = [int(digit) for digit in f"{time.perf_counter_ns():064b}"]
     mark = torch.tensor(now, dtype=torch.int8, device=device)
     moved = function(mark)

@@ -1,4 +1,4 @@
-"""Where a cache's state lives in PyTorch: in modules that keep it to themselves."""
+"""Where a cache's state lives in PyTorch: in modules that hide it from wrappers."""
 
 from typing import Any
 
@@ -75,7 +75,7 @@ class WindowTable(OwnState):
         return self.held._buffers["state"]  # noqa: SLF001 - its own
 
     def reset_parameters(self) -> None:
-        """Make it as it was at first."""
+        """Reset it to its initial state."""
         self.window.copy_(new_window(TORCH.xp))
 
 
@@ -92,7 +92,7 @@ class BufferStore(Store):
         return cls(setup.init_caches())
 
     def attach(self, handler: Any) -> None:
-        """Make the tables a part of the handler's module, and so of its state_dict."""
+        """Make the tables part of the handler's module, and so of its state_dict."""
         handler.tables = nn.ModuleDict(
             {table_name(name): table for name, table in self.tables.items()}
         )
@@ -106,10 +106,10 @@ class BufferStore(Store):
         return Caches(caches, None if self.window is None else self.window.window)
 
     def write(self, caches: Caches) -> None:
-        """Do nothing: they are written in place."""
+        """Do nothing: tensors are written in place."""
 
     def replace(self, caches: Caches) -> None:
-        """Put other tensors in the place of the buffers; they have the same names."""
+        """Replace the buffers with other tensors under the same names."""
         for name, cache in caches.items():
             self.tables[name].put(cache)
 
@@ -123,14 +123,14 @@ def table_name(name: str) -> str:
 
 
 def module_name(key: str) -> str:
-    """Return `key` without the dots that PyTorch allows in no name; distinct for distinct keys."""
+    """Return `key` without dots, which PyTorch forbids in names; distinct for distinct keys."""
     return key.replace("%", "%25").replace(".", "%2E")
 
 
 class MissingCache(str):
-    """A key that a state_dict lacks; in the error of a strict load it says what to do.
+    """A key that a state_dict lacks; in a strict load's error, its text says what to do.
 
-    To `load_state_dict` it is a key like all others: it tells no module whether it is strict.
+    To `load_state_dict` it is a key like all others: modules do not know whether it is strict.
     """
 
     __slots__ = ()
@@ -138,9 +138,9 @@ class MissingCache(str):
     def __format__(self, spec: str) -> str:
         handler = ".".join(self.split(".")[:-3])  # before tables, the cache and the field
         return (
-            f"{self!s}: the state_dict has no cache for the handler at {handler!r}, as that of a "
-            "model which was trained without. load_state_dict(state, strict=False) loads the rest "
-            "and leaves the cache as it is, at first empty; handler.prefill can fill it."
+            f"{self!s}: the state_dict has no cache for the handler at {handler!r}, like that of "
+            "a model trained without one. load_state_dict(state, strict=False) loads the rest "
+            "and leaves the cache unchanged: a new one is empty, and handler.prefill can fill it."
         )
 
 
@@ -148,7 +148,7 @@ def check_loaded(handler: Any, state_dict: dict[str, Any], prefix: str, *argumen
     """Refuse a state_dict that does not fit, before `load_state_dict` copies the first tensor.
 
     PyTorch itself copies what fits, casts, and complains at the end. It does not tell modules
-    whether it is strict: a handler wants all of its state, or, where strict=False lets it, none.
+    whether it is strict: a handler needs all of its state, or, if strict=False allows it, none.
     """
     del arguments
     own = {prefix + key for key in handler.state_dict()}
@@ -163,8 +163,9 @@ def check_loaded(handler: Any, state_dict: dict[str, Any], prefix: str, *argumen
     if own != given:
         raise KeysError(
             f"the state_dict of the handler at {prefix!r} lacks {sorted(own - given)} and has "
-            f"unknown {sorted(given - own)}: expected the state of one with the same fields and "
-            "options. Make such a one, load into it, and pass its cache to handler.restore."
+            f"unknown {sorted(given - own)}: expected the state of a handler with the same "
+            "fields and options. Make a handler with the saved fields and options, load into "
+            "it, and pass its cache to handler.restore."
         )
     count, ages = 0, []
     for name, table in store.tables.items():
@@ -173,7 +174,7 @@ def check_loaded(handler: Any, state_dict: dict[str, Any], prefix: str, *argumen
         check_layout(cache, table.cache, f"cache {name!r}")
         bad = nonfinite_rows(cache, handler.embedding_key, TORCH)
         if not cache.age.is_meta and bad.any():
-            state_dict[at + "age"] = cache.age.masked_fill(bad, EMPTY)  # of load_state_dict's copy
+            state_dict[at + "age"] = cache.age.masked_fill(bad, EMPTY)  # in load_state_dict's copy
             count += int(bad.sum())
         if not cache.age.is_meta:
             ages.append(TORCH.to_host(state_dict[at + "age"]))

@@ -3,5 +3,5 @@
 import sys
 from pathlib import Path
 
-# The demo's pairs and their words are what is measured.
+# It measures the demo's pairs and their words.
 sys.path.append(str(Path(__file__).parents[2] / "examples"))

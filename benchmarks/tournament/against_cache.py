@@ -18,8 +18,8 @@ PREFILL_BATCH = 1024
 class AgainstCache:
     """Cross-entropy of each text's partner against everything in a cache of the partner's side.
 
-    tower:   of the side that is cached
-    words:   token numbers of a text of that side
+    tower:   that of the cached side
+    words:   token numbers per text of that side
     options: refresh, drift, residual_mix and hard_weight, see `caching.cache`; all others are
              NegativeCacheLoss's
     """
@@ -41,7 +41,7 @@ class AgainstCache:
         drift: bool | float = options.pop("drift", False)
         self.drift = None if drift is False else DriftMap(*(() if drift is True else (drift,)))
         self.errors = ScoreErrors() if options.pop("residual_mix", False) else None
-        if self.errors is not None:  # a field that is taken from the scores, whatever its name
+        if self.errors is not None:  # a field that is subtracted from the scores, whatever its name
             options["log_frequency_key"] = "discount"
         self.loss_fn = negcache.NegativeCacheLoss(
             size,
@@ -49,7 +49,7 @@ class AgainstCache:
             embedding=WIDTH,
             scale=scale,
             labels=self.labels(torch.zeros(1, dtype=torch.int64)),
-            id_keys=("id",),  # a pair with the same item, cached earlier, is no negative
+            id_keys=("id",),  # a pair with the same item, cached earlier, is not a negative
             generator=seed,
             reducer=None,
             **options,
@@ -57,7 +57,7 @@ class AgainstCache:
         self.figures: dict[str, float] = {}
 
     def labels(self, ids: Tensor) -> dict[str, Tensor]:
-        """Return what the cache keeps of texts beside their tokens; ids: (n,) of their items."""
+        """Return what the cache keeps of texts besides their tokens; ids: (n,) of their items."""
         fresh = {} if self.errors is None else {"discount": torch.zeros(len(ids))}
         return {"id": ids, **fresh}
 
@@ -70,7 +70,7 @@ class AgainstCache:
         self.loss_fn.prefill(self.embed, {"tokens": tokens}, PREFILL_BATCH, labels=self.labels(ids))
 
     def draw(self, samples: int) -> None:
-        """Draw so many texts for each from now on."""
+        """Set how many texts to draw for each from now on."""
         self.loss_fn.cache_loss.num_samples = samples
 
     def draws(self) -> int:
@@ -84,7 +84,7 @@ class AgainstCache:
         self.loss_fn.commit(result, partners, {"tokens": tokens}, labels=self.labels(ids))
 
     def loss(self, texts: Tensor, partners: Tensor, tokens: Tensor, ids: Tensor) -> Tensor:
-        """Return the loss of texts (B, WIDTH) with partners (B, WIDTH), which enter the cache.
+        """Return the loss of texts (B, WIDTH) with partners (B, WIDTH), which then enter the cache.
 
         tokens, ids: the partners', (B, words), and their items', (B,)
         """
@@ -104,7 +104,7 @@ class AgainstCache:
         features: dict[str, Tensor],
         labels: dict[str, Tensor],
     ) -> Tensor:
-        """Return the losses (B,) from cached scores that were corrected by drift and errors."""
+        """Return the losses (B,) from cached scores corrected for drift and errors."""
         constant, scale, cache = texts.detach(), self.scale().detach(), self.loss_fn.cache
         moved, gain = (constant, None) if self.drift is None else self.drift.of_queries(constant)
         if self.errors is not None:

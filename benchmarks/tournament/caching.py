@@ -1,4 +1,4 @@
-"""Training with a negative cache, by its defaults but for the options."""
+"""Training with a negative cache, with its defaults except for the options."""
 
 import torch
 from torch import Tensor
@@ -7,27 +7,27 @@ from .against_cache import AgainstCache
 from .in_batch import against_batch, check_shares, in_batch_loss
 from .method import FORWARD_ONLY, Batch, Phase, Setting, Training
 
-LATE = 0.5  # of the budget: from here on there are `late_draws`
+LATE = 0.5  # share of the budget after which there are `late_draws`
 OTHER_DRAWS = 100_000  # added to the seed of draws from a cache of queries
 
 
 def cache(setting: Setting) -> Training:
     """Cross-entropy against everything in a negative cache.
 
-    prefill:         whether the cache is embedded full from the training items before it is used
-    refresh:         rows to embed anew, forward only, before each step
+    prefill:         whether the cache is filled from the training items before it is used
+    refresh:         rows to re-embed, forward only, before each step
     warm_in_batch:   share of the budget in which the in-batch loss is trained first. Its items
                      enter the cache, unless there is a prefill afterwards.
     late_draws:      draws a query in the second half of the budget, in place of `num_samples`
-    drift:           True, or a ridge: the queries that draw are corrected for how the cached rows
-                     have moved since, see `DriftMap`. "staleness" is then what is left of it.
+    drift:           True, or a ridge: the drawing queries are corrected for how the cached rows
+                     have moved since, see `DriftMap`. "staleness" is then what remains.
     residual_mix:    whether cached scores are discounted by their measured error, see
-                     `ScoreErrors`; with drift, by that of the corrected ones
+                     `ScoreErrors`; with drift, by the error after correction
     hard_weight:     g: each query's loss is weighed by (1 - its item's probability)^g
     symmetric:       share of the loss that is each item's query against the batch's other queries
     other_direction: share of the loss that is each item's query against a cache of queries. It
-                     draws as many as the first, of which each is one more encoder call; a cached
-                     query of the same item is no negative. All other options hold for both.
+                     draws as many as the first, each one more encoder call; a cached query of the
+                     same item is not a negative. All other options apply to both.
 
     All other options are NegativeCacheLoss's.
     """
@@ -91,7 +91,7 @@ class _CacheTraining:
         return 2 * batch + len(self.caches()) * (draws * batch + refreshed)
 
     def corpora(self) -> list[tuple[AgainstCache, Tensor, Tensor]]:
-        """Return what each cache is filled with: token numbers, and items' rows."""
+        """Return what fills each cache: token numbers, and items' rows."""
         task, size = self.setting.task, self.setting.cache_size
         queries, items, item_of, train = map(
             torch.from_numpy, (task.queries, task.items, task.item_of, task.train)

@@ -1,6 +1,6 @@
-"""Which batch and rate each method is shown with: the best on validation, by seed 0.
+"""Which batch and rate represent each method: the best on validation, by seed 0.
 
-No test query has a say in it.
+Test queries have no influence on it.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ SHOWN_PARTS = (0.25, 0.5, 1.0)  # of the budget
 
 
 def at(row: Row, part: float) -> dict[str, float] | None:
-    """Return a result's point at a part of its budget, or None where it was not kept."""
+    """Return a result's point at a part of its budget, or None if it was not kept."""
     return next((point for point in row["curve"] if point["part"] == part), None)
 
 
@@ -26,7 +26,7 @@ def score(row: Row, part: float = 1.0) -> float:
 
 
 def choose(rows: Iterable[Row], part: float = 1.0) -> list[Row]:
-    """Return of each contest the result of seed 0 with the best validation MRR at a part."""
+    """Return, for each contest, the result of seed 0 with the best validation MRR at a part."""
     best: dict[str, Row] = {}
     for row in rows:
         if row["seed"] == 0:
@@ -67,10 +67,10 @@ def arenas(rows: Iterable[Row]) -> dict[tuple[str, str, int], list[Row]]:
 
 
 def contest_of(row: Row) -> str:
-    """Return what a row has in common with those that it is chosen among."""
+    """Return what a row shares with those that it is chosen among."""
     return name_of({**row, "batch": None, "rate": None, "seed": None})
 
 
 def setting_of(row: Row) -> str:
-    """Return what tells a row from all others but those of other seeds."""
+    """Return what identifies a row, apart from its seed."""
     return name_of({**row, "seed": None})

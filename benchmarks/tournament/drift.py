@@ -9,13 +9,13 @@ from torch import Tensor
 from .towers import WIDTH
 
 RIDGE = 1.0
-MEMORY = 2_048  # pairs that count in full, about: older ones fade
+MEMORY = 2_048  # about how many pairs count fully; older ones fade
 
 
 class DriftMap:
-    """A linear map from a stale embedding to what it lacks, by ridge regression on all drawn rows.
+    """A linear map from a stale embedding to its drift, by ridge regression on all drawn rows.
 
-    A step embeds its drawn rows anew, so for these both are known: d = fresh - stale is regressed
+    A step re-embeds its drawn rows, so for these both are known: d = fresh - stale is regressed
     on x = [stale, 1]. M = (A + ridge I)^-1 R, where A sums x x^T and R sums x d^T, both fading. A
     corrected row is e + M_e^T e + b, and its score with a query q is (q + M_e q) . e + q . b: so
     the queries are corrected, and the table is left alone.
@@ -30,7 +30,7 @@ class DriftMap:
         self.map = torch.zeros(WIDTH + 1, WIDTH)
 
     def of_queries(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Return queries (B, D) to score the table with, and what each's scores all lack, (B,)."""
+        """Return queries (B, D) to score the table with, and an offset for their scores, (B,)."""
         return queries + queries @ self.map[:-1].T, queries @ self.map[-1]
 
     def of_rows(self, rows: Tensor) -> Tensor:
@@ -40,8 +40,8 @@ class DriftMap:
     def of_retrieval(self, retrieval: Any, gain: Tensor) -> Any:
         """Return a retrieval by corrected queries as one from a cache of corrected rows.
 
-        gain: (B,) what all cached scores of a query lack. Draws do not depend on it; the cache's
-              part of the partition does.
+        gain: (B,) the offset of all cached scores of a query. Draws do not depend on it; the
+              cache's part of the partition function does.
         """
         pool, readout = retrieval.pool, retrieval.readout
         if pool is not None:
@@ -58,7 +58,7 @@ class DriftMap:
     def learn(self, stale: Tensor, fresh: Tensor) -> dict[str, float]:
         """Take in drawn rows (n, D); return their |fresh - stale|^2 without and with the map.
 
-        That is the map as it was: it has not been learned from these rows.
+        This uses the map before it has learned from these rows.
         """
         if not len(stale):
             return {}

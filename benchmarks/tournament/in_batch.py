@@ -1,4 +1,4 @@
-"""The loss that is compared with, and that a cache may be warmed up by."""
+"""The loss to compare with, which may also warm up a cache."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def in_batch_loss(
 ) -> Callable[[Batch], Tensor]:
     """Return the cross-entropy of each query's item against the batch's other items.
 
-    told:        gets the batch and its queries' and items' embeddings, as constants
+    told:        called with the batch and its queries' and items' embeddings, as constants
     symmetric:   share of the loss that is the other way round: each item's query against the
                  batch's other queries
     hard_weight: see `weighed_mean`
@@ -44,12 +44,12 @@ def in_batch_loss(
 
 
 def against_batch(scores: Tensor, ids: Tensor, hard_weight: float = 0.0) -> Tensor:
-    """Return the cross-entropy of scores (B, B), a pair in each place of the diagonal.
+    """Return the cross-entropy of scores (B, B), with the pairs on the diagonal.
 
     ids: (B,) of the pairs' items
     """
     own = torch.eye(len(ids), dtype=torch.bool)
-    # Another pair with the same item is no negative, neither by its item nor by its query.
+    # Another pair with the same item is not a negative, either by its item or by its query.
     scores = scores.masked_fill((ids[:, None] == ids) & ~own, -math.inf)
     losses = functional.cross_entropy(scores, torch.arange(len(ids)), reduction="none")
     return weighed_mean(losses, hard_weight)
@@ -58,8 +58,8 @@ def against_batch(scores: Tensor, ids: Tensor, hard_weight: float = 0.0) -> Tens
 def weighed_mean(losses: Tensor, hard_weight: float) -> Tensor:
     """Return the mean of losses (B,), each weighed by how hard it is.
 
-    hard_weight: g of the weights (1 - p)^g, where p = exp(-loss) is the probability of what is
-                 right. They are constants, and their mean is 1.
+    hard_weight: g of the weights (1 - p)^g, where p = exp(-loss) is the probability of the right
+                 item. They are constants, and their mean is 1.
     """
     weights = (-torch.expm1(-losses.detach())) ** hard_weight
     return (weights / weights.mean().clamp_min(TINY) * losses).mean()
@@ -72,6 +72,6 @@ def check_shares(**shares: float) -> None:
 
 
 def check_hard_weight(hard_weight: float) -> None:
-    """Exit unless it is a power that weighs hard ones no less than others."""
+    """Exit unless it is a power that gives hard pairs no less weight."""
     if not 0 <= hard_weight < math.inf:
         raise SystemExit(f"hard_weight {hard_weight} is a power: 0 for none, or above.")

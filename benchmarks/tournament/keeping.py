@@ -1,4 +1,4 @@
-"""Tasks in files: arrays alone, in the smallest integers that hold them."""
+"""Tasks in files: only arrays, in the smallest integers that hold them."""
 
 import os
 from collections.abc import Callable
@@ -13,7 +13,7 @@ QUESTIONS = ("validation", "test")
 
 
 def kept(path: Path, mine: Callable[[], Task]) -> Task:
-    """Return the task that `path` holds; mine it first, and keep it there, where there is none."""
+    """Return the task in `path`; if there is none, mine it and keep it there first."""
     if not path.exists():
         save(path, mine())
     return load(path)
@@ -28,7 +28,7 @@ def save(path: Path, task: Task) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.stem}.{os.getpid()}.npz")
     np.savez_compressed(part, **{key: _small(array) for key, array in arrays.items()})
-    part.replace(path)  # for a process that reads it meanwhile
+    part.replace(path)  # for a process that reads it at the same time
 
 
 def load(path: Path) -> Task:

@@ -1,4 +1,4 @@
-"""What a way of training is: a loss for each phase, and what its steps cost in encoder calls."""
+"""A training method: a loss for each phase, and what its steps cost in encoder calls."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 from .task import Task
 from .towers import TwoTowers
 
-FORWARD_ONLY = 1 / 3  # of a trained call
+FORWARD_ONLY = 1 / 3  # the cost of a forward call, as a share of a trained call
 
 
 class Batch(NamedTuple):
@@ -20,7 +20,7 @@ class Batch(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What a training is begun with; `options` are the method's own."""
+    """What a training starts with; `options` are the method's own."""
 
     model: TwoTowers
     task: Task
@@ -31,12 +31,12 @@ class Setting(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """A share of the budget, and what is done in it.
+    """A share of the budget, and what happens in it.
 
     loss:  a batch -> the loss
     calls: encoder calls of a step
     share: of the budget
-    enter: called before the first step, and what it costs in calls
+    enter: called before the first step, with its cost in calls
     """
 
     loss: Callable[[Batch], Tensor]
@@ -46,7 +46,7 @@ class Phase(NamedTuple):
     price: float = 0.0
 
     def steps(self, budget: int) -> int:
-        """Return how many steps its share is enough for."""
+        """Return how many steps its share allows."""
         return int((self.share * budget - self.price) / self.calls)
 
 

@@ -1,4 +1,4 @@
-"""The ways of training that are compared; a method begins a training from a setting."""
+"""The training methods that are compared; a method starts a training from a setting."""
 
 import math
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from .method import FORWARD_ONLY, Batch, Begin, Phase, Setting, Training
 from .towers import WIDTH, bags_of
 
 OF_ALL = ("scale", "cache_size")  # options that any method takes
-FULL_SOFTMAX_ITEMS = 50_000  # more are not embedded at every step
+FULL_SOFTMAX_ITEMS = 50_000  # more than this are not embedded at every step
 
 
 def in_batch(setting: Setting) -> Training:
@@ -28,7 +28,7 @@ def in_batch(setting: Setting) -> Training:
 def gradient_caching(setting: Setting) -> Training:
     """The same loss and gradient; each text goes through its tower once more, forward only.
 
-    That is what a large batch costs where its activations do not fit. Here they do.
+    That is what a large batch costs if its activations do not fit. Here they do.
     """
     plain = in_batch_loss(setting.model, **setting.options)
 
@@ -72,9 +72,9 @@ def memory(setting: Setting) -> Training:
 
 
 def full_softmax(setting: Setting) -> Training:
-    """Cross-entropy against every item that is trained on, all embedded anew at each step.
+    """Cross-entropy against every item that is trained on, all re-embedded at each step.
 
-    A ceiling: what it embeds has no price but the batch's.
+    A ceiling: only the batch's embeddings count as cost.
     """
     model, task = setting.model, setting.task
     known = torch.from_numpy(task.trained_items())
@@ -103,7 +103,7 @@ METHODS: dict[str, Begin] = {
 
 
 def check_options(method: str, options: Iterable[str]) -> None:
-    """Exit unless a method takes options of these names; the cache has its own check."""
+    """Exit unless a method takes options with these names; the cache has its own check."""
     known = OPTIONS.get(method, ())
     refused = [] if method == "cache" else sorted(set(options) - set(known))
     if refused:

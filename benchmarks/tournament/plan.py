@@ -1,6 +1,6 @@
-"""What `make bench-training` trains: a grid of each method with seed 0, then what is shown again.
+"""What `make bench-training` trains: each method's grid with seed 0, then more seeds of the best.
 
-What the cache's parts are worth is tried on the tasks for choosing; the others only report.
+The value of the cache's parts is measured on the tasks for choosing; the others only report.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""What the tournament came to, as a table in Markdown for each task."""
+"""The tournament's results, as a table in Markdown for each task."""
 
 import json
 import statistics
@@ -18,13 +18,13 @@ def report(rows: Sequence[Row]) -> str:
     """Return a section for each task, towers and budget.
 
     A method's batch and rate are those that were best on validation at the end, with seed 0. Its
-    figures are test MRR, mean (least to most) of all seeds that were run with these. A rate with a
-    star is the least or the largest that was tried with its batch: a better one may lie beyond.
+    figures are test MRR, mean (lowest to highest) of all seeds that were run with these. A rate
+    with a star is the smallest or the largest tried with its batch: a better one may lie beyond.
 
     The two last columns, at 1/4, 1/2 and the end: the method's MRR over that of a baseline
     (in-batch or gradient caching, any batch, rate and options), each the mean of the seeds that
     both were run with. The first is the baseline that is best on validation at the end, the second
-    the one that is best on validation at that very part.
+    the one that is best on validation at that part.
     """
     return "\n\n".join(
         _section(name, arena) for name, arena in arenas(rows).items() if choose(arena)
@@ -95,7 +95,7 @@ def _spread(runs: list[Row], part: float) -> str:
 def _ratio(rows: list[Row], runs: list[Row], baseline: Row | None, part: float) -> str:
     ours = test_mrr(runs, part)
     theirs = test_mrr(all_seeds(rows, baseline), part) if baseline else {}
-    # Seeds share first weights and the order of pairs: what they have in common cancels.
+    # Runs with one seed share initial weights and the order of pairs: common effects cancel.
     both = ours.keys() & theirs.keys()
     if not both:
         return "-"

@@ -1,4 +1,4 @@
-"""What was measured: a line of JSON for each run, added as it ends."""
+"""Measured results: a line of JSON for each run, added when it ends."""
 
 import fcntl
 import json
@@ -12,11 +12,11 @@ from .tasks import TASKS
 from .towers import TOWERS
 from .training import Run
 
-KEPT = Path(__file__).parent / "results.jsonl"  # what the documentation shows
+KEPT = Path(__file__).parent / "results.jsonl"  # shown in the documentation
 
 
 def name_of(run: Run | dict[str, Any]) -> str:
-    """Return what tells a run, or a result of one, from all others."""
+    """Return what identifies a run, or its result."""
     given = run._asdict() if isinstance(run, Run) else run
     return json.dumps([given[key] for key in Run._fields], sort_keys=True)
 
@@ -46,7 +46,7 @@ def _run_of(line: str, where: str) -> Run:
 
 
 def read(*paths: Path) -> list[dict[str, Any]]:
-    """Return every result, the last of each run; a line that was cut short is left out."""
+    """Return every result, the last of each run; a truncated line is left out."""
     found = {}
     for path in paths:
         for line in path.read_text().splitlines() if path.exists() else []:
@@ -59,7 +59,7 @@ def read(*paths: Path) -> list[dict[str, Any]]:
 
 
 def add(path: Path, result: dict[str, Any]) -> None:
-    """Add a line, under a lock: so several processes may. What was cut short before is ended."""
+    """Add a line, under a lock, so several processes may; end a truncated line before it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:

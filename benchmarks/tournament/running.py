@@ -1,4 +1,4 @@
-"""Many runs, one after another or some at a time; what is there already is not run again."""
+"""Many runs, one after another or several at a time; existing results are not run again."""
 
 import multiprocessing
 import time
@@ -20,7 +20,7 @@ class Places(NamedTuple):
 
     results: a file, a line of JSON for each run
     nl2bash: the folder of NL2Bash's three files
-    tasks:   a folder that keeps each task as NAME.npz; None: each process makes its own, but for
+    tasks:   a folder that keeps each task as NAME.npz; None: each process makes its own, except
              the two that `more_tasks` keeps
     """
 
@@ -34,8 +34,8 @@ def run_all(
 ) -> None:
     """Train each run that has no result, and add its result.
 
-    processes:  runs at a time, each with a thread
-    stop_after: seconds from now after which no run is begun; None: all are
+    processes:  runs at a time, one thread each
+    stop_after: seconds from now after which no run starts; None: all start
     """
     end = None if stop_after is None else time.time() + stop_after
     done = {results.name_of(row) for row in results.read(places.results)}
@@ -57,10 +57,10 @@ def run_all(
 
 
 def _run(run: Run, places: Places, end: float | None) -> dict[str, Any] | None:
-    """Return a run's result; None where it is too late to begin."""
+    """Return a run's result; None if it is too late to start."""
     if end is not None and time.time() >= end:
         return None
-    # Another process may have done it since.
+    # Another process may have done it meanwhile.
     for row in results.read(places.results):
         if results.name_of(row) == results.name_of(run):
             return row

@@ -1,4 +1,4 @@
-"""What a task is: queries, items, and which answers which."""
+"""A task: queries, items, and which item answers which query."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ class Task(NamedTuple):
 
     item_of:          (n,) the row of each query's item
     train:            (k,) the rows of the queries to train on
-    validation, test: the queries to choose by, and those to report
+    validation, test: the queries to choose by, and the queries to report
     query_buckets, item_buckets: the size of each side's table; token numbers are below it
     """
 

@@ -24,7 +24,7 @@ def docstrings(_: Path | None) -> Task:
     """
     pairs = mine_pairs()
     held_out = np.asarray([is_held_out(pair.query) for pair in pairs])
-    # The last digit says what is held out; the one before it is free.
+    # The last digit decides what is held out; the one before it is unused.
     digit = [zlib.crc32(" ".join(words(pair.query)).encode()) // 10 % 2 for pair in pairs]
     validation, test = (np.flatnonzero(held_out & (np.asarray(digit) == half)) for half in (0, 1))
     code = ([*words(pair.name) * NAME_REPEATS, *dict.fromkeys(words(pair.code))] for pair in pairs)

@@ -14,9 +14,9 @@ GRAM = 4
 def tokens_of(texts: Iterable[Iterable[str]], length: int) -> np.ndarray:
     """Return int32 (texts, length): hashes of each text's words, then of their 4-grams, then 0.
 
-    texts: each the words of one text, in order; a word that comes twice counts twice
+    texts: each the words of one text, in order; a word that occurs twice counts twice
 
-    Words come first, so what `length` cuts off are 4-grams, where it can be.
+    Words come first, so `length` cuts off 4-grams before words.
     """
     rows = []
     for text in texts:

@@ -1,4 +1,4 @@
-"""The towers that are trained: weighted bags of tokens, and how well they answer."""
+"""The towers to train: weighted bags of tokens, and their evaluation."""
 
 import math
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class Bags(NamedTuple):
     """Texts without their padding.
 
     tokens:  (distinct,) the token numbers that are in any of them
-    places:  (all,) for each token of each text in turn, its place in `tokens`
+    places:  (all,) for each token of each text in turn, its index in `tokens`
     offsets: (texts,) where in `places` each text begins
     """
 
@@ -45,7 +45,7 @@ class Tower(nn.Module):
 
     Their gradients are sparse: a batch touches a small share of the tokens, and so does its update.
 
-    deep: whether a residual layer comes after the sum, whose every update moves all embeddings
+    deep: whether a residual layer follows the sum; each of its updates moves all embeddings
     """
 
     def __init__(self, vectors: nn.Parameter, *, deep: bool = False) -> None:
@@ -73,7 +73,7 @@ class Tower(nn.Module):
 class TwoTowers(nn.Module):
     """A tower for queries and one for items.
 
-    towers: "separate", each with its own vectors, or "shared", where only the weights are its own;
+    towers: "separate", each with its own vectors; "shared", with only its own weights;
             "deep", separate ones with a layer on top
     scale:  the factor on cosines, or "trained": then it starts at 20
     """
@@ -112,7 +112,7 @@ def _vectors(buckets: int) -> nn.Parameter:
 
 @torch.no_grad()
 def evaluate(model: TwoTowers, task: Task) -> dict[str, float]:
-    """Return MRR and recall@10 of each split, among all items, by the best right item."""
+    """Return MRR and recall@10 of each split, among all items, by the best correct item."""
     items = torch.cat([model.items(part) for part in torch.from_numpy(task.items).split(4096)])
     found = {}
     for name, questions in (("validation", task.validation), ("test", task.test)):
@@ -129,5 +129,5 @@ def _ranks(model: TwoTowers, queries: Tensor, questions: Questions, items: Tenso
         scores = model.queries(queries[rows]) @ items.T
         best = scores.gather(1, answers).amax(dim=1, keepdim=True)
         wrong = scores.scatter(1, answers, -math.inf)
-        ranks.append(1 + (~(wrong < best)).sum(dim=1))  # a tie counts as a loss, as NaN does
+        ranks.append(1 + (~(wrong < best)).sum(dim=1))  # a tie counts as a miss, as does NaN
     return torch.cat(ranks)

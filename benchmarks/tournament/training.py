@@ -1,4 +1,4 @@
-"""One training: towers on a task by a method, within a budget of encoder calls."""
+"""One training: towers on a task with a method, within a budget of encoder calls."""
 
 import os
 import statistics
@@ -20,12 +20,12 @@ from .towers import SCALE, TwoTowers, evaluate
 
 CACHE_SIZES = {"docstrings": 8_192, "nl2bash": 8_192}
 OTHER_CACHE_SIZE = 32_768
-LAYERS_SHARE = 0.1  # of the rate: layers take smaller steps than sparse tables do
+LAYERS_SHARE = 0.1  # share of the rate: layers take smaller steps than sparse tables
 PARTS = [Fraction(part) for part in ("1/16", "1/8", "1/4", "3/8", "1/2", "3/4", "1")]
 
 
 class Run(NamedTuple):
-    """What names a run; `options` are the method's, and "scale" and "cache_size"."""
+    """What identifies a run; `options` are the method's, and "scale" and "cache_size"."""
 
     task: str
     towers: str
@@ -38,17 +38,17 @@ class Run(NamedTuple):
 
 
 def train(run: Run, task: Task) -> dict[str, Any]:
-    """Train once; return the run and what it came to.
+    """Train once; return the run and its results.
 
     curve:   a dict at each of PARTS of the budget: "calls", processor "seconds" of the training
              steps, figures of both splits, and the mean over the steps since the last of what the
              method shows
     seconds: of the clock, with evaluation
 
-    The same first weights and order of pairs for a seed, whatever the method and batch. The rate is
+    A seed sets initial weights and the order of pairs, whatever the method and batch. The rate is
     constant for half of the calls, then falls to zero.
     """
-    # The steps are small: more threads hardly help on an idle machine, and wait on a busy one.
+    # The steps are small: more threads barely help on an idle machine, and wait on a busy one.
     torch.set_num_threads(1)
     begun, load = time.perf_counter(), os.getloadavg()[0]
     torch.manual_seed(run.seed)
@@ -98,7 +98,7 @@ def train(run: Run, task: Task) -> dict[str, Any]:
                     **_means(shown),
                     **evaluate(model, task),
                 }
-                # Two parts of a short run may end at one step.
+                # Two parts of a short run may end at the same step.
                 curve += [
                     {"part": float(part), **point}
                     for part, stop in zip(PARTS, stops, strict=True)

@@ -1,6 +1,6 @@
-"""The door to array libraries: the array API, what it lacks, and the checks of arguments.
+"""The interface to array libraries: the array API, what it lacks, and argument checks.
 
-Nothing here knows of caches. `Backend` is what an adapter overrides; `NUMPY` is the reference.
+Nothing here knows about caches. `Backend` is what an adapter overrides; `NUMPY` is the reference.
 """
 
 from negcache_core.arrays.backend import NUMPY, Backend

@@ -1,8 +1,8 @@
-"""The door to array libraries: the only file that imports array-api-compat.
+"""The interface to array libraries: the only file that imports array-api-compat.
 
 The core is written against the array-API standard. What the standard lacks, or has only in a slow
-form, is listed in `EXTRAS`: a library brings its own of any of these, `completed` adds the rest.
-Longer than most files, since nothing else may know one array library from another.
+form, is listed in `EXTRAS`: a library may supply any of these; `completed` adds the rest.
+It is longer than most files, because no other file may depend on a particular array library.
 """
 
 import functools
@@ -19,7 +19,7 @@ from negcache_core.errors import DTypeError, KindError
 
 
 class Array(Protocol):  # noqa: PLW1641 - whether arrays have a hash is their library's affair
-    """What the core takes for granted of an array, whatever its library.
+    """What the core assumes of an array, whatever its library.
 
     Functions of arrays come from a namespace `xp`. A comparison, like arithmetic, is elementwise.
     """
@@ -34,7 +34,7 @@ class Array(Protocol):  # noqa: PLW1641 - whether arrays have a hash is their li
 
     @property
     def device(self) -> Any:
-        """Where it is, for libraries in which that matters."""
+        """The device it is on, for libraries where that matters."""
 
     def __getitem__(self, key: Any, /) -> Any: ...
     def __setitem__(self, key: Any, value: Any, /) -> None: ...  # where `write_rows` is in place
@@ -75,7 +75,7 @@ else:
 
 EXTRAS = {
     "index_dtype": "the dtype of positions: int64, or int32 in JAX without x64",
-    "device_of": "(array): what `device=` of arange and full takes to put the result beside it",
+    "device_of": "(array): what `device=` of arange and full takes to put the result on its device",
     "dynamic_length": "(array, axis): a size that tracing leaves unknown, as a scalar tensor",
     "matmul_transposed": "(left, right): left @ right.T, for left (B, D) and right (C, D)",
     "take_rows": "(array, indices): a copy of the rows at indices (n,), never a view",
@@ -102,7 +102,7 @@ class Namespace:
 
 @functools.lru_cache
 def completed(library: Any) -> Any:
-    """Return a library's namespace with those of EXTRAS that it lacks, by the standard's means."""
+    """Return a library's namespace, with the EXTRAS that it lacks built from the standard."""
 
     def put_rows(table: Array, slots: Array, rows: Array) -> Array:
         return _put_rows_by_bisection(table, slots, rows, xp)
@@ -195,7 +195,7 @@ def length(array: Array, xp: Any, axis: int = 0) -> Any:
 
 
 def cast(array: Array, dtype: Any, xp: Any) -> Any:
-    """Return `array` in `dtype`; the very same array, not a copy, where it already is."""
+    """Return `array` in `dtype`; the same array, not a copy, if it already has it."""
     return array if array.dtype == dtype else xp.astype(array, dtype)
 
 
@@ -219,7 +219,7 @@ def positions(array: Array, xp: Any) -> Any:
 
 
 def fill(shape: tuple[int, ...], value: Any, like: Array, xp: Any) -> Any:
-    """Return an array of `value` with the dtype and the device of `like`."""
+    """Return an array filled with `value`, with the dtype and the device of `like`."""
     return xp.full(shape, value, dtype=like.dtype, device=xp.device_of(like))
 
 
@@ -236,10 +236,10 @@ def mask_rows(mask: Array, array: Array) -> Any:
 
 
 def largest(values: Array, count: Any, xp: Any) -> Any:
-    """Return what `xp.largest` does, faster where few of many values are wanted.
+    """Return what `xp.largest` does, but faster if few of many values are wanted.
 
     One pass finds the best of each group of values; only the groups with the `count` highest bests
-    can hold one of the largest, and only they are looked at again.
+    can hold one of the largest, and only those are searched again.
     """
     groups, rest = divmod(values.shape[0], GROUP)
     known = isinstance(count, int)
@@ -258,7 +258,7 @@ GROUP = 128
 
 
 def largest_by_keys(select: Callable[[Any, int], Any], values: Array, count: int, xp: Any) -> Any:
-    """Return what `xp.largest` does by a partial sort, which leaves the order of ties open.
+    """Return what `xp.largest` does, by a partial sort, which does not order ties.
 
     select: (keys, count) -> the positions of the count largest of distinct keys, in order
 

@@ -1,4 +1,4 @@
-"""What an array library supplies beyond the array API: a few verbs, NumPy's as the default."""
+"""What an array library supplies beyond the array API: a few verbs, with NumPy's as default."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ ACCELERATOR_TILE = 64 * 2**20
 
 
 class Backend(Generic[ArrayT]):
-    """The verbs of one array library. An adapter overrides what differs, and nothing else.
+    """The verbs of one array library. An adapter overrides only what differs.
 
     >>> Backend().to_array([1, 2])
     array([1, 2])
@@ -32,35 +32,33 @@ class Backend(Generic[ArrayT]):
 
     name = "numpy"
     slices_copy = False  # whether `slice_rows` copies, so that a tile of rows takes memory too
-    has_devices = (
-        False  # whether arrays are on devices, `.device`, and moved by nobody but the user
-    )
+    has_devices = False  # whether arrays have a `.device`, and only the user moves them
 
     def __init__(self, xp: Any = numpy_namespace) -> None:
         self.xp = namespace(xp=xp)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Backend[ArrayT]":
-        return self  # it has no state, and modules cannot be copied
+        return self  # stateless, and modules cannot be copied
 
     def to_array(self, value: Any) -> ArrayT:
-        """Return `value` as an array of this library; its own arrays come back as they are."""
+        """Return `value` as an array of this library; its own arrays are returned unchanged."""
         return self.xp.asarray(value)
 
     def to_host(self, array: ArrayT) -> np.ndarray[Any, Any]:
-        """Return the values as a NumPy array; bfloat16 as that of ml_dtypes."""
+        """Return the values as a NumPy array; bfloat16 as ml_dtypes.bfloat16."""
         return np.asarray(array)
 
     def from_host(self, table: ArrayT, values: np.ndarray[Any, Any]) -> ArrayT:
-        """Replace a table's values by what `to_host` of any library returned; as `overwrite`."""
+        """Replace a table's values with what any library's `to_host` returned; like `overwrite`."""
         return self.overwrite(table, self.to_array(values))
 
     def generator_state(self, generator: Any) -> tuple[str, Any]:
-        """Return a noise generator's kind, and its whole state as JSON can hold it."""
+        """Return a noise generator's kind, and its whole state in a form that JSON can hold."""
         state = generator.bit_generator.state
         return state["bit_generator"], state
 
     def set_generator_state(self, generator: Any, state: Any) -> None:
-        """Put a generator into a state that `generator_state` returned for one of its kind."""
+        """Set a generator to a state that `generator_state` returned for one of its kind."""
         generator.bit_generator.state = state
 
     def owns(self, value: Any) -> bool:
@@ -68,16 +66,16 @@ class Backend(Generic[ArrayT]):
         return hasattr(value, "shape") and hasattr(value, "dtype")
 
     def truth(self, value: ArrayT) -> bool | None:
-        """Return a bool scalar's value; None where a trace leaves it open."""
+        """Return a bool scalar's value; None if it is unknown while tracing."""
         return bool(value)
 
     def tile_rows(self, queries: ArrayT) -> int | None:
-        """Return the number of queries to size tiles for; None where a trace leaves it open."""
+        """Return the number of queries to size tiles for; None if it is unknown while tracing."""
         rows: int | None = queries.shape[0]
         return rows
 
     def tile_bytes(self, array: ArrayT) -> int:
-        """Return the memory for a tile on the device of `array`, where the user names none."""
+        """Return the memory for a tile on the device of `array`, if the user sets none."""
         return CPU_TILE
 
     def stop_gradient(self, array: ArrayT) -> ArrayT:
@@ -87,42 +85,42 @@ class Backend(Generic[ArrayT]):
     def no_gradient(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context for constants: nothing is recorded for differentiation.
 
-        Nor does NumPy warn in it of values that are not finite: they are left out and counted.
+        In it, NumPy does not warn of values that are not finite: they are left out and counted.
         """
         return np.errstate(over="ignore", invalid="ignore")
 
     def eager(self) -> bool:
-        """Return whether operations run as they are called, and are not being traced."""
+        """Return whether operations run when they are called, and are not being traced."""
         return True
 
     def differentiates(self) -> bool:
-        """Return whether gradients are taken here; False where a library was told to take none."""
+        """Return whether gradients are taken here; False if they were switched off."""
         return True
 
     def watch_gradients(
         self, arrays: Sequence[ArrayT], check: Callable[[Sequence[bool | None]], None]
     ) -> Sequence[ArrayT]:
-        """Return the arrays; have `check` called with whether a gradient reaches each, if not all.
+        """Return the arrays; call `check` with whether a gradient reaches each, if not all.
 
-        At once, or for a library that transforms functions as it differentiates what is returned.
-        None stands for what cannot be told; nothing is called where nothing is differentiated.
+        It is called at once, or, in a library that transforms functions, on differentiation.
+        None means unknown. Nothing is called where nothing is differentiated.
         """
         del check
         return arrays
 
     def has_graph(self, value: Any) -> bool:
-        """Return whether a value hangs on a computation that the next step no longer has."""
+        """Return whether a value depends on a computation that is gone by the next step."""
         del value
         return False
 
     def begin_step(self) -> None:
-        """Raise OptionError where a step must not run, as where it would run a second time."""
-        return  # not an empty body, of which TensorFlow's AutoGraph would warn
+        """Raise OptionError where a step must not run, for example where it would run twice."""
+        return  # not an empty body: TensorFlow's AutoGraph would warn
 
     def after(self, arrays: Any) -> contextlib.AbstractContextManager[Any]:
-        """Return a context of writes that come after `arrays`, nested, have all been computed.
+        """Return a context whose writes happen after all `arrays` (nested) have been computed.
 
-        For libraries that choose the order of operations: should one fail, nothing is written.
+        For libraries that reorder operations: if one fails, nothing is written.
         """
         return contextlib.nullcontext()
 
@@ -133,7 +131,7 @@ class Backend(Generic[ArrayT]):
     def fold_tiles(
         self, function: Callable[[Any], tuple[ArrayT, ...]], count: int
     ) -> tuple[ArrayT, ...]:
-        """Return function(0), …, function(count - 1), each of arrays (n, B), joined along axis 0.
+        """Return function(0), …, function(count - 1), arrays (n, B) each, joined along axis 0.
 
         At most one tile is in memory at a time.
         """
@@ -145,7 +143,7 @@ class Backend(Generic[ArrayT]):
         carry: tuple[ArrayT, ...],
         count: int,
     ) -> tuple[tuple[ArrayT, ...], tuple[ArrayT, ...]]:
-        """Do what `fold_tiles` does with function(carry, tile) -> (carry, parts), tile after tile.
+        """Do what `fold_tiles` does, in order, with function(carry, tile) -> (carry, parts).
 
         Returns the last carry and the joined parts. A library that traces must not unroll the loop.
         """
@@ -158,10 +156,10 @@ class Backend(Generic[ArrayT]):
     def map_chunks(
         self, function: Callable[..., ArrayT], arrays: Sequence[ArrayT], size: int
     ) -> ArrayT:
-        """Return function(*chunks) of every `size` rows of `arrays` (n, …), joined: (n, …).
+        """Return function(*chunks) for every `size` rows of `arrays` (n, …), joined: (n, …).
 
-        With differentiation the activations of a chunk are not kept but computed again, with the
-        same random numbers. The function is called at least once, also for no rows.
+        When differentiating, a chunk's activations are not kept but recomputed, with the
+        same random numbers. The function is called at least once, even for no rows.
         """
         rows = arrays[0].shape[0]
         parts = [
@@ -176,7 +174,7 @@ class Backend(Generic[ArrayT]):
 
         written: bool (n,); other rows do not count
 
-        May overwrite `scores`: a library that can saves the time to allocate what it needs once.
+        May overwrite `scores`: that saves allocations, in libraries that can.
         """
         xp = self.xp
         scores = xp.where(written[:, None], scores, -float("inf"))
@@ -190,16 +188,16 @@ class Backend(Generic[ArrayT]):
         block: int,
         factors: ArrayT | None = None,
     ) -> tuple[ArrayT, ArrayT, ArrayT]:
-        """Return `block_log_sum_exp`, that of all rows (B,), and the mean (B, D) of rows (m, D).
+        """Return `block_log_sum_exp`, the log-sum-exp of all rows (B,), and a mean (B, D) of rows.
 
-        scores, written: as there, n >= m; the mean is under each query's softmax
-        factors:         (m,) times the rows, or None
+        scores, written: as there; rows (m, D), m <= n; the mean is under each query's softmax
+        factors:         (m,) multiply the rows, or None
 
         May overwrite `scores`.
         """
         xp, count = self.xp, rows.shape[0]
         counts = written[:count, None]
-        # Rows of empty slots may hold anything, and 0 times it need not be 0.
+        # Rows of empty slots may hold anything, even values whose product with 0 is not 0.
         read: Any = read_out(
             xp.where(counts, scores[:count, ...], -float("inf")),
             xp.where(counts, rows, 0.0),
@@ -209,7 +207,7 @@ class Backend(Generic[ArrayT]):
         return self.block_log_sum_exp(scores, written, block), *read
 
     def exclude(self, scores: ArrayT, rows: Labels, own: Exclusions) -> ArrayT:
-        """Return scores (n, B), -inf where a row, labels (n,), must not oppose a query.
+        """Return scores (n, B), -inf where a row, labels (n,), must not be a query's negative.
 
         May overwrite `scores`.
         """
@@ -218,7 +216,7 @@ class Backend(Generic[ArrayT]):
     def write_rows(self, table: ArrayT, slots: ArrayT, rows: ArrayT) -> ArrayT:
         """Put `rows` (n, …) at `slots` (n,) of `table` (C, …), and return the table.
 
-        In place, but for libraries whose arrays never change: there the result is the new table.
+        In place, except where arrays are immutable: there the result is the new table.
         """
         table[slots] = rows
         return table
@@ -239,9 +237,9 @@ class Backend(Generic[ArrayT]):
             ) from error
 
     def remember(self, generator: Any) -> Callable[[], Any] | None:
-        """Return a function that undoes all draws from here on.
+        """Return a function that undoes all draws made after this call.
 
-        None where there is nothing to undo, as in a trace: it has drawn nothing yet.
+        None if there is nothing to undo, as while tracing, when nothing has been drawn yet.
         """
         if not isinstance(generator, np.random.Generator):
             return None
@@ -256,20 +254,20 @@ class Backend(Generic[ArrayT]):
     def all_gather(self, array: ArrayT, group: Any = None) -> ArrayT:
         """Concatenate `array` (n, …) over the replicas of a group, in the order of their ranks."""
         raise OptionError(
-            f"use_cross_replica=True needs a distributed backend, and {self.name!r} runs in one "
+            f"use_cross_replica=True needs a distributed backend, but {self.name!r} runs in one "
             "process: use negcache_torch or negcache_tensorflow, or leave the option off."
         )
 
 
 class NumpyBackend(Backend):
-    """NumPy, the reference: the defaults, and scores that are overwritten in place."""
+    """NumPy, the reference: the defaults, with scores overwritten in place."""
 
     def owns(self, value: Any) -> bool:
-        """Return whether it is an array; NumPy's scalars become some."""
+        """Return whether it is an array; NumPy scalars are converted to one."""
         return isinstance(value, np.ndarray)
 
     def block_log_sum_exp(self, scores: Array, written: Array, block: int) -> Array:
-        """Do it in place; rows to leave out are found and filled."""
+        """Do it in place; excluded rows are found and filled."""
         scores = np.require(scores, requirements=("C", "W"))  # a score_transform may return views
         scores[~written] = -np.inf
         with np.errstate(divide="ignore"):  # the logarithm of an empty block's sum

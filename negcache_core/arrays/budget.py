@@ -1,4 +1,4 @@
-"""How much to have in memory at a time."""
+"""How much to hold in memory at a time."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from negcache_core.arrays.backend import Backend
 
 
 def itemsize(dtype: Any, xp: Any) -> int:
-    """Return the bytes of a number of the dtype that scores are computed in."""
+    """Return the size in bytes of a number in the dtype that scores are computed in."""
     return 8 if dtype == xp.float64 else 4
 
 
@@ -19,12 +19,12 @@ def budget_of(tile_bytes: int | None, array: Array, backend: Backend) -> int:
 def rows_at_a_time(
     rows: int | None, numbers: int | None, dtype: Any, budget: int, xp: Any
 ) -> int | None:
-    """Return how many of some rows to work on at a time, or None for all of them.
+    """Return how many rows to work on at a time, or None for all of them.
 
-    rows:    how many there are, perhaps none
-    numbers: of `dtype`, that each row takes while it is worked on; where a trace leaves one of
-             these two open, it is None, and all rows are worked on together
-    budget:  bytes for these
+    rows:    how many there are, possibly 0
+    numbers: of `dtype`, that each row needs while it is worked on. If either of these two is
+             unknown while tracing, it is None, and all rows are worked on together
+    budget:  bytes for these numbers
 
     >>> import numpy as np
     >>> rows_at_a_time(100, 50, np.float64, 8_000, np), rows_at_a_time(

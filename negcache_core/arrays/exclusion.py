@@ -1,7 +1,7 @@
-"""Which rows must not oppose a query: one law, for rows of a cache, of a batch, and hard negatives.
+"""Which rows must not be a query's negatives: one rule for the cache, the batch and hard negatives.
 
 A row that agrees with the query in any id, is of another group, or scores above the query's ceiling
-is no negative: it is not drawn, and it does not count.
+does not count as a negative, and is not drawn.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,13 +11,13 @@ from negcache_core.arrays._array import Array, ArrayT, cast, fill, positions
 
 
 class Labels(NamedTuple):
-    """What rows (…) are told apart by: ids, integers (…) by key, and their group (…), or None."""
+    """What identifies rows (…): ids, integers (…) by key, and their group (…), or None."""
 
     ids: tuple[Any, ...] = ()
     group: Any = None
 
     def each(self, function: Callable[[Array], Array]) -> "Labels":
-        """Return what a function makes of each of them."""
+        """Return the labels with a function applied to each."""
         group = None if self.group is None else function(self.group)
         return Labels(tuple([function(ids) for ids in self.ids]), group)
 
@@ -27,11 +27,11 @@ class Labels(NamedTuple):
 
 
 class Exclusions(NamedTuple):
-    """What must not oppose each of B queries.
+    """What must not be a negative of each of B queries.
 
-    ids:     (B, P) by key: the ids of the query's positives; a row with one of them is no negative
+    ids:     (B, P) by key: the ids of the query's positives; a row with one of them does not count
     group:   (B,) only rows of this group are negatives; None for all
-    ceiling: (B,) rows with a higher score are no negatives; None for all
+    ceiling: (B,) rows with a higher score do not count; None for no limit
     """
 
     ids: tuple[Any, ...] = ()
@@ -39,7 +39,7 @@ class Exclusions(NamedTuple):
     ceiling: Any = None
 
     def arrays(self) -> tuple[Any, ...]:
-        """Return all of them, None for what there is not."""
+        """Return all of them, None for those that are absent."""
         return (*self.ids, self.group, self.ceiling)
 
     @staticmethod
@@ -51,18 +51,18 @@ class Exclusions(NamedTuple):
         return Exclusions(tuple(ids), group, ceiling)
 
     def told(self) -> "Exclusions | None":
-        """Return what can be told of rows by their labels alone: all but a ceiling."""
+        """Return what labels alone decide: everything but a ceiling."""
         return Exclusions.of((*self.ids, self.group, None))
 
     def of_queries(self, rows: Array, xp: Any) -> "Exclusions":
-        """Return those of some of the queries: rows (n,) of them."""
+        """Return the exclusions of some of the queries, by their rows (n,)."""
         found = [None if each is None else xp.take_rows(each, rows) for each in self.arrays()]
         return Exclusions(tuple(found[:-2]), *found[-2:])
 
     def admit(self, rows: Labels, scores: Array | None, *, last: bool = False) -> Any:
-        """Return whether each row may oppose each query: the law.
+        """Return whether each row may be a negative of each query: the rule.
 
-        rows:   labels (B, …) or (1, …); scores: (B, …), or None where no ceiling is to be kept
+        rows:   labels (B, …) or (1, …); scores: (B, …), or None to apply no ceiling
         last:   labels are (n,), scores and result (n, B)
 
         Returns bool, or None where nothing is excluded.
@@ -95,7 +95,7 @@ def _spread(own: Array, like: Array) -> Any:
 
 
 def excluded(scores: ArrayT, rows: Labels, own: Exclusions, *, xp: Any) -> ArrayT:
-    """Return scores (n, B), -inf where rows (n,) must not oppose the query."""
+    """Return scores (n, B), -inf where rows (n,) must not be the query's negatives."""
     admitted = own.admit(rows, scores, last=True)
     return scores if admitted is None else xp.where(admitted, scores, -float("inf"))
 
@@ -134,7 +134,7 @@ def _leave_ids_out_in_place(scores: Any, rows: Any, own: Any, xp: Any) -> None:
         found = _either(found, xp.take(table, ids & low, axis=0))
         every.append((ids, theirs, wanted))
     (hit,) = xp.nonzero(found)
-    if 16 * hit.shape[0] > scores.shape[0]:  # ids that are alike in their last digits
+    if 16 * hit.shape[0] > scores.shape[0]:  # ids that agree in their last digits
         found = None
         for ids, _, wanted in every:
             some, ordered = ids[hit], xp.sort(wanted)
@@ -154,15 +154,15 @@ def _either(left: Any, right: Any) -> Any:
 
 
 def _last_digits(wanted: Array) -> int:
-    """Return a mask of the last binary digits, in which few of other numbers equal `wanted`."""
+    """Return a mask of the last binary digits, in which few other numbers equal `wanted`."""
     return (1 << min(20, max(12, (256 * wanted.shape[0]).bit_length()))) - 1
 
 
 def _keep_groups_in_place(scores: Any, rows: Array, own: Array, xp: Any) -> None:
     """Set scores (n, B) of rows (n,) of another group than the query's (B,) to -inf.
 
-    A row gets the number of a query of its group, and by it a copy of that one's limits: what its
-    score with each query can be at most, inf or -inf. A processor's own cache holds these.
+    A row gets the number of a query in its group, and through it a copy of that query's limits:
+    the most that its score with each query can be, inf or -inf. A processor's cache holds these.
     """
     rows, own = cast(rows, xp.index_dtype, xp), cast(own, xp.index_dtype, xp)
     count, low = own.shape[0], _last_digits(own)
@@ -186,11 +186,11 @@ def _keep_groups_in_place(scores: Any, rows: Array, own: Array, xp: Any) -> None
 
 
 AT_HAND = 2**17
-"""Numbers that a processor's own cache holds, beside as many more."""
+"""Numbers that fit a processor's cache together with as many others."""
 
 
 def _cut_in_place(scores: Any, ceiling: Array, xp: Any) -> None:
-    """Set scores (n, B) above ceiling (B,) to -inf; only where a stretch has such are they read."""
+    """Set scores (n, B) above ceiling (B,) to -inf; read only stretches that have any."""
     count, queries = scores.shape
     whole = count // STRETCH
     if whole:

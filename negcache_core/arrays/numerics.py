@@ -8,19 +8,19 @@ from negcache_core.arrays._array import Array, ArrayT, namespace
 def log_sum_exp(scores: ArrayT, axis: int = -1, *, xp: Any = None) -> ArrayT:
     """Return log(sum(exp(scores))) along an axis; -inf for no terms, and where all are -inf.
 
-    The largest term is taken out first, so it is finite for any finite scores.
+    The largest term is subtracted first, so the result is finite for any finite scores.
 
     >>> import numpy as np
     >>> log_sum_exp(np.asarray([[1e4, 1e4], [-np.inf, -np.inf]])).tolist()
     [10000.69314718056, -inf]
     """
     xp = xp or namespace(scores)
-    if scores.shape[axis] == 0:  # some libraries know no largest of nothing
+    if scores.shape[axis] == 0:  # some libraries have no maximum of an empty array
         return xp.sum(scores, axis=axis) - float("inf")
     top = xp.max(scores, axis=axis, keepdims=True)
     top = xp.where(xp.abs(top) < float("inf"), top, 0.0)
     total = xp.sum(xp.exp(scores - top), axis=axis)
-    top = xp.sum(top, axis=axis)  # drops the axis, of size 1, where other sizes may be unknown
+    top = xp.sum(top, axis=axis)  # drops the axis of size 1; other sizes may be unknown
     # A sum of 0 is log 0 without a division warning; a sum of NaN stays NaN.
     return xp.where(total == 0, -float("inf"), xp.log(xp.where(total == 0, 1.0, total)) + top)
 
@@ -30,9 +30,9 @@ def read_out(
 ) -> tuple[Array, Array]:
     """Return the log-sum-exp (B,) of scores (n, B), and the mean (B, D) of rows by their softmax.
 
-    factors: (n,) times the rows, or None
+    factors: (n,) multiply the rows, or None
 
-    This is attention with keys and values alike.
+    This is attention in which keys and values are the same.
     """
     top = xp.max(scores, axis=0)
     top = xp.where(top > -float("inf"), top, 0.0)
@@ -51,12 +51,12 @@ def block_log_sum_exp_in_place(
     """Return the log-sum-exp of every `block` rows of scores (n, B): (n / block, B).
 
     For libraries that write into their arrays (`out=`): overwrites `scores`, and allocates little.
-    Each FOLD rows are treated as one, so that few queries still make rows as wide as registers.
+    FOLD rows are treated as one, so that even few queries make rows as wide as registers.
 
-    rows: (m, D), m <= n: then returns that, the log-sum-exp of all rows (B,), and their mean (B, D)
-          under each query's softmax, 0 of no rows. One set of exponentials serves all of it, so it
-          costs little more than a second product.
-    factors: (m,) times these rows, or None
+    rows: (m, D), m <= n: then also returns the log-sum-exp of all rows (B,), and their mean (B, D)
+          under each query's softmax, 0 for no rows. One set of exponentials serves all three, so
+          this costs little more than a second product.
+    factors: (m,) multiply these rows, or None
     """
     blocks, queries = scores.shape[0] // block, scores.shape[1]
     narrow, finite = (blocks, FOLD, queries), xp.finfo(scores.dtype)
@@ -70,7 +70,7 @@ def block_log_sum_exp_in_place(
     if rows is None:
         return weights
     highest = xp.max(top, axis=0)
-    share = xp.exp(top - highest[None, :])  # of a block's exponentials in those of all
+    share = xp.exp(top - highest[None, :])  # a block's share of all exponentials
     whole = xp.sum(share * total, axis=0)
     share = (share / xp.where(whole > 0, whole, 1.0))[:, None, :]
     xp.multiply(wide, xp.reshape(xp.broadcast_to(share, narrow), one), out=wide)
@@ -98,7 +98,7 @@ def sigmoid(values: Array, *, xp: Any = None) -> Array:
 
 
 def masked_mean(values: Array, mask: Array, *, xp: Any) -> Array:
-    """Return the mean of `values` where `mask` is True; 0 where it is nowhere."""
+    """Return the mean of `values` where `mask` is True; 0 if it is True nowhere."""
     weight = xp.astype(mask, values.dtype)
     return xp.sum(xp.where(mask, values, 0.0)) / xp.maximum(xp.sum(weight), 1.0)
 
@@ -116,5 +116,5 @@ def mean(values: Array, *, xp: Any = None) -> Array:
 
 
 def finite_rows(rows: Array, *, xp: Any) -> Array:
-    """Return bool (n,): True where all of a row of (n, D) is finite; (n, m) for (n, m, D)."""
+    """Return bool (n,): True where a row of (n, D) is all finite; (n, m) for (n, m, D)."""
     return xp.all(xp.isfinite(rows), axis=-1)

@@ -6,9 +6,9 @@ from typing import Any
 
 
 class UndoneOnError(AbstractContextManager[None]):
-    """A context that calls functions, such as those of `Backend.remember`, if an error passes it.
+    """A context that calls functions, such as those of `Backend.remember`, on an error.
 
-    So a step that fails has drawn nothing: the next one goes on as if it had not been.
+    So a step that fails has drawn nothing, and the next one runs as if it had never happened.
     """
 
     def __init__(self, undo: Iterable[Callable[[], Any] | None]) -> None:

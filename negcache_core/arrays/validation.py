@@ -1,6 +1,6 @@
-"""Checks of one argument: its type, and an array's shape, dtype and device. No value is read.
+"""Checks of one argument: its type, and an array's shape, dtype and device.
 
-So they cost no device synchronisation and work while a function is being traced. A size that is
+They read no values, so they need no device synchronisation and work while tracing. A size that is
 unknown while tracing (None) fits any other.
 """
 
@@ -26,7 +26,7 @@ def in_order(keys: Iterable[Any]) -> list[Any]:
 
 
 def as_whole(value: Any) -> int | None:
-    """Return an integer of any library as an int; None for anything else, and for a bool.
+    """Return any library's integer as an int; None for anything else, bools included.
 
     >>> as_whole(3), as_whole(True), as_whole(3.0)
     (3, None, None)
@@ -82,7 +82,7 @@ def check_shape(array: Array, expected: tuple[Any, ...], what: str, advice: str 
     try:
         given = tuple(array.shape)
     except ValueError:
-        given = shape_of(array, what)  # says so in our words
+        given = shape_of(array, what)  # raises our own error
     fits = len(given) == len(expected)
     for size, want in zip(given, expected, strict=False):
         if not (isinstance(want, str) or want is None or size is None or size == want):
@@ -104,16 +104,16 @@ def check_floating(array: Array, what: str) -> Array:
 
 
 def as_array(value: Any, what: str, backend: Backend) -> Array:
-    """Return `value` as an array of the backend's library; its own come back as they are."""
+    """Return `value` as an array of the backend's library; its own are returned unchanged."""
     if backend.owns(value):
         return value
     refusal = KindError(
-        f"{what} is a {type(value).__name__}, of which {backend.name} makes no array: expected an "
-        "array, or lists of numbers that make one."
+        f"{what} is a {type(value).__name__}, which {backend.name} cannot turn into an array: "
+        "expected an array, or nested lists of numbers."
     )
     try:
         array = backend.to_array(value)
-    except Exception as error:  # each library refuses in its own way
+    except Exception as error:  # each library raises something else
         raise refusal from error
     if not backend.owns(array):
         raise refusal
@@ -158,7 +158,7 @@ def check_device(array: Array, like: Any, what: str, backend: Backend) -> Array:
 
 
 def names_of(names: Any, what: str, example: str, purpose: str) -> tuple[str, ...]:
-    """Return several field names as a tuple, at least one."""
+    """Return field names, at least one, as a tuple."""
     refusal = f"{what} is {names!r}: expected several field names, such as ({example!r},)."
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise KindError(refusal)

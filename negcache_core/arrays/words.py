@@ -1,4 +1,4 @@
-"""Sizes and scalars in print."""
+"""Sizes and scalars as text."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from negcache_core.arrays._array import dtype_name
 
 
 def fields_in_words(fields: Mapping[str, Any], slots: int) -> str:
-    """Return bytes and fields of `slots` rows; a field has a row's `.shape`, and `.dtype`."""
+    """Return the size and fields of `slots` rows; a field has a row's `.shape`, and `.dtype`."""
     each = {key: (tuple(field.shape), dtype_name(field.dtype)) for key, field in fields.items()}
     size = sum(slots * int(np.prod(shape)) * _bytes(name) for shape, name in each.values())
     listed = ", ".join(f"{key} {name} {shape}" for key, (shape, name) in each.items())

@@ -223,7 +223,7 @@ def _slots(cache_size: Any, specs: Mapping[str, FieldSpec]) -> int:
         if slots * max(1, math.prod(spec.shape)) > MOST_VALUES:
             raise CapacityError(
                 f"field {key!r} would have {slots} rows of shape {spec.shape}, more values than "
-                "any array can: lower cache_size, or make the rows smaller."
+                "any array can hold: lower cache_size, or make the rows smaller."
             )
     return slots
 

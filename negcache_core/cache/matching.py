@@ -16,7 +16,7 @@ from negcache_core.arrays._array import (
 )
 from negcache_core.errors import DTypeError
 
-GROUP = 1024  # slots at a time, in looking for the first that matches (measured)
+GROUP = 1024  # slots at a time when looking for the first match (measured)
 
 FEW = 128
 """Rows that are compared with each slot; more are matched by sorting. Measured: from 64 rows on in
@@ -29,7 +29,7 @@ and at 100 rows a fifth of the memory."""
 
 
 def check_identifies(dtype: Any, what: str) -> None:
-    """Raise DTypeError if values of `dtype` cannot tell items apart."""
+    """Raise DTypeError if values of `dtype` cannot identify items."""
     if dtype_kind(dtype) == "floating":
         raise DTypeError(
             f"{what} has dtype {dtype_name(dtype)}: floating values that went through a network "
@@ -38,9 +38,9 @@ def check_identifies(dtype: Any, what: str) -> None:
 
 
 def equal_rows(rows: Array, table: Array, *, xp: Any = None) -> Array:
-    """Return bool (n, C): whether each of rows (n, …) equals each of table (C, …).
+    """Return bool (n, C): whether each row (n, …) equals each row of table (C, …).
 
-    One n x C comparison for every value in a row, one at a time, which bounds the memory.
+    It makes one n x C comparison per value in a row, one at a time, which bounds the memory.
 
     >>> import numpy as np
     >>> equal_rows(np.asarray([[1, 2]]), np.asarray([[1, 2], [1, 3]]))
@@ -72,7 +72,7 @@ def side_by_side(fields: Sequence[Array], *, xp: Any = None) -> Any:
 def first_match(
     rows: Array, table: Array, written: Array, *, xp: Any = None
 ) -> tuple[Array, Array]:
-    """Return (n,) the lowest written slot that holds each row, and bool (n,) whether one does.
+    """Return (n,) the lowest written slot that holds each row, and bool (n,) whether any does.
 
     rows:    (n, …)
     table:   (C, …), of the same dtype
@@ -91,8 +91,8 @@ def first_match(
 
 
 def _first_by_pairs(rows: Array, table: Array, written: Array, xp: Any) -> tuple[Array, Array]:
-    """Compare each row with each slot: for few rows the fastest."""
-    # Whole groups, so that one cheap reduction by group is the only pass over n x C for the place.
+    """Compare each row with each slot: the fastest way for few rows."""
+    # Whole groups, so that finding the place takes only one cheap reduction over n x C.
     groups = -(-table.shape[0] // GROUP)
     padding = groups * GROUP - table.shape[0]
     if padding:
@@ -107,15 +107,15 @@ def _first_by_pairs(rows: Array, table: Array, written: Array, xp: Any) -> tuple
 
 
 def _first_by_sorting(rows: Array, table: Array, written: Array, xp: Any) -> tuple[Array, Array]:
-    """Look each slot up among the sorted rows, so that time and memory are not those of pairs."""
-    # One more row, of the table's, keeps every gather below defined where there is none.
+    """Look each slot up among the sorted rows: time and memory do not grow with pairs."""
+    # One extra row, from the table, keeps every gather below defined if there are no rows.
     count, capacity = length(rows, xp) + 1, table.shape[0]
     keys = _as_numbers(xp.concat([cast(rows, table.dtype, xp), table[:1, ...], table], axis=0), xp)
     wanted, held = keys[:count], keys[count:]
     ordered = xp.sort(wanted)
     place = xp.minimum(xp.searchsorted(ordered, held), count - 1)
     hit = written & (xp.take_rows(ordered, place) == held)
-    # Slots in the order of the row that they hold, the lowest of a row's slots first.
+    # Slots ordered by the row that they hold, the lowest of a row's slots first.
     group = xp.where(hit, place, count)
     order = xp.argsort(group, stable=True)
     first = xp.searchsorted(xp.take_rows(group, order), xp.searchsorted(ordered, wanted))
@@ -126,7 +126,7 @@ def _first_by_sorting(rows: Array, table: Array, written: Array, xp: Any) -> tup
 
 
 def _as_numbers(rows: Array, xp: Any) -> Any:
-    """Return (n,) integers that are equal where rows (n, …) are, in some order."""
+    """Return (n,) integers that are equal where rows (n, …) are equal, in some order."""
     if len(rows.shape) == 1:
         return cast(rows, xp.index_dtype, xp)
     order, width = positions(rows, xp), math.prod(rows.shape[1:])
@@ -144,7 +144,7 @@ def _as_numbers(rows: Array, xp: Any) -> Any:
 
 
 def last_of_each(rows: Array, mask: Array | None = None, *, xp: Any = None) -> Array:
-    """Return bool (n,): False for a masked row, and for one that a later unmasked row equals.
+    """Return bool (n,): False for a masked row, and for one equal to a later unmasked row.
 
     >>> import numpy as np
     >>> last_of_each(np.asarray([5, 5, 5]), np.asarray([True, True, False]))
@@ -159,7 +159,7 @@ def last_of_each(rows: Array, mask: Array | None = None, *, xp: Any = None) -> A
 def last_equal(rows: Array, counts: Array, *, xp: Any = None) -> Array:
     """Return (n,) where the last of the rows (n, …) that count, bool (n,), equals each that counts.
 
-    For a row that does not count the result means nothing.
+    For a row that does not count, the result is meaningless.
 
     >>> import numpy as np
     >>> last_equal(np.asarray([5, 6, 5]), np.asarray([True, True, True]))
@@ -170,7 +170,7 @@ def last_equal(rows: Array, counts: Array, *, xp: Any = None) -> Array:
     if count is None or count > FEW:
         return _last_by_sorting(rows, counts, xp)
     place = positions(rows, xp)
-    if count == 0:  # some libraries know no largest of nothing
+    if count == 0:  # some libraries have no maximum of an empty array
         return place
     equal = equal_rows(rows, rows, xp=xp) & counts[None, :]
     return xp.max(xp.where(equal, place[None, :], 0), axis=1)
@@ -178,10 +178,10 @@ def last_equal(rows: Array, counts: Array, *, xp: Any = None) -> Array:
 
 def _last_by_sorting(rows: Array, counts: Array, xp: Any) -> Any:
     """Do what `last_equal` does in the time of a sort."""
-    # One more row, which does not count, keeps every gather below defined where there is none.
+    # One extra row, which does not count, keeps every gather below defined if there are no rows.
     counts = xp.concat([counts, fill((1,), value=False, like=counts, xp=xp)])
     keys = _as_numbers(xp.concat([rows, fill((1, *rows.shape[1:]), 0, rows, xp)], axis=0), xp)
-    # Of equal rows those that count come first, the last one before the others.
+    # Among equal rows, those that count come first, the last one before the others.
     place = positions(keys, xp)
     order = xp.argsort(xp.where(counts, -place, 1), stable=True)
     order = xp.take_rows(order, xp.argsort(xp.take_rows(keys, order), stable=True))

@@ -9,11 +9,11 @@ from negcache_core.arrays.validation import check_device, shape_of
 from negcache_core.cache.state import NegativeCache, check_cache, is_written
 from negcache_core.errors import KeysError, OptionError, ShapeError
 
-SINGLE = "cache"  # the name a cache goes by where the caller gave it none
+SINGLE = "cache"  # the name of a cache that the caller did not name
 
 
 class Caches(dict[str, NegativeCache]):
-    """Caches by sorted name that are known to be sound: checked, or a handler's own.
+    """Caches by sorted name that are known to be valid: checked, or a handler's own.
 
     window: the state of negcache_core.cache.window; None where rows of every age compete
     """
@@ -23,7 +23,7 @@ class Caches(dict[str, NegativeCache]):
         self.window = getattr(caches, "window", None) if window is None else window
 
     def first(self) -> NegativeCache:
-        """Return one of them; fields are alike in all."""
+        """Return the first cache; all have the same fields."""
         return next(iter(self.values()))
 
 
@@ -54,8 +54,8 @@ def named_caches(cache: Any, fields: tuple[str, ...], backend: Backend) -> Cache
             if shape_of(own, key)[1:] != shape_of(other, key)[1:] or own.dtype != other.dtype:
                 raise ShapeError(
                     f"field {key!r} of cache {name!r} has row shape {tuple(own.shape)[1:]} and "
-                    f"dtype {own.dtype}, elsewhere {tuple(other.shape)[1:]} and {other.dtype}: "
-                    "caches that are treated as one need equal fields."
+                    f"dtype {own.dtype}, but elsewhere {tuple(other.shape)[1:]} and "
+                    f"{other.dtype}: caches that are used as one need equal fields."
                 )
         if each.age.shape[0] is None:
             raise ShapeError(f"cache {name!r} has an unknown capacity: set its static shape.")
@@ -64,12 +64,12 @@ def named_caches(cache: Any, fields: tuple[str, ...], backend: Backend) -> Cache
 
 
 def check_window(caches: Caches, max_staleness: float | None) -> None:
-    """Raise OptionError where a loss wants a window and nobody keeps one."""
+    """Raise OptionError if a loss needs a window and nothing keeps one."""
     if max_staleness is not None and caches.window is None:
         raise OptionError(
-            f"the loss has max_staleness={max_staleness}, and the window that it sets is state, "
-            "which a handler keeps: call the loss through a CacheLossHandler or a "
-            "NegativeCacheLoss, or leave max_staleness out."
+            f"the loss has max_staleness={max_staleness}, whose window is state that only a "
+            "handler keeps: call the loss through a CacheLossHandler or a NegativeCacheLoss, or "
+            "leave max_staleness out."
         )
 
 
@@ -87,7 +87,7 @@ def gather(
 ) -> dict[str, Any]:
     """Copy rows out of the caches: "fields", "ages", and by cache name "slots" and "owned".
 
-    slots: (m, S) over all caches; drawn: bool (m, S), False where the row is to count as nobody's
+    slots: (m, S) over all caches; drawn: bool (m, S), False where the row belongs to no cache
     """
     flat, drawn = xp.reshape(slots, (-1,)), xp.reshape(drawn, (-1,))
     if len(caches) == 1:

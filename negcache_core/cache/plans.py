@@ -1,6 +1,6 @@
 """Plans: which slots a step writes, and with which of the given rows.
 
-A plan is a few small integer arrays. Deciding is pure and stands here; copying rows is left to
+A plan is a few small integer arrays. Deciding is pure, and is done here; copying rows is left to
 `put_rows` or to an adapter's in-place write, so both do the same thing. Shapes depend on the
 number of rows alone, never on a mask's values, so a plan can be traced and compiled.
 """
@@ -37,8 +37,8 @@ class WritePlan(NamedTuple):
 
     slots:  (n,) slots; where one is named twice, both entries write the same row
     source: (n,) positions in the given rows; None for 0, 1, …, n - 1
-    live:   (n,) bool, False where the slot is rewritten with what it holds; None where all are live
-    age:    int32 (C,) afterwards, rows of a step at -1: `grow_older` ends the step
+    live:   (n,) bool, False where the slot is rewritten with its own row; None if all are live
+    age:    int32 (C,) afterwards, with this step's rows at -1: `grow_older` ends the step
     """
 
     slots: Array
@@ -54,7 +54,7 @@ def plan_insert(age: Array, n_new: Any, mask: Array | None = None, *, xp: Any = 
     n_new: rows to insert, 0 <= n_new <= C
     mask:  bool (n_new,); rows where it is False touch nothing and take up no slot
 
-    Ties go to the lowest slot, so every backend chooses alike. All slots of the plan are distinct.
+    Ties go to the lowest slot, so all backends agree. All slots of the plan are distinct.
     Raises CapacityError if n_new > C.
 
     >>> import numpy as np
@@ -78,16 +78,16 @@ def plan_insert(age: Array, n_new: Any, mask: Array | None = None, *, xp: Any = 
 def plan_unique_insert(
     age: Array, table: Array, keys: Array, mask: Array | None = None, *, xp: Any = None
 ) -> WritePlan:
-    """Choose the slots that the next rows overwrite where an item has one slot: its own, if it has.
+    """Choose the slots that the next rows overwrite if each item has one slot: its own, if any.
 
     age:   int32 array (C,), EMPTY where no row was ever written
     table: (C, …) what identifies the items in the slots
     keys:  (n, …) what identifies the rows to insert, of the table's dtype, n <= C
     mask:  bool (n,); rows where it is False touch nothing and take up no slot
 
-    Of equal keys the last unmasked row counts; the earlier ones count as masked. A key that a
-    written slot holds goes there (the lowest one, should several hold it). The rest take, in the
-    order of their rows, the slots that `plan_insert` would choose among the others. All slots of
+    Of equal keys the last unmasked row counts; the earlier ones count as masked. A row whose key
+    is in a written slot goes there (to the lowest one, if several hold it). The rest take, in
+    order, the slots that `plan_insert` would choose among the others. All slots of
     the plan are distinct. Raises CapacityError if n > C.
 
     >>> import numpy as np
@@ -103,14 +103,14 @@ def plan_unique_insert(
     live = last_of_each(keys, mask, xp=xp)
     own, found = first_match(keys, table, is_written(age), xp=xp)
     found = found & live
-    # Slots of items that are here rank below all others, also below those refreshed in this step.
-    # Entries without a slot of their own write to one more place, which is cut off.
+    # Slots of items in the cache rank below all others, even those refreshed in this step.
+    # Entries without a slot write to an extra place, which is cut off.
     rank = xp.concat([age, fill((1,), 0, age, xp)])
     below = xp.full_like(own, NEW - 1, dtype=age.dtype)
     rank = xp.put_rows(rank, xp.where(found, own, capacity), below)[:capacity]
     others = largest(rank, count, xp)
-    # Really new rows come first and so meet the oldest slots, then rows that touch nothing. Both
-    # together are at most the slots that no item of the batch owns: no slot is named twice.
+    # New items come first and so meet the oldest slots, then rows that touch nothing. Both
+    # together are at most as many as the slots that no item of the batch owns: no slot repeats.
     turn = cast(~live, xp.int32, xp) + 2 * cast(found, xp.int32, xp)
     source = xp.argsort(turn, stable=True)
     slots = xp.where(xp.take_rows(found, source), xp.take_rows(own, source), others)
@@ -143,7 +143,7 @@ def plan_refresh(
     valid = (wanted >= 0) & (wanted < capacity)
     if mask is not None:
         valid = valid & mask
-    # One more entry, which never wins, keeps every gather below defined when n is 0.
+    # One extra entry, which never wins, keeps every gather below defined when n is 0.
     key = xp.concat([xp.where(valid, wanted, capacity), fill((1,), capacity, wanted, xp)])
     order = xp.argsort(key, stable=True)
     ordered = xp.take_rows(key, order)
@@ -163,8 +163,8 @@ def plan_refresh(
 def oldest_written(age: Array, count: int, *, xp: Any = None) -> tuple[Array, Array]:
     """Return (count,) the slots of the oldest written rows, and bool (count,) which entries count.
 
-    Where fewer are written the oldest one stands in, in entries that do not count: so no row of
-    zeros is ever chosen, unless no row was written at all. Ties go to the lowest slot.
+    If fewer are written, the oldest one fills the remaining entries, which do not count. So no row
+    of zeros is chosen unless no row was written at all. Ties go to the lowest slot.
 
     >>> import numpy as np
     >>> from negcache_core import EMPTY
@@ -191,7 +191,7 @@ def plan_reembed(
     array([4, 0, 0], dtype=int32)
     """
     xp = namespace(age, slots, xp=xp)
-    # Stand-ins repeat the first entry's write: a slot that is named twice gets one row.
+    # Fill-in entries repeat the first entry's write: a slot named twice gets one row.
     source = xp.where(live, positions(slots, xp), 0)
     live = xp.take_rows(live & finite, source)
     age_of_slot = xp.where(live, 0, xp.take_rows(age, slots))
@@ -201,7 +201,7 @@ def plan_reembed(
 def grow_older(age: Array, *, xp: Any = None) -> Array:
     """End a step: rows at -1 become 0, other written rows age by one, empty slots stay EMPTY.
 
-    A row stops at the age 2**31 - 2, one below EMPTY, and so never turns into an empty slot.
+    Ages stop at 2**31 - 2, one below EMPTY, so that a row never turns into an empty slot.
 
     >>> import numpy as np
     >>> from negcache_core import EMPTY

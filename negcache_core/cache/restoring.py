@@ -1,4 +1,4 @@
-"""What fits into a cache that is loaded: its layout, its capacity, its finite rows."""
+"""Whether a cache to load fits: its layout, its capacity, its finite rows."""
 
 import warnings
 from typing import Any
@@ -73,18 +73,19 @@ def resize_cache(cache: NegativeCache, capacity: int, backend: Backend = NUMPY) 
 
 
 def nonfinite_rows(cache: NegativeCache, embedding_key: str, backend: Backend) -> Any:
-    """Return bool (C,): which slots hold a row whose embedding is not finite."""
+    """Return bool (C,): which slots hold a row with an embedding that is not finite."""
     xp = backend.xp
     finite = finite_rows(cache.data[embedding_key], xp=xp)
     return is_written(cast(cache.age, xp.int32, xp)) & ~finite
 
 
 def warn_of_nonfinite(count: int) -> None:
-    """Say that rows of a cache to load were left out, if any were."""
+    """Warn if rows of a cache to load were left out."""
     if count:
         warnings.warn(
-            f"{count} rows of the cache to load have an embedding that is not finite: their slots "
-            "were emptied, as each would have made every loss NaN. Find out what wrote them.",
+            f"{count} rows of the cache to load have an embedding that is not finite: their "
+            "slots were emptied, because each would have made every loss NaN. Find out what "
+            "wrote them.",
             NonFiniteWarning,
             stacklevel=4,
         )
@@ -98,14 +99,14 @@ def on_host(cache: Any, backend: Backend, what: str) -> NegativeCache:
             return value
         try:
             return backend.to_host(value)
-        except Exception as error:  # each library refuses in its own way, such as on "meta"
+        except Exception as error:  # each library raises something else, for example on "meta"
             raise KindError(f"{part} of {what} has no values to copy: {error}") from error
 
     rows = check_mapping(data_of(cache), f"the data of {what}")
     held = {key: moved(value, f"field {key!r}") for key, value in rows.items()}
     age = moved(getattr(cache, "age", None), "age")
     data, age = check_cache(NegativeCache(held, age), NUMPY, what)
-    if age.dtype.kind in "iu" and (age <= EMPTY).all():  # a plain list's are of int64
+    if age.dtype.kind in "iu" and (age <= EMPTY).all():  # those from a plain list are int64
         age = age.astype(np.int32)
     return NegativeCache(data, age)
 

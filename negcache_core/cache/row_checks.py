@@ -1,4 +1,4 @@
-"""Checks of what a caller hands in as rows of a cache; see `negcache_core.arrays.validation`."""
+"""Checks of what a caller passes as rows of a cache; see `negcache_core.arrays.validation`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ def check_rows(
 ) -> tuple[dict[str, Array], Any]:
     """Check rows by field against a cache's tables; return them as arrays, and their number.
 
-    too_many: makes the error for more rows than slots; None where any number will do
+    too_many: makes the error for more rows than slots; None if any number is allowed
     """
     arrays: dict[str, Array] = {}
     counts: dict[str, int] = {}
@@ -55,7 +55,7 @@ def check_rows(
             counts[key], sized = array.shape[0], array
     if not alike:
         raise ShapeError(
-            f"{what} has row counts {counts}: expected one number of rows in all fields."
+            f"{what} has row counts {counts}: expected the same number of rows in all fields."
         )
     if not arrays:
         return {}, 0
@@ -78,7 +78,7 @@ def check_castable(given: Any, stored: Any, what: str) -> None:
     fits = dtype_kind(given) == kind and (kind != "integer" or _holds(stored, given))
     if not fits:
         raise DTypeError(
-            f"{what} has dtype {dtype_name(given)} and its field stores {dtype_name(stored)}: "
+            f"{what} has dtype {dtype_name(given)}, but its field stores {dtype_name(stored)}: "
             "expected the field's dtype, any floating one for a floating field, or a narrower "
             "integer for an integer field. Cast the rows, or declare the field with their dtype."
         )
@@ -96,7 +96,7 @@ def _holds(stored: Any, given: Any) -> bool:
 
 
 class CheckedRows(dict[str, Array]):
-    """Rows by field that were checked against the caches, as a handler does with its batch."""
+    """Rows by field, already checked against the caches, as a handler checks its batch."""
 
 
 class NewRows(NamedTuple):
@@ -118,7 +118,7 @@ class Refresh(NamedTuple):
 def check_new_rows(
     new_items: Any, cache: NegativeCache, backend: Backend, mask: Any = None
 ) -> NewRows:
-    """Check rows that are to be inserted: every field of the cache, one number of rows."""
+    """Check rows to insert: every field of the cache, with the same number of rows."""
     rows = check_mapping(new_items, "new_items")
     check_keys(rows, cache.data, "new_items", exact=True)
     arrays, count = check_rows(rows, cache, "new_items", backend, too_many_rows)
@@ -156,9 +156,9 @@ def check_refresh(
 def check_stand_in(
     features: Any, data_keys: tuple[str, ...], cache: NegativeCache, backend: Backend
 ) -> dict[str, Array] | None:
-    """Check features that may stand in for drawn rows; return them in the cache's dtypes.
+    """Check features that may replace drawn rows; return them in the cache's dtypes.
 
-    None where there are no rows.
+    None if there are no rows.
     """
     rows: Any = features
     if not isinstance(features, CheckedRows):
@@ -166,7 +166,7 @@ def check_stand_in(
         missing = [key for key in data_keys if key not in features]
         if missing:
             raise KeysError(
-                f"pos_features lack {missing}: expected all that the item network takes, "
+                f"pos_features lack {missing}: expected everything that the item network takes, "
                 f"{list(data_keys)}."
             )
         given = {key: features[key] for key in data_keys}

@@ -30,7 +30,7 @@ class NegativeCache(NamedTuple):
     Here such a row is never drawn, filtered on or counted.
     """
 
-    data: dict[str, Any]  # the arrays of a library have methods of its own: to a user they are Any
+    data: dict[str, Any]  # arrays have their library's own methods, so users see Any
     age: Any
 
     def __repr__(self) -> str:
@@ -58,7 +58,7 @@ def written_slots(ages: Iterable[Any]) -> int | None:
 
 def data_of(cache: Any) -> Any:
     """Return what a cache's rows are in; None for what is no cache, such as an array."""
-    # The `data` of an array is another thing, and NumPy raises where it has none.
+    # An array's `data` is something else, and NumPy raises if there is none.
     return None if hasattr(cache, "dtype") else getattr(cache, "data", None)
 
 

@@ -1,4 +1,4 @@
-"""Embeddings of one width: which argument is the odd one out, where they do not agree."""
+"""Embeddings of one width: which argument is the odd one out, if they disagree."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -11,10 +11,10 @@ from negcache_core.errors import ShapeError
 def check_widths(table: Any, key: str, given: Mapping[str, Any]) -> None:
     """Raise ShapeError unless arrays (…, D) have the width of rows of the cache's field `key`.
 
-    table: some of these rows; given: what an argument is called -> array
+    table: some of these rows; given: argument name -> array
 
-    The message names the argument that differs from what the others agree on, and all of them
-    where they do not. For where a check has failed: it does not say what is no array of rows.
+    The message names the argument that differs from the others, or all of them if no two agree.
+    For use after a check has failed: it does not check that each is an array of rows.
     """
     field = f"field {key!r} of the cache"
     shapes = {field: _shape(table)}
@@ -49,7 +49,7 @@ def _listed(parts: Iterable[str]) -> str:
 def table_of(cache: Any, key: str) -> Any:
     """Return a field of a cache, or of the first of several by name; None if there is none.
 
-    For a cache that is not known to be sound.
+    For a cache that is not known to be valid.
     """
     if isinstance(cache, Mapping) and not isinstance(cache, NegativeCache):
         cache = next(iter(cache.values()), None)

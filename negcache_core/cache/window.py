@@ -1,8 +1,8 @@
 """The window: the ages at which rows may compete, as wide as the item tower's drift allows.
 
-Its state is float32 (6,): the window, in update steps, and five sums over the rows drawn lately, to
-which a line is fitted: staleness against age. What a row just embedded has of it, such as dropout's
-noise, is the line's height at age 0; the slope is what a step of training adds.
+Its state is float32 (6,): the window, in update steps, and five sums over recently drawn rows, to
+which a line is fitted: staleness against age. The line's height at age 0 is the staleness of a row
+just embedded, such as dropout noise; the slope is what a step of training adds.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from negcache_core.arrays._array import Array, cast
 from negcache_core.cache.state import EMPTY
 
 START = 4.0
-"""Steps. At first the towers move fast, and older rows mislead more than they tell."""
+"""Steps. At first the towers move fast, and older rows mislead more than they help."""
 
 KEPT = 0.95
 """Of the sums, from one step to the next: the fit is to about the last twenty steps."""
@@ -24,7 +24,7 @@ PACE = 1.25
 
 LEAST, MOST = 1.0, 2.0**30
 SPREAD = 1e-3
-"""Relative variance of ages below which no height can be told from the slope."""
+"""Relative variance of ages below which height and slope cannot be separated."""
 
 
 def new_window(xp: Any) -> Array:
@@ -36,14 +36,14 @@ def new_window(xp: Any) -> Array:
 def window_over(ages: Iterable[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     """Return the state, on the host, in which all rows of the given ages compete at first.
 
-    For rows that come from elsewhere without a window: it narrows if they turn out to be stale.
+    For rows from elsewhere that come without a window: it narrows if they turn out to be stale.
     """
     oldest = max(int(np.max(np.where(age == EMPTY, 0, age), initial=0)) for age in ages)
     return np.asarray([min(max(oldest, START), MOST), 0, 0, 0, 0, 0], np.float32)
 
 
 def recent(age: Array, window: Array, xp: Any) -> Array:
-    """Return ages (C,) with EMPTY for every row that is older than the window: it is not there."""
+    """Return ages (C,) with EMPTY for every row older than the window, which hides it."""
     return xp.where(age <= xp.astype(window[0], age.dtype), age, EMPTY)
 
 
@@ -52,8 +52,8 @@ def drift_sums(ages: Array, staleness: Array, counted: Array, xp: Any) -> Array:
 
     counted: bool (n,)
 
-    Weights are 1 / steps: staleness varies as much as it is large, and grows with the steps since a
-    row was embedded.
+    Weights are 1 / steps: the spread of staleness is proportional to it, and it grows with the
+    steps since a row was embedded.
     """
     steps = xp.astype(ages, staleness.dtype) + 1.0
     one = xp.zeros_like(steps) + 1.0
@@ -64,10 +64,10 @@ def drift_sums(ages: Array, staleness: Array, counted: Array, xp: Any) -> Array:
 
 
 def next_window(window: Array, found: Array, max_staleness: float, xp: Any) -> Array:
-    """Return the state after a step in which `drift_sums` was `found`.
+    """Return the state after a step whose `drift_sums` are `found`.
 
-    The window goes to the age at which rows are expected to be `max_staleness` staler than one just
-    embedded. Where nothing was drawn it stays.
+    The window moves to the age at which rows are expected to be `max_staleness` staler than one
+    just embedded. If nothing was drawn it stays.
 
     >>> import numpy as np
     >>> found = drift_sums(np.arange(9), 0.02 * np.arange(9.0), np.ones(9, bool), np)

@@ -1,6 +1,6 @@
-"""One training step, and what goes on beside steps: prefill, refresh, save and load.
+"""One training step, and what happens between steps: prefill, refresh, save and load.
 
-A handler holds the state of a cache, or of several, and runs these on it.
+A handler holds the state of one or several caches, and runs these on it.
 """
 
 from negcache_core.handlers.base import BaseHandler

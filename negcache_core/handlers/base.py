@@ -1,6 +1,6 @@
-"""What the handlers of one cache and of several share: their parts, their state, and saving it.
+"""What handlers of one or several caches share: their parts, their state, and saving it.
 
-Longer than most files, as the documentation of the verbs that users call stands here.
+Longer than most files, because it documents the methods that users call.
 """
 
 import os
@@ -105,7 +105,7 @@ class BaseHandler:
         return handler
 
     def _hold(self, store: Store) -> None:
-        # No framework may take it for a part of the module: it says itself what is to be tracked.
+        # No framework may treat it as a part of the module: it decides itself what is tracked.
         object.__setattr__(self, "_store", store)
         store.attach(self)
 
@@ -134,7 +134,7 @@ class BaseHandler:
         return True
 
     def _report(self, result: CacheLossReturn, *, training: bool = True) -> None:
-        """Keep the metrics of a step, or of an evaluation by the step's call, for the user."""
+        """Keep a step's metrics, or those of an evaluation called like a step, for the user."""
         stop, metrics = self.backend.stop_gradient, result.metrics or {}
         self.metrics = {key: stop(value) for key, value in metrics.items()}
         if training and not self._warned and self.backend.eager():
@@ -298,8 +298,8 @@ class BaseHandler:
                 tell_of_nothing_learned(self._store.read())
         elif check_flag(training, "training") and not self.in_training:
             raise OptionError(
-                "training=True was given to a handler in evaluation mode: call .train() on it, or "
-                "on the module that it is a part of."
+                "training=True was given to a handler in evaluation mode: call .train() on it, "
+                "or on the module that contains it."
             )
         if not training:
             options.pop("noise", None)

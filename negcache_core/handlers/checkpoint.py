@@ -1,4 +1,4 @@
-"""The state of a handler on a disk and back; checked whole before any of it is put in place."""
+"""Save and load a handler's state; all of it is checked before any is put in place."""
 
 import os
 from collections.abc import Mapping
@@ -49,7 +49,7 @@ def save(setup: Setup, store: Store, path: str | os.PathLike[str]) -> None:
 def load(
     setup: Setup, store: Store, path: str | os.PathLike[str], *, resize: bool, draws: bool
 ) -> None:
-    """Take over what `save` wrote, with the state of its draws unless `draws` is False."""
+    """Load what `save` wrote, with the state of the draws unless `draws` is False."""
     _check_whole(setup, "load")
     resize, draws = check_flag(resize, "resize"), check_flag(draws, "draws")
     arrays, states = read_arrays(path)
@@ -60,7 +60,7 @@ def load(
     if draws and saved != kinds:
         raise OptionError(
             f"{as_path(path)} has the state of generators {saved}: expected {kinds}. Pass "
-            "draws=False to load the rows and go on with this handler's own draws."
+            "draws=False to load the rows and continue with this handler's own draws."
         )
     _take_over(setup, store, _by_name(arrays), resize=resize, window=window)
     for generator, (_, state) in zip(generators, states, strict=False):
@@ -74,7 +74,7 @@ def restore(
     *,
     resize: bool,
 ) -> None:
-    """Take over the rows and ages of caches of any library."""
+    """Load the rows and ages of caches of any library."""
     _check_whole(setup, "restore")
     caches = cache if isinstance(cache, Mapping) else {SINGLE: cache}
     _take_over(setup, store, caches, resize=check_flag(resize, "resize"))
@@ -95,7 +95,7 @@ def resize(setup: Setup, store: Store, cache_size: Any) -> dict[str, CacheManage
     with backend.no_gradient():
         if any(backend.truth(cache.age[0] >= 0) is None for cache in caches.values()):
             raise OptionError(
-                "resize runs eagerly, as it changes shapes: call it outside of what is traced, "
+                "resize changes shapes, so it must run eagerly: call it outside traced code, "
                 "and trace the step again."
             )
         for name, size in slots.items():
@@ -137,8 +137,8 @@ def _take_over(
         lowest = np.min(host.age)
         if lowest < 0:
             raise OptionError(
-                f"{what} to load has an age of {lowest}: expected update steps, 0 and "
-                f"more, and {EMPTY} for empty slots."
+                f"{what} to load has an age of {lowest}: expected update steps, 0 or more, or "
+                f"{EMPTY} for an empty slot."
             )
         resized = resize_cache(host, own[name].age.shape[0])
         fitting[name], more = without_nonfinite(resized, setup.embedding_key)
@@ -160,7 +160,7 @@ def _take_over(
 def _check_whole(setup: Setup, what: str) -> None:
     if setup.placement.sharded:
         raise OptionError(
-            f"{what} is for a whole cache, and this handler has a shard of one: use the "
+            f"{what} is for a whole cache, but this handler has a shard of one: use the "
             "framework's own checkpoints, as docs/scaling.md shows."
         )
 
@@ -170,7 +170,7 @@ def _joined(*parts: str) -> str:
 
 
 def _by_name(arrays: Mapping[str, Any]) -> dict[str, NegativeCache]:
-    """Return the caches whose arrays go by names that `_joined` made."""
+    """Return the caches from arrays under the names that `_joined` made."""
     found: dict[str, NegativeCache] = {}
     for joined, array in arrays.items():
         name, *rest = map(unquote, joined.split("/"))

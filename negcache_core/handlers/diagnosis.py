@@ -1,4 +1,4 @@
-"""What a handler's figures say of its training, in plain sentences."""
+"""What a handler's figures say about its training, in plain sentences."""
 
 import logging
 import warnings
@@ -18,13 +18,13 @@ HIGH_STALENESS = 0.1
 HARMFUL_STALENESS = 0.5
 STRANGE_STALENESS = 1.0
 """Two random directions have a staleness of 2: at a quarter of that rows mislead more than help, at
-half of it they hardly tell of these towers."""
+half of it they say almost nothing about these towers."""
 
 FIRST_LOOK = 64
-"""The first step at which figures are read for a warning; later ones are at twice as many each."""
+"""The first step at which figures are read for a warning; each later one is at twice as many."""
 
 ENOUGH = 64
-"""Rows from which on it means something how many of them compete."""
+"""The number of rows from which on it matters how many of them compete."""
 
 RUNAWAY_SCALE = 50.0
 
@@ -47,13 +47,13 @@ def describe(name: str, setup: Setup, caches: Caches | None, metrics: Mapping[st
     if window is not None:
         known += f", window {window:,.0f} steps"
     if stale is None and all(filled == 0 for filled in fills):
-        known = "; no step yet"  # where a slot is written, a compiled step kept no metrics
+        known = "; no step yet"  # if a slot is written, a compiled step kept no metrics
     lines.append(f"  {loss_in_words(setup.loss)}{known})")
     return "\n".join(lines)
 
 
 def diagnose(setup: Setup, caches: Caches, metrics: Mapping[str, Any]) -> list[str]:
-    """Return sentences on the cache and on a step's metrics, each with its figures."""
+    """Return sentences about the cache and a step's metrics, each with its figures."""
     capacity = sum(int(cache.age.shape[0]) for cache in caches.values())
     filled = written_slots([cache.age for cache in caches.values()])
     found = {key: number_of(value) for key, value in metrics.items()}
@@ -65,24 +65,25 @@ def diagnose(setup: Setup, caches: Caches, metrics: Mapping[str, Any]) -> list[s
             "rises while the cache fills. prefill() fills it at once."
         )
     if not figures:
-        return [*said, "No step has run whose figures are known, so nothing more can be said."]
+        return [*said, "No step's figures are known yet, so there is nothing more to say."]
     said += _of_staleness(figures) + _of_scores(figures, filled or 0) + _of_scale(setup.loss)
     if figures.get("masked_count"):
         empty = not figures.get("fill")
-        why = "the cache was empty." if empty else "no row may oppose their queries."
+        why = "the cache was empty." if empty else "no row may be a negative for their queries."
         said.append(f"{figures['masked_count']:.0f} draws of a step found no row: {why}")
     if figures.get("nonfinite_count"):
         count = figures["nonfinite_count"]
         said.append(
-            f"a tower overflows: {count:.0f} embeddings of a step were left out as not finite."
+            f"a tower overflows: {count:.0f} embeddings of a step were left out because they are "
+            "not finite."
         )
     return said or [_healthy(figures)]
 
 
 def warn_of_harm(step: int, metrics: Mapping[str, Any]) -> bool:
-    """Warn if the step's figures are plainly bad; return whether that was so.
+    """Warn if the step's figures are clearly bad; return whether they were.
 
-    Reads them at steps 64, 128, 256, … only, so that a device is hardly ever waited for.
+    Reads them only at steps 64, 128, 256, …, so that it seldom waits for a device.
     """
     if step < FIRST_LOOK or step & (step - 1):
         return False
@@ -90,7 +91,7 @@ def warn_of_harm(step: int, metrics: Mapping[str, Any]) -> bool:
     if stale < HARMFUL_STALENESS:
         return False
     warnings.warn(
-        f"after {step} steps of training the cache does harm: {_of_staleness(metrics)[0]} "
+        f"after {step} steps of training the cache is doing harm: {_of_staleness(metrics)[0]} "
         "handler.diagnose() says more; this warning is not repeated.",
         TrainingWarning,
         stacklevel=2,
@@ -99,15 +100,15 @@ def warn_of_harm(step: int, metrics: Mapping[str, Any]) -> bool:
 
 
 def tell_of_nothing_learned(caches: Caches) -> None:
-    """Log it if a step without gradients meets an empty cache, which it leaves empty.
+    """Log a message if a step without gradients meets an empty cache, which it leaves empty.
 
-    No Python warning: where these are errors, an evaluation must not fail for it.
+    Not a Python warning: where those are errors, an evaluation must not fail because of it.
     """
     if written_slots([cache.age for cache in caches.values()]) == 0:
         logger.warning(
             "A step was called without gradients, as under torch.no_grad(): it counts as an "
-            "evaluation, and the cache stays empty. Pass training=True to fill it by such steps, "
-            "or use prefill(); in evaluation call .eval(), or pass training=False."
+            "evaluation, and the cache stays empty. Pass training=True to fill it in such "
+            "steps, or use prefill(); for evaluation call .eval(), or pass training=False."
         )
 
 
@@ -118,8 +119,11 @@ def _of_staleness(figures: Mapping[str, Any]) -> list[str]:
         "on average)"
     )
     if stale >= STRANGE_STALENESS:
-        why = "Was a checkpoint loaded into one of them only, or is the learning rate far too high?"
-        return [f"{measured}: the item tower is hardly the one that embedded these rows. {why}"]
+        why = (
+            "Was a checkpoint loaded into only one of the two, or is the learning rate far too "
+            "high?"
+        )
+        return [f"{measured}: the item tower can hardly be the one that embedded these rows. {why}"]
     if stale >= HIGH_STALENESS:
         advice = "Lower it, refresh() rows between steps, or make the cache smaller."
         return [f"{measured}: rows are too old for this learning rate. {advice}"]
@@ -144,7 +148,7 @@ def _of_scores(figures: Mapping[str, float], filled: int) -> list[str]:
         why = "The towers have learned nothing yet, or the scale is too low."
         said.append(f"{measured}: scores hardly tell items apart. {why}")
     if positive > 0.95:
-        why = "Make the cache larger, or look whether the features give the positive away."
+        why = "Make the cache larger, or check whether the features give the positive away."
         said.append(f"positive_probability {positive:.2f}: these negatives teach little. {why}")
     return said
 
@@ -157,7 +161,7 @@ def _of_scale(loss: Any) -> list[str]:
     if value is None or value < RUNAWAY_SCALE:
         return []
     advice = "Fix it: 20 suits embeddings of length 1."
-    return [f"the trained scale is {value:.0f}: it has run away, and the towers over-fit. {advice}"]
+    return [f"the trained scale is {value:.0f}: it has run away, and the towers overfit. {advice}"]
 
 
 def _healthy(figures: Mapping[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""The fields of a cache, found from an example batch: shapes and dtypes need not be spelt out."""
+"""The fields of a cache, read from an example batch, so nobody spells out shapes and dtypes."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ EMBEDDING = "embedding"
 
 
 class Fields(NamedTuple):
-    """The specs of a cache, the name of its embedding field, and of what the item network takes."""
+    """The specs of a cache, and the names of its embedding field and the item network's fields."""
 
     specs: dict[str, FieldSpec]
     embedding_key: str
@@ -29,7 +29,7 @@ def fields_of(
     labels: Mapping[str, Any] | None,
     backend: Backend,
 ) -> Fields:
-    """Return the fields that an example batch has: see NegativeCacheLoss for the arguments."""
+    """Return the fields of an example batch; see NegativeCacheLoss for the arguments."""
     given = dict(check_mapping(features, "features"))
     if not given:
         raise KeysError("features is empty: expected the arrays that the item network takes.")
@@ -37,8 +37,8 @@ def fields_of(
     both = in_order(set(given) & set(beside))
     if both:
         raise KeysError(
-            f"features and labels both have {both}: name each field once. Labels are kept beside "
-            "the features, and the item network does not get them."
+            f"features and labels both have {both}: name each field once. Labels are stored with "
+            "the features, but the item network does not get them."
         )
     sizes: dict[str, Any] = {}
     specs = {
@@ -49,8 +49,8 @@ def fields_of(
     row = _embedding_spec(embedding, sizes, backend)
     if len(set(sizes.values())) > 1:
         raise ShapeError(
-            f"the example batch has rows by field {sizes}: expected one row of every field, and "
-            "one embedding, for each item."
+            f"the example batch has row counts {sizes}: expected one row of every field, and one "
+            "embedding, for each item."
         )
     key = EMBEDDING
     while key in specs:
@@ -59,7 +59,7 @@ def fields_of(
 
 
 def _spec(key: Any, value: Any, what: str, sizes: dict[str, Any], backend: Backend) -> FieldSpec:
-    """Return the spec of one field, and note the rows of an example in `sizes`."""
+    """Return the spec of one field, and note an example's number of rows in `sizes`."""
     if not isinstance(key, str) or not key:
         raise KeysError(f"{what} has key {key!r}: field names are non-empty strings.")
     if not _is_example(value, backend):

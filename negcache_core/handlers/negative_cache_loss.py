@@ -147,12 +147,12 @@ class NegativeCacheLoss(CacheLossHandler):
 
 
 def _check_named(item_keys: tuple[str, ...], unique_key: Any, fields: Fields) -> None:
-    """Raise KeysError unless every field that an option names is there."""
+    """Raise KeysError unless every field that an option names exists."""
     named = [*item_keys, *([unique_key] if isinstance(unique_key, str) else [])]
     missing = [key for key in named if key not in fields.specs]
     if missing:
         known = [key for key in fields.specs if key != fields.embedding_key]
         raise KeysError(
-            f"id_keys, group_key, log_frequency_key or unique_key names {missing}, and features "
+            f"id_keys, group_key, log_frequency_key or unique_key names {missing}, but features "
             f"and labels have {known}: add the field to labels, labels={{{missing[0]!r}: …}}."
         )

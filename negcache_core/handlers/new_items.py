@@ -1,4 +1,4 @@
-"""The rows that a step or a prefill inserts: checked, and left out where they must not enter."""
+"""The rows that a step or a prefill inserts: checked, and left out if they must not enter."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,9 +27,9 @@ def check_batch(
     features: Mapping[str, Mapping[str, Array]],
     queries: Array | None = None,
 ) -> dict[str, NewRows]:
-    """Return the new rows of each cache; refuse a bad batch by its keys, shapes and dtypes.
+    """Return the new rows of each cache; refuse a batch with bad keys, shapes or dtypes.
 
-    queries: (B, D), whose width tells which of two others is wrong
+    queries: (B, D), whose width shows which of two other widths is wrong
     """
     for what, given in (("new_item_embeddings", embeddings), ("new_item_features", features)):
         check_keys(check_mapping(given, what), caches, what, exact=True)
@@ -52,7 +52,7 @@ def new_rows(
     given = {key: embeddings, **stored_features(setup, cache, features)}
     try:
         new = check_new_rows(given, cache, setup.backend)
-    except (ShapeError, DTypeError):  # say it of the argument, and not of the field
+    except (ShapeError, DTypeError):  # name the argument, not the field
         what = "pos_item_embeddings" if name == SINGLE else f"new_item_embeddings[{name!r}]"
         check_widths(cache.data[key], key, {what: embeddings, "query_embeddings": queries})
         embeddings_of(embeddings, ("n", cache.data[key].shape[1]), what, setup.backend)
@@ -64,14 +64,14 @@ def new_rows(
 def stored_features(
     setup: Setup, cache: NegativeCache, features: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return those of `features` that the cache stores: all its fields but the embedding."""
+    """Return the `features` that the cache stores: all its fields except the embedding."""
     check_mapping(features, "features")
     wanted = [key for key in cache.data if key != setup.embedding_key]
     missing = [key for key in wanted if key not in features]
     if missing:
         raise KeysError(
-            f"features lack {missing}: the cache stores {wanted} of each item, and features "
-            f"have {in_order(features)}."
+            f"features lack {missing}: the cache stores {wanted} of each item, but features have "
+            f"{in_order(features)}."
         )
     return {key: features[key] for key in wanted}
 
@@ -88,7 +88,7 @@ def with_labels(features: Mapping[str, Any], labels: Mapping[str, Any] | None) -
 
 
 def entering(setup: Setup, cache: NegativeCache, rows: CheckedRows) -> Array:
-    """Return which rows enter: those with a finite embedding that the filter lets through."""
+    """Return which rows enter: those with a finite embedding that pass the filter."""
     embeddings = rows[setup.embedding_key]
     mask = finite_as_stored(setup, cache, embeddings)
     if setup.new_items_filter is not None:
@@ -109,7 +109,7 @@ def stand_in(
 ) -> CheckedRows | None:
     """Return what the loss needs of the positives: the first cache's, or the first that has any.
 
-    They stand in for queries without a usable slot.
+    Queries without a usable slot get them instead.
     """
     rows, keys = None, (*setup.data_keys, *setup.item_keys)
     check_keys(check_mapping(features, "features"), caches, "features", exact=False)
@@ -117,7 +117,7 @@ def stand_in(
         missing = [key for key in keys if key not in check_mapping(features[name], "features")]
         if missing:
             raise KeysError(
-                f"features lack {missing}: the loss needs {list(keys)} of each positive, and "
+                f"features lack {missing}: the loss needs {list(keys)} of each positive, but "
                 f"features have {in_order(features[name])}."
             )
         given = {key: features[name][key] for key in keys}
@@ -129,7 +129,7 @@ def stand_in(
 
 
 def stand_in_of(new: Mapping[str, NewRows]) -> CheckedRows:
-    """Return what `stand_in` does, of rows that were checked: the first cache's that has any."""
+    """Return what `stand_in` does, from checked rows: those of the first cache that has any."""
     for each in new.values():
         if not isinstance(each.count, int) or each.count:
             return each.rows

@@ -1,4 +1,4 @@
-"""What a handler is made of, checked as it is made."""
+"""What a handler is made of, checked when it is made."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -24,8 +24,8 @@ class Setup(NamedTuple):
     """A handler without its state; see CacheLossHandler for the parts.
 
     managers: by sorted name
-    mirrored: the replicas that write one another's rows; None for none
-    report:   keeps a step's metrics for the user to read, before anything is written
+    mirrored: the replicas that write each other's rows; None for none
+    report:   keeps a step's metrics for the user, before anything is written
     """
 
     managers: dict[str, CacheManager]
@@ -39,16 +39,16 @@ class Setup(NamedTuple):
 
     @property
     def placement(self) -> Placement:
-        """Where the cache is: what the loss says, and here for a loss that says nothing."""
+        """Where the cache is: as the loss says, or here if the loss does not say."""
         return getattr(self.loss, "placement", HERE)
 
     @property
     def windowed(self) -> bool:
-        """Whether the caches have a window of ages; another's loss wants none."""
+        """Whether the caches have a window of ages; a user's own loss has none."""
         return getattr(self.loss, "max_staleness", None) is not None
 
     def init_caches(self, placement: Placement | None = None) -> Caches:
-        """Return what is held here, or at another placement, of each cache, empty."""
+        """Return the part of each cache that is held here, or at another placement, empty."""
         caches = (placement or self.placement).init_caches(self.managers)
         if self.windowed:
             caches.window = new_window(self.backend.xp)
@@ -56,11 +56,11 @@ class Setup(NamedTuple):
 
     @property
     def item_keys(self) -> tuple[str, ...]:
-        """The fields that the loss reads of items besides data_keys; another's loss has none."""
+        """The item fields that the loss reads besides data_keys; a user's own loss has none."""
         return tuple(getattr(self.loss, "item_keys", ()))
 
     def phased_loss(self) -> CacheClassificationLoss:
-        """Return the loss; raise KindError if it is one without phases."""
+        """Return the loss; raise KindError if it has no phases."""
         if not isinstance(self.loss, CacheClassificationLoss):
             raise KindError(
                 f"cache_loss is a {type(self.loss).__name__}, which has no phases: use "
@@ -69,14 +69,14 @@ class Setup(NamedTuple):
         return self.loss
 
     def weighted(self, result: CacheLossReturn, queries: Array) -> CacheLossReturn:
-        """Return a result whose mean over replicas is that of the whole batch."""
+        """Return a result whose mean over replicas equals the mean over the whole batch."""
         if self.mirrored is None or getattr(self.loss, "reducer", None) is not mean:
             return result
         return self.mirrored.weighted(result, queries)
 
 
 def named_by_loss(given: Any, loss: Any, what: str) -> Any:
-    """Return `given`, or for None what the loss names as `what`; raise KeysError for neither."""
+    """Return `given`, or if it is None the loss's own `what`; raise KeysError for neither."""
     named = getattr(loss, what, None) if given is None else given
     if named is None:
         raise KeysError(f"{what} is missing: the loss does not name it, so give it to the handler.")
@@ -112,7 +112,7 @@ def check_sharing(
     use_cross_replica: bool,
     filters: bool,
 ) -> None:
-    """Refuse options that do not go with where the cache is; note what replicas must have alike."""
+    """Refuse options that do not fit where the cache is; note what replicas must share."""
     placement: Any = getattr(loss, "placement", HERE)
     if not placement.sharded:
         if group is not None and not use_cross_replica:
@@ -123,8 +123,8 @@ def check_sharing(
         return
     if use_cross_replica:
         raise OptionError(
-            "use_cross_replica=True keeps a whole cache on every replica, and a "
-            "DistributedCacheClassificationLoss cuts it into shards: choose one of the two."
+            "use_cross_replica=True keeps a whole cache on every replica, but a "
+            "DistributedCacheClassificationLoss splits it into shards: choose one of the two."
         )
     if group is not None and group != getattr(loss, "group", None):
         raise OptionError("the handler and its loss have different groups: give both the same.")
@@ -179,7 +179,7 @@ def _check_loss(
         other = getattr(cache_loss, what, own)
         if other != own:
             raise OptionError(
-                f"the handler has {what}={own!r} and its loss {other!r}: give both the same."
+                f"the handler has {what}={own!r}, but its loss has {other!r}: give both the same."
             )
     item_keys = getattr(cache_loss, "item_keys", ())
     missing = [key for key in item_keys if key not in manager.specs]
@@ -195,7 +195,7 @@ def _check_loss(
 
 
 def _check_item_fields(loss: CacheClassificationLoss, manager: CacheManager) -> None:
-    """Raise unless each field by which rows are told apart is one number of the right kind."""
+    """Raise unless each field that identifies rows is one number of the right kind."""
     for what, keys, kind in (
         ("id_keys", loss.id_keys, "integer"),
         ("group_key", (loss.group_key,), "integer"),
@@ -213,6 +213,6 @@ def _check_item_fields(loss: CacheClassificationLoss, manager: CacheManager) -> 
 def _check_backend(part: Any, what: str, backend: Backend) -> None:
     if type(part.backend) is not type(backend):
         raise KindError(
-            f"{what} is made for {part.backend.name} and the handler for {backend.name}: take both "
-            "from one package."
+            f"{what} is made for {part.backend.name} but the handler for {backend.name}: take "
+            "both from the same package."
         )

@@ -34,14 +34,14 @@ def run_step(
     features: Mapping[str, Mapping[str, Array]],
     options: Mapping[str, Any],
 ) -> Array:
-    """Run one whole step; `embeddings` and `features` are the new rows by cache name.
+    """Run a complete step; `embeddings` and `features` are the new rows by cache name.
 
     options: further arguments of the loss
     """
     loss, caches = setup.loss, store.read()
     setup.backend.begin_step()
     phased = isinstance(loss, CacheClassificationLoss)
-    if phased:  # another may take no network
+    if phased:  # a user's own loss may take no network
         check_function(item_network, "item_network", "a function of features")
     new = check_batch(setup, caches, embeddings, features, query_embeddings)
     arguments = {
@@ -57,7 +57,7 @@ def run_step(
             result = setup.weighted(loss(**arguments), query_embeddings)
             commit(setup, store, result, new)
     else:
-        arguments["cache"] = dict(caches)  # to a loss inside of it they are a user's
+        arguments["cache"] = dict(caches)  # to a loss inside it they are a user's
         result = check_result(loss(**arguments), setup.backend)
         result = setup.weighted(result, query_embeddings)
         commit(setup, store, result, new)
@@ -65,7 +65,7 @@ def run_step(
 
 
 def to_differentiate(result: CacheLossReturn) -> Array:
-    """Return what a training loop logs and differentiates; another's loss may have one value."""
+    """Return what a training loop logs and differentiates; a user's loss may have one value."""
     value: Array = result.training_loss if result.loss is None else result.loss
     return value
 
@@ -79,7 +79,7 @@ def evaluate(
     features: Mapping[str, Mapping[str, Array]],
     options: Mapping[str, Any],
 ) -> CacheLossReturn:
-    """Return the loss against the caches as they are; nothing is written."""
+    """Return the loss against the current caches; nothing is written."""
     loss, caches = setup.loss, store.read()
     if isinstance(loss, CacheClassificationLoss):
         positives = stand_in(setup, caches, features)
@@ -106,7 +106,7 @@ def evaluate(
 
 
 def check_result(result: Any, backend: Backend) -> CacheLossReturn:
-    """Return what another's loss returned, or a user hands in, with its metrics as arrays."""
+    """Return what a user's loss returned, or a user passes, with its metrics as arrays."""
     if not isinstance(result, CacheLossReturn):
         raise KindError(
             f"the loss returned, or commit was given, a {type(result).__name__}: expected a "
@@ -120,7 +120,7 @@ def check_result(result: Any, backend: Backend) -> CacheLossReturn:
 
 
 def commit(setup: Setup, store: Store, result: CacheLossReturn, new: Mapping[str, NewRows]) -> None:
-    """Write what a step leaves behind: the fresh embeddings, and the new rows, checked before."""
+    """Write a step's results: the fresh embeddings, and the new rows, checked before."""
     with setup.backend.no_gradient():
         caches = store.read()
         # All plans before the first write: a refused update leaves every cache as it was.
@@ -138,10 +138,10 @@ def carry_out(
     *known: Array,
     window: Array | None = None,
 ) -> None:
-    """Write what is planned for each of the store's caches, None for nothing.
+    """Write what is planned for each of the store's caches; None means nothing.
 
-    known:  what else must not fail before anything is written
-    window: its next state, None for the one that it has
+    known:  what else must be computed without an error before anything is written
+    window: its next state; None keeps the present one
     """
     caches = Caches(caches)
     with setup.backend.after((plans, known, window)):
@@ -174,7 +174,7 @@ def _plan(
 
 
 def _next_window(setup: Setup, window: Any, drift: Any) -> Array | None:
-    """Return the window's state after a step; None for the one that it has."""
+    """Return the window's state after a step; None keeps the present one."""
     if window is None or drift is None:
         return None
     xp = setup.backend.xp
@@ -186,5 +186,5 @@ def _next_window(setup: Setup, window: Any, drift: Any) -> Array | None:
 
 
 def _part(value: Any, what: str, name: str) -> Any:
-    """Return one cache's part of a CacheLossReturn that is by name; None for None."""
+    """Return one cache's part of a CacheLossReturn with caches by name; None for None."""
     return None if value is None else check_mapping(value, f"{what} of the loss's result").get(name)

@@ -1,4 +1,4 @@
-"""Where a handler's caches are kept. An adapter brings its own: tensors, variables or a pytree."""
+"""Where a handler's caches are kept. Adapters supply their own: tensors, variables, a pytree."""
 
 from typing import Any
 
@@ -6,32 +6,32 @@ from negcache_core.cache.named import Caches
 
 
 class Store:
-    """The caches of a handler, by name: here a dict of arrays that are written in place."""
+    """The caches of a handler, by name: here a dict of arrays, written in place."""
 
     def __init__(self, caches: Caches) -> None:
         self._caches = caches
 
     def attach(self, handler: Any) -> None:
-        """Put onto a new handler what its framework is to track, such as modules."""
-        del handler  # not an empty body, of which TensorFlow's AutoGraph would warn
+        """Attach to a new handler what its framework should track, such as modules."""
+        del handler  # not an empty body: TensorFlow's AutoGraph would warn
 
     def read(self) -> Caches:
-        """Return the caches as they are now; writes to their arrays change them."""
+        """Return the current caches; writes to their arrays change them."""
         return self._caches
 
     def write(self, caches: Caches) -> None:
-        """Take charge of the caches after a change; arrays written in place need nothing."""
+        """Store the caches after a change; arrays written in place need nothing."""
         self._caches = caches
 
     def replace(self, caches: Caches) -> None:
-        """Take caches of another capacity in the place of those that are here.
+        """Replace the caches with ones of another capacity.
 
-        Raises OptionError where shapes cannot change, before anything has.
+        Raises OptionError if shapes cannot change, before anything does.
         """
         self.write(caches)
 
     def generators(self, loss: Any) -> list[Any]:
-        """Return what draws: the loss's generator, and its retrieval function's if it has one."""
+        """Return the generators: the loss's, and its retrieval function's if it has one."""
         holders = (loss, getattr(loss, "retrieval_fn", None))
         found = [getattr(holder, "generator", None) for holder in holders]
         return [generator for generator in found if generator is not None]

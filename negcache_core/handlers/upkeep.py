@@ -1,4 +1,4 @@
-"""Upkeep outside of steps: filling a cache before training, and embedding its oldest rows anew."""
+"""Upkeep between steps: filling a cache before training, and re-embedding its oldest rows."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,15 +25,15 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 def refresh(
     setup: Setup, store: Store, names: Sequence[str], item_network: ItemNetwork, n: int
 ) -> Array:
-    """Embed n rows anew in each cache that is named; nothing is written before all is planned."""
+    """Re-embed n rows in each named cache; nothing is written before everything is planned."""
     count, caches = _whole("n", n, least=0), store.read()
     check_function(item_network, "item_network", "a function of features")
     for name in names:
         capacity = caches[name].age.shape[0]
         if count > capacity:
             raise CapacityError(
-                f"n is {count} and the cache has {capacity} slots: expected at most all of "
-                "them. Lower n."
+                f"n is {count}, but the cache has {capacity} slots: expected at most that many. "
+                "Lower n."
             )
     with setup.backend.no_gradient():
         plans: dict[str, UpdatePlan | None] = {}
@@ -42,7 +42,7 @@ def refresh(
             plans[name], more = _plan_refresh(setup, caches[name], item_network, count)
             left_out = left_out + more
         carry_out(setup, store, caches, plans)
-    return left_out  # an array, once a cache is named
+    return left_out  # an array, if a cache is named
 
 
 def prefill(
@@ -83,7 +83,7 @@ def reset(setup: Setup, store: Store) -> None:
     with backend.no_gradient():
         for name, (data, age) in caches.items():
             rows = {}
-            for key, table in data.items():  # zeros take no memory of a table's size where they can
+            for key, table in data.items():  # where possible, zeros that take no memory
                 zeros = xp.broadcast_to(xp.zeros_like(table[:1, ...]), table.shape)
                 rows[key] = backend.overwrite(table, zeros)
             empty = xp.full_like(age, EMPTY, dtype=age.dtype)
@@ -96,7 +96,7 @@ def reset(setup: Setup, store: Store) -> None:
 def _plan_refresh(
     setup: Setup, cache: NegativeCache, item_network: ItemNetwork, count: int
 ) -> tuple[UpdatePlan | None, Array]:
-    """Return the plan of one cache's refresh, None for nothing, and the rows left out."""
+    """Return the plan of one cache's refresh, or None, and the rows left out."""
     backend, xp = setup.backend, setup.backend.xp
     age = cast(cache.age, xp.int32, xp)
     slots, live = oldest_written(age, count, xp=xp)
@@ -123,7 +123,7 @@ def _corpus(setup: Setup, cache: NegativeCache, features: Any) -> tuple[dict[str
     rows, total = check_rows(given, cache, "features", setup.backend, too_many)
     if not isinstance(total, int):
         raise OptionError(
-            "features have an unknown number of rows: prefill runs eagerly. Call it outside of "
+            "features have an unknown number of rows: prefill runs eagerly. Call it outside "
             "tf.function, or give the features a static shape."
         )
     xp = setup.backend.xp
@@ -138,7 +138,7 @@ def _insert(
     item_network: ItemNetwork,
     part: slice,
 ) -> Array:
-    """Embed and insert one batch at age -1, below any other; return the rows left out."""
+    """Embed and insert one batch at age -1, below all others; return the rows left out."""
     caches, count = store.read(), part.stop - part.start
     cache = caches[name]
     inputs = {key: rows[key] for key in setup.data_keys}
@@ -153,7 +153,7 @@ def _insert(
 def _settle(setup: Setup, store: Store, names: Iterable[str]) -> None:
     """Give the rows of a prefill, at age -1, the age 0.
 
-    They were at -1 so that no batch overwrote the rows of one before it, also in a cache that
+    They were at -1 so that no batch overwrote the rows of an earlier one, even in a cache that
     held other rows of age 0.
     """
     caches, backend = Caches(store.read()), setup.backend
@@ -182,7 +182,7 @@ def _embed(
         check_widths(table, key, {what: output})
         raise
     fresh = setup.backend.stop_gradient(fresh)
-    if setup.mirrored is not None:  # equal also where the network draws random numbers
+    if setup.mirrored is not None:  # equal even if the network draws random numbers
         fresh = setup.mirrored.gather(fresh)[:count]
     return fresh
 
@@ -198,18 +198,21 @@ class _Batch(NamedTuple):
 
 
 def _wrapped(progress: Progress, batches: list[_Batch]) -> Iterator[_Batch]:
-    """Yield what `progress` makes of the batches; raise KindError unless it is these."""
+    """Yield the batches through `progress`; raise KindError unless it yields these."""
     wrapped = progress(batches)
     if not isinstance(wrapped, Iterable):
-        raise KindError(f"progress returned {wrapped!r}: expected the batches, as tqdm.tqdm does.")
+        raise KindError(
+            f"progress returned {wrapped!r}: expected an iterable of the batches, as tqdm.tqdm "
+            "returns."
+        )
     for batch in wrapped:
         if not isinstance(batch, _Batch):
-            raise KindError(f"progress gave {batch!r}: expected the batches that it was given.")
+            raise KindError(f"progress yielded {batch!r}: expected the batches that it was given.")
         yield batch
 
 
 def _whole(what: str, number: Any, *, least: int) -> int:
-    """Return `number` as an int; raise unless it is one, and at least `least`."""
+    """Return `number` as an int; raise unless it is an int of at least `least`."""
     whole = as_whole(number)
     if whole is None:
         raise KindError(f"{what} is {number!r}: expected a plain int, known before any tracing.")

@@ -1,7 +1,7 @@
-"""What each query needs the whole batch for: for all queries at once, or for a few at a time.
+"""What needs the whole batch for each query: for all queries at once, or a few at a time.
 
-A query's scores are its own business, so B x B of them need not be there together: where they are
-many, chunks of queries go one after the other, and again in the backward pass.
+Queries do not share scores, so all B x B scores need not exist at once: if there are too many,
+chunks of queries go one after the other, and again in the backward pass.
 """
 
 from typing import Any, NamedTuple
@@ -29,9 +29,9 @@ from negcache_core.retrieval.scorer import Scorer
 
 
 class Step(NamedTuple):
-    """What the loss of B queries is made of: what is known of them, and the loss's options.
+    """What the loss of B queries is computed from: facts about them, and the loss's options.
 
-    hard_labels: (B, H), None where hard negatives are not told apart
+    hard_labels: (B, H), None if hard negatives have no labels
     """
 
     embedded: Embedded
@@ -45,7 +45,7 @@ class Step(NamedTuple):
     margin: float | None
 
     def of_queries(self, rows: Array) -> "Step":
-        """Return what is known of some of the queries: rows (n,) of them."""
+        """Return the same for some of the queries: rows (n,) of them."""
         xp, (embedded, usable, known) = self.backend.xp, self[:3]
         draws = known.drawn.shape[1]
         own_draws = rows[:, None] * draws + arange_like(draws, rows, xp)[None, :]
@@ -55,7 +55,7 @@ class Step(NamedTuple):
             return None if array is None else xp.take_rows(array, rows)
 
         pool, others, own, hard = known.pool, known.others, known.own, self.hard_labels
-        if pool is None:  # else every query needs the rows of all
+        if pool is None:  # otherwise every query needs everyone's rows
             usable = usable._replace(pool=some(usable.pool, own_draws))
             known = known._replace(stale_embeddings=some(known.stale_embeddings, own_draws))
         return self._replace(
@@ -85,7 +85,7 @@ class Step(NamedTuple):
         )
 
     def of_widths(self, prefixes: Prefixes) -> "Step":
-        """Return what is known of B * W queries, by query and width; `embedded` is of B."""
+        """Return the same for B * W queries, by query and width; `embedded` has B."""
         xp, (usable, known) = self.backend.xp, self[1:3]
         every = xp.reshape(known.by_width, (-1,))
         rows = positions(every, xp) // prefixes.number
@@ -112,14 +112,14 @@ class Step(NamedTuple):
 
 
 class ByQuery(NamedTuple):
-    """What is found of each query, (B,); only `training` is differentiable.
+    """The results for each query, (B,); only `training` is differentiable.
 
     training: the surrogate
     loss:     the cross-entropy
     log_odds: log((1 - p+) / p+)
     sums:     of the weights, see `weight_sums`
 
-    With prefixes the first two are sums over widths, and the others of the last width.
+    With prefixes the first two are sums over widths, and the others are for the last width.
     """
 
     training: Array
@@ -129,15 +129,15 @@ class ByQuery(NamedTuple):
 
 
 def by_query(step: Step, tile_bytes: int | None) -> ByQuery:
-    """Return what is found of each query.
+    """Return the results for each query.
 
-    tile_bytes: memory for scores; None for what suits the device. Where those of all queries take
-                more, as many queries as fit are done at a time, and again for the gradient.
+    tile_bytes: memory for scores; None for what suits the device. If all queries take more, they
+                are done a few at a time, as many as fit, and again for the gradient.
     """
     backend, embedded, known = step.backend, step.embedded, step.retrieval
     xp, queries, numbers = backend.xp, embedded.queries, 0
     if known.pool is not None:
-        numbers += embedded.pool().shape[0] or 0  # unknown in a trace, as are the queries then
+        numbers += embedded.pool().shape[0] or 0  # unknown while tracing, as are the queries then
     if known.others is not None:
         numbers += embedded.batch().shape[0] or 0
     if step.scorer.prefixes is not None:
@@ -238,7 +238,7 @@ def _full_negatives(
     hard_labels: Labels | None,
     ceiling: Array | None,
 ) -> list[FullNegatives]:
-    """Return what competes in full: in-batch positives, hard negatives, and given scores."""
+    """Return the exact competitors: in-batch positives, hard negatives, and given scores."""
     parts, own = [], (retrieval.own or Exclusions())._replace(ceiling=ceiling)
     if retrieval.others is not None:
         scores = scorer.cross(embedded.queries, embedded.batch())
@@ -257,7 +257,7 @@ def _full_negatives(
 
 
 def _moved(weights: Weights, scorer: Scorer, queries: Array, fresh: Array, stale: Array) -> Array:
-    """Return what a drawn row's score has gained since it was written, in the weights' shape."""
+    """Return how a drawn row's score has changed since it was written, in the weights' shape."""
     if weights.own is None:
         return scorer.cross(queries, fresh) - scorer.cross(queries, stale)
     shape: Any = (-1, weights.own.shape[1], stale.shape[1])

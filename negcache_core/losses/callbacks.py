@@ -17,15 +17,15 @@ def check_scale(scale: Any, backend: Backend) -> Any:
         check_number(scale, "scale")
     if known and not callable(scale) and backend.has_graph(scale):
         raise OptionError(
-            "scale is a tensor that was computed from others, whose graph only one step has: the "
-            "next could not differentiate it. Give the parameter itself, scale=log_scale, or a "
-            "function that computes it anew in every step, scale=lambda: log_scale.exp()."
+            "scale is a tensor that was computed from others: its graph lasts for one step, so "
+            "the next could not differentiate it. Pass the parameter itself, scale=log_scale, "
+            "or a function that computes it in every step, scale=lambda: log_scale.exp()."
         )
     return scale
 
 
 def scale_for(scale: Any, like: Array, backend: Backend) -> Any:
-    """Return a number, or an array of one value that goes with `like`; a function is called."""
+    """Return a number, or an array of one value that fits `like`; call a function."""
     value = scale() if callable(scale) else scale
     if isinstance(value, (int, float)):
         check_number(value, "scale")
@@ -36,9 +36,9 @@ def scale_for(scale: Any, like: Array, backend: Backend) -> Any:
         raise ShapeError(f"scale has shape {sizes}: expected one value, shape ().")
     if dtype_kind(array.dtype) not in {"floating", "integer"}:
         raise DTypeError(f"scale has dtype {dtype_name(array.dtype)}: expected a floating one.")
-    # Scalars on the host go with arrays anywhere.
+    # Scalars on the host work with arrays on any device.
     if backend.has_devices and array.device != like.device and str(array.device) != "cpu":
-        raise DeviceError(f"scale is on {array.device} and the queries on {like.device}.")
+        raise DeviceError(f"scale is on {array.device}, but the queries are on {like.device}.")
     return array
 
 
@@ -50,7 +50,8 @@ def transformed(
     if shape_of(result, "what score_transform returned") != shape_of(scores, "scores"):
         raise ShapeError(
             f"score_transform returned shape {tuple(result.shape)} for scores of shape "
-            f"{tuple(scores.shape)}: expected the same shape, as it acts on each score alone."
+            f"{tuple(scores.shape)}: expected the same shape, because it acts on each score "
+            "separately."
         )
     if dtype_kind(result.dtype) != "floating":
         raise DTypeError(

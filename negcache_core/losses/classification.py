@@ -2,7 +2,7 @@
 
 The loss is -log of the positive's probability in the softmax over the positive and every row of
 the cache. Its value comes from stale scores; its gradient from the few rows that were drawn and
-embedded anew. `retrieve` and `loss_from_negatives` are the two phases of calling it.
+re-embedded. `retrieve` and `loss_from_negatives` are the two phases of calling it.
 """
 
 from collections.abc import Callable, Iterable, Mapping

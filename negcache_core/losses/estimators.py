@@ -1,6 +1,6 @@
-"""Estimators: the weights with which drawn negatives stand for the whole cache.
+"""Estimators: the weights with which drawn negatives represent the whole cache.
 
-An estimator turns what retrieval knows into constants; the loss multiplies them with fresh,
+An estimator turns what retrieval found into constants; the loss multiplies them with fresh,
 differentiable scores. A new estimator is one function here and one entry in ESTIMATORS: nothing
 else knows it by name.
 """
@@ -15,12 +15,12 @@ from negcache_core.retrieval.proposal import Pool
 
 
 class SampledSoftmax(NamedTuple):
-    """What is known of the softmax of B queries when each drew S rows.
+    """What is known about the softmax of B queries after each drew S rows.
 
     positive_scores: (B,) fresh
     log_partition:   (B,) log-sum-exp of the stale scores over usable slots, -inf for none
-    log_full:        (B,) log-sum-exp of the negatives that are there in full, such as in-batch
-                     ones; None where there are none
+    log_full:        (B,) log-sum-exp of the negatives that count exactly, such as in-batch ones;
+                     None if there are none
     drawn:           bool (B, S), False where nothing could be drawn
     pool:            all n rows that were drawn; None unless the estimator shares them
     """
@@ -45,7 +45,7 @@ class SampledSoftmax(NamedTuple):
 
     def cache_share(self, *, xp: Any) -> Array:
         """Return (B,): the probability of all slots together."""
-        if self.log_full is None:  # the same number, with all digits where p+ nears 1
+        if self.log_full is None:  # the same number, but accurate even as p+ nears 1
             return sigmoid(self.log_odds(xp=xp), xp=xp)
         return xp.exp(self.log_partition - self.log_total(xp=xp))
 
@@ -55,9 +55,9 @@ class Weights(NamedTuple):
 
     own:     (B, S) weights of a query's own S draws, or None
     every:   (B, n) weights of all rows that the batch drew, or None
-    readout: (B,) weight of the cache's mean embedding under a query's softmax, from which the
-             query's gradient then comes; None for estimators without a readout
-    stale:   (B, n) with a readout: weights of the drawn rows as they count in it
+    readout: (B,) weight of the cache's mean embedding under a query's softmax, which then gives the
+             query's gradient; None for estimators without a readout
+    stale:   (B, n) with a readout: weights that the drawn rows have in it
     """
 
     own: Array | None = None
@@ -66,7 +66,7 @@ class Weights(NamedTuple):
     stale: Array | None = None
 
     def each(self) -> Any:
-        """Return the weights of drawn rows, whichever there are."""
+        """Return the weights of drawn rows, of either kind."""
         return self.every if self.own is None else self.own
 
     def without(self, dropped: Array, *, xp: Any) -> "Weights":
@@ -82,7 +82,7 @@ class Weights(NamedTuple):
 
 
 def paper(softmax: SampledSoftmax, *, xp: Any) -> Weights:
-    """Weigh each of a query's S draws by the probability of all slots together, over S.
+    """Weigh each of a query's S draws by the total probability of all slots, over S.
 
     Without other negatives that is (1 - p+) / S. Unbiased on a fresh cache:
     E[(1 - p+) (grad s_j - grad s+)] with j ~ softmax(t) is the gradient of the cross-entropy.
@@ -117,7 +117,7 @@ def shared(softmax: SampledSoftmax, *, xp: Any) -> Weights:
 
 
 def exact_query(softmax: SampledSoftmax, *, xp: Any) -> Weights:
-    """Weigh as `shared` does for the items; the query reads the whole cache, and so without noise.
+    """Weigh items as `shared` does; the query reads the whole cache, so its part has no noise.
 
     The drawn rows only correct the readout for staleness. Goes beyond the paper.
 
@@ -132,11 +132,11 @@ def exact_query(softmax: SampledSoftmax, *, xp: Any) -> Weights:
 
 
 class Estimator(NamedTuple):
-    """An estimator: how it weighs, and what that takes.
+    """An estimator: how it weighs, and what it needs.
 
     weigh:               (softmax, *, xp) -> Weights
     shares_draws:        whether every query weighs what all queries drew
-    reads_out:           whether it takes the mean embedding under a query's softmax
+    reads_out:           whether it needs the mean embedding under a query's softmax
     needs_linear_scores: whether the score must be linear in the query
     """
 
@@ -158,7 +158,7 @@ ESTIMATORS = {
 def corrected(
     softmax: SampledSoftmax, weights: Weights, moved: Array, *, xp: Any
 ) -> tuple[SampledSoftmax, Weights]:
-    """Return the fresh softmax and weights for it, as far as the drawn rows tell of them.
+    """Return the fresh softmax and its weights, as far as the drawn rows show them.
 
     moved: (B, S) or (B, n), fresh minus stale score of each weighed row
 
@@ -194,7 +194,7 @@ def check_estimator(
 ) -> str:
     """Return `name` if it names an estimator that works with the other options, or raise.
 
-    "auto" is the least noisy of those that do.
+    "auto" is the least noisy one that works.
     """
     if isinstance(name, str) and name == "auto":
         if retrieval_fn:
@@ -208,21 +208,22 @@ def check_estimator(
     if retrieval_fn and estimator.shares_draws:
         raise OptionError(
             f"estimator {name!r} needs the probabilities of the draws, which a retrieval_fn does "
-            "not tell: leave retrieval_fn out, or use estimator='paper'."
+            "not give: leave retrieval_fn out, or use estimator='paper'."
         )
     if retrieval_fn and correction:
         raise OptionError(
-            "staleness_correction needs the probabilities of the draws, which a retrieval_fn does "
-            "not tell: leave one of the two out."
+            "staleness_correction needs the probabilities of the draws, which a retrieval_fn "
+            "does not give: leave one of the two out."
         )
     if transform and estimator.needs_linear_scores:
         raise OptionError(
-            f"estimator {name!r} needs scores that are linear in the query, which a "
-            "score_transform is not: use scale= for a temperature, or estimator='shared'."
+            f"estimator {name!r} needs scores that are linear in the query, but a "
+            "score_transform may be nonlinear: use scale= for a temperature, or "
+            "estimator='shared'."
         )
     if top_k and estimator.reads_out:
         raise OptionError(
-            f"estimator {name!r} reads out the whole cache, and top_k has a query compete with "
-            "k slots only: leave top_k out, or use estimator='shared'."
+            f"estimator {name!r} reads out the whole cache, but with top_k a query competes with "
+            "only k slots: leave top_k out, or use estimator='shared'."
         )
     return name

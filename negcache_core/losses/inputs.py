@@ -39,9 +39,9 @@ def check_request(
     *,
     scores_positives: bool,
 ) -> Checked:
-    """Return what `retrieve` was given: queries, positives, stand-ins, noise, and embeddings.
+    """Return the checked arguments of `retrieve`: queries, positives, features, noise, embeddings.
 
-    scores_positives: whether the positives' embeddings (B, D) are needed, or None will do
+    scores_positives: whether the positives' embeddings (B, D) are needed, or may be None
     """
     cache = caches.first()
     table = cache.data[wanted.embedding_key]
@@ -78,9 +78,9 @@ def check_request(
     if scores_positives:
         if pos_doc_embeddings is None:
             raise OptionError(
-                "margin compares a row's score with the positive's, and there are no positives: "
-                "pass pos_doc_embeddings to the loss's retrieve(), or pos_item_embeddings to the "
-                "handler's."
+                "margin compares a row's score with the positive's, but there are no positives: "
+                "pass pos_doc_embeddings to the loss's retrieve(), or pos_item_embeddings to "
+                "the handler's."
             )
         shape, what = (queries.shape[0], table.shape[1]), "pos_doc_embeddings"
         positives = embeddings_of(pos_doc_embeddings, shape, what, backend, like=table)
@@ -96,7 +96,7 @@ def check_embeddings(
     embedding_key: str,
     backend: Backend,
 ) -> Embedded:
-    """Return the embeddings of phase two, in the shapes that a retrieval makes of them."""
+    """Return the embeddings of phase two, in the shapes that the retrieval requires."""
     (rows, draws), like = retrieval.drawn.shape, retrieval.stale_embeddings
     total, width = None if rows is None else rows * draws, like.shape[1]
     output, hard = "the item network's output", None
@@ -131,7 +131,7 @@ def check_hard_labels(
     group_key: str | None,
     backend: Backend,
 ) -> Labels | None:
-    """Return the labels (B, H) of hard negatives (B, H, D), or None where they are not to be told.
+    """Return the labels (B, H) of hard negatives (B, H, D), or None if they have none.
 
     Other fields of `features` are not read.
     """
@@ -145,8 +145,9 @@ def check_hard_labels(
     missing = [key for key in keys if key not in features]
     if missing:
         raise KeysError(
-            f"hard_negative_features lack {missing}: expected an array (B, H) for each of id_keys "
-            f"and group_key, {keys}. Without hard_negative_features they all count."
+            f"hard_negative_features lack {missing}: expected an array (B, H) for each of "
+            f"id_keys and group_key, {keys}. Without hard_negative_features all hard negatives "
+            "count."
         )
     own = retrieval.own
     if own is None:
@@ -154,8 +155,8 @@ def check_hard_labels(
     told = [each for each in own.arrays() if each is not None]
     if len(told) != len(keys):
         raise OptionError(
-            f"retrieval.own has {len(told)} fields of id_keys and group_key, and this loss "
-            f"{len(keys)}: pass what this very loss's retrieve() returned."
+            f"retrieval.own has {len(told)} fields of id_keys and group_key, but this loss has "
+            f"{len(keys)}: pass what this loss's own retrieve() returned."
         )
     shape, found = tuple(hard.shape[:2]), []
     for key, like in zip(keys, told, strict=True):
@@ -177,8 +178,9 @@ def check_competing(
     """
     if of_widths:
         raise OptionError(
-            "competing_scores were given to a loss with matryoshka_dims, which has a softmax for "
-            "each width, and a score is of one: give these candidates as hard_negative_embeddings."
+            "competing_scores were given to a loss with matryoshka_dims, which has a softmax "
+            "for each width, but a score belongs to one width: pass these candidates as "
+            "hard_negative_embeddings."
         )
     what, advice = "competing_scores", "One row for each query, -inf for no candidate."
     rows = retrieval.drawn.shape[0]
@@ -211,7 +213,7 @@ def check_pairs(
 ) -> None:
     """Raise unless there is one positive for each query, before anything is drawn.
 
-    cache: as the user gave it; it is asked for the width of its rows, and not checked
+    cache: as the user passed it; only the width of its rows is read, without a check
     """
     for what, array in (
         ("query_embeddings", query_embeddings),

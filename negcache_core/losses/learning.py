@@ -1,9 +1,9 @@
 """Nothing learns by accident: all items of a step carry a gradient, or none does.
 
 Positives, drawn negatives and hard negatives are embedded by one network. Where some of them are
-constants and others are not, a `no_grad` or a `detach` was forgotten, and the network would only be
-pulled or only be pushed. A frozen item network (no item learns) and a frozen query network are
-legitimate: neither is told from a mistake, and so neither is refused.
+constants and others are not, a `no_grad` or a `detach` was left in by mistake, and the network
+would only be pulled or only be pushed. A frozen item network (no item learns) and a frozen query
+network are legitimate. They look the same as a mistake, so neither is refused.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,9 @@ WORDS = {
 def check_constant(constant: Any) -> tuple[str, ...]:
     """Return the names of what may be constant; raise KindError or OptionError for others."""
     if isinstance(constant, str) or not isinstance(constant, Iterable):
-        raise KindError(f"constant is {constant!r}: expected several names, as ('positives',).")
+        raise KindError(
+            f"constant is {constant!r}: expected several names, such as ('positives',)."
+        )
     names = tuple(constant)
     unknown = [name for name in names if name not in WORDS]
     if unknown:
@@ -33,11 +35,11 @@ def check_constant(constant: Any) -> tuple[str, ...]:
 
 
 def learning_alike(embedded: Embedded, constant: Iterable[str], backend: Backend) -> Embedded:
-    """Return the embeddings; raise OptionError, perhaps only when differentiated, if they differ.
+    """Return the embeddings; raise OptionError, maybe only on differentiation, if they differ.
 
-    constant: names of WORDS that are not looked at, as they are meant to be constant
+    constant: names of WORDS that are not checked, because they are meant to be constant
 
-    Where there are no rows, as on a replica whose part of the batch is empty, nothing is told.
+    Without rows, as on a replica whose part of the batch is empty, there is nothing to check.
     """
     left_out = check_constant(constant) if constant else ()
     names, arrays = [], []
@@ -67,7 +69,7 @@ def learning_alike(embedded: Embedded, constant: Iterable[str], backend: Backend
 def _mixed(constants: Sequence[str], learning: Sequence[str]) -> OptionError:
     still, moving = (" and ".join(WORDS[name] for name in names) for names in (constants, learning))
     return OptionError(
-        f"{still} carry no gradient, and {moving} do: the item network would learn from {moving} "
-        "alone. Embed all items by the network that is trained, outside of no_grad and without "
-        f"detach or stop_gradient. If it is meant, pass constant={tuple(constants)!r}."
+        f"{still} carry no gradient, but {moving} do: the item network would learn from {moving} "
+        "alone. Embed all items with the network that is trained, outside no_grad and without "
+        f"detach or stop_gradient. If this is intended, pass constant={tuple(constants)!r}."
     )

@@ -1,4 +1,4 @@
-"""Metrics of a step: scalars that tell whether the cache is healthy."""
+"""Metrics of a step: scalars that show whether the cache is healthy."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,9 +20,9 @@ def staleness(stale: Array, fresh: Array, *, xp: Any) -> Array:
 
 
 def weight_sums(weights: Weights, fresh: Array, *, xp: Any) -> tuple[Array, ...]:
-    """Return sums (B,) over the drawn rows, fresh (n, D), of which `weight_metrics` are made.
+    """Return sums (B,) over the drawn rows, fresh (n, D), for `weight_metrics`.
 
-    Those of the weights w_k and of their squares; unless each query has one draw, also of
+    The sums of the weights w_k and of their squares; unless each query has one draw, also of
     w_k^2 |f_k|^2 and of w_k^2 <f_k, p>, and |p|^2, with p the sum of w_k f_k.
     """
     each: Any = weights.each()
@@ -43,13 +43,13 @@ def weight_sums(weights: Weights, fresh: Array, *, xp: Any) -> tuple[Array, ...]
 
 
 def weight_metrics(sums: Sequence[Array], *, xp: Any) -> dict[str, Array]:
-    """Return what the weights of the drawn rows tell of the estimate, by their `weight_sums`.
+    """Return what the weights of the drawn rows say about the estimate, from `weight_sums`.
 
-    mean_weight:     mean probability that the drawn rows stand for
-    effective_draws: (sum of a query's weights)^2 / (sum of their squares): how many rows it is
-                     spread over
+    mean_weight:     mean probability mass that the drawn rows represent
+    effective_draws: (sum of a query's weights)^2 / (sum of their squares): how many rows the
+                     estimate is spread over
     gradient_noise:  estimated variance of the drawn rows' part of a query's gradient, over its
-                     squared length; left out where each query has one draw, which tells nothing
+                     squared length; left out if each query has one draw, which has no variance
     """
     total, square, *more = sums
     some = total > 0
@@ -82,8 +82,8 @@ def step_metrics(
 ) -> dict[str, Array]:
     """Return the scalars that a training loop should log.
 
-    interpretable_loss:   mean cross-entropy estimate, in nats, of the queries that have one
-    positive_probability: mean p+ of the softmax over the positive and the cache, of these
+    interpretable_loss:   mean cross-entropy estimate, in nats, over the queries that have one
+    positive_probability: mean p+ of the softmax over the positive and the cache, over the same
     effective_negatives:  exp of the mean entropy of the draw: how many slots compete
     fill:                 share of slots that hold a row
     mean_age_drawn:       mean age of the drawn rows, in update steps

@@ -1,4 +1,4 @@
-"""Calling the user's item network, and saying what it was called with where it expects no dict."""
+"""Calls of the user's item network, with an error that explains the dict it is called with."""
 
 import linecache
 import os
@@ -13,10 +13,10 @@ from negcache_core.errors import KeysError, KindError, NegcacheError
 
 
 def embedded_by(item_network: Callable[[dict[str, Any]], Array], features: dict[str, Any]) -> Array:
-    """Return item_network(features); every call of a network by this library is made here.
+    """Return item_network(features); this library calls networks only here.
 
-    Raises KindError where the network takes its argument for an array, and KeysError where it reads
-    a field that it is not given. Any other error of the network passes as it is.
+    Raises KindError if the network treats its argument as an array, and KeysError if it reads
+    a field that it does not get. Other errors of the network pass through unchanged.
     """
     try:
         return item_network(features)
@@ -30,7 +30,7 @@ def embedded_by(item_network: Callable[[dict[str, Any]], Array], features: dict[
 def _refusal(
     error: Exception, item_network: Callable[[dict[str, Any]], Any], features: Mapping[str, Any]
 ) -> Exception | None:
-    """Return what to raise in our words, and None unless the error is plainly about the dict."""
+    """Return our own error, or None unless the network's error is clearly about the dict."""
     trace = error.__traceback__
     if trace is None or isinstance(error, NegcacheError):
         return None
@@ -38,15 +38,14 @@ def _refusal(
         trace = trace.tb_next
     fields, text = list(features), _source(trace)
     key = error.args[0] if isinstance(error, KeyError) and error.args else None
-    # What is subscripted, if it is that which failed.
+    # What is subscripted, if the subscript failed.
     subscripted = "[" in text and _names_features(text.partition("[")[0], trace, fields)
-    if isinstance(key, str) and "\n" not in key:  # Keras puts a report there
+    if isinstance(key, str) and "\n" not in key:  # Keras adds a report there
         if key in fields or not subscripted:
             return None
         return KeysError(
-            f"the item network reads field {key!r}, and is given {fields}, the data_keys: labels "
-            f"that are kept beside are not among them. Add {key!r} to data_keys, or do without it "
-            "in the network."
+            f"the item network reads field {key!r}, but gets {fields}, the data_keys: labels are "
+            f"not among them. Add {key!r} to data_keys, or do not use it in the network."
         )
     if isinstance(error, AttributeError):
         about = _is_features(error.obj, fields)
@@ -56,13 +55,14 @@ def _refusal(
         about = _names_features(text, trace, fields)
     else:
         about = isinstance(error, TypeError) and subscripted
-    # Libraries say it in many ways, and far from where it happened.
+    # Libraries report it in many ways, and far from where it happened.
     inside = _is_installed(trace.tb_frame.f_code.co_filename)
     if not about and not (inside and _reads_nothing(item_network, features)):
         return None
     return KindError(
-        f"the item network raised {type(error).__name__}, as it was called with a dict of arrays, "
-        f"fields {fields}: wrap yours, such as lambda features: encoder(features[{fields[0]!r}])."
+        f"the item network raised {type(error).__name__} when called with a dict of arrays, "
+        f"fields {fields}: wrap yours, for example lambda features: "
+        f"encoder(features[{fields[0]!r}])."
     )
 
 
@@ -71,13 +71,13 @@ def _is_installed(filename: str) -> bool:
 
 
 class _Watched(dict[str, Any]):
-    """A dict that knows whether anyone looked into it."""
+    """A dict that records whether anyone looked into it."""
 
     read = False
 
     def _look(self, name: str, *arguments: Any) -> Any:
         caller = sys._getframe(2).f_code.co_filename  # noqa: SLF001 - public, if not by its name
-        # NumPy looks for the fields of a structured dtype in it.
+        # NumPy looks in it for the fields of a structured dtype.
         self.read = self.read or f"{os.sep}numpy{os.sep}" not in caller
         return getattr(super(), name)(*arguments)
 

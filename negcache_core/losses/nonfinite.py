@@ -1,7 +1,7 @@
-"""What the networks made of a step's queries and items, and how little a poisoned row may reach.
+"""What the networks made of a step's queries and items, and how little a bad row can affect.
 
-An embedding that is not finite, such as an overflow leaves, reaches no other query. Zeros stand in
-for it before anything is computed of it: 0 times it would be NaN, in the loss and on the way back.
+An embedding that is not finite, as after an overflow, affects no other query. Zeros replace it
+before anything is computed: 0 times it would be NaN, in the loss and in the backward pass.
 """
 
 from typing import Any, NamedTuple
@@ -17,8 +17,8 @@ from negcache_core.retrieval.scorer import Scorer
 class Embedded(NamedTuple):
     """Fresh embeddings, differentiable: queries, positives (B, D); drawn (n, D); hard (B, H, D).
 
-    every_positive, every_drawn: those of all replicas, where there are several; else None
-    competing: (B, m) no embeddings, but scores of further negatives, -inf for none; or None
+    every_positive, every_drawn: those of all replicas if there are several, else None
+    competing: (B, m) not embeddings, but scores of further negatives, -inf for none; or None
     """
 
     queries: Array
@@ -30,7 +30,7 @@ class Embedded(NamedTuple):
     competing: Array | None = None
 
     def pool(self) -> Array:
-        """Return the rows that all queries drew: those of all replicas, where there are several."""
+        """Return the rows that all queries drew: those of all replicas, if there are several."""
         return self.drawn if self.every_drawn is None else self.every_drawn
 
     def batch(self) -> Array:
@@ -43,12 +43,12 @@ def gathered(
 ) -> Embedded:
     """Return the embeddings in `dtype`, with those of all replicas that a loss needs.
 
-    They are raised once, so that what each of their uses adds to a gradient is summed up wide, and
-    rounded to the towers' dtype once.
+    They are converted once, so that the gradients from their several uses are summed in `dtype`,
+    and rounded to the towers' dtype once.
     """
     draws = () if retrieval.route is None else retrieval.route.sizes
     rows = tuple([size // retrieval.drawn.shape[1] for size in draws])
-    # In this order everywhere, as the gradients travel back in the opposite one.
+    # The same order everywhere, because gradients travel back in reverse.
     if retrieval.others is not None:
         every = placement.gather_fresh(embedded.positives, rows)
         embedded = embedded._replace(every_positive=every)
@@ -62,8 +62,8 @@ def gathered(
 class Usable(NamedTuple):
     """Which embeddings are finite: bool, constants.
 
-    queries: (B,) those whose positive is too, and of whose competing scores none is NaN or +inf:
-             the others have no loss
+    queries: (B,) those whose positive is finite too, and that have no competing score of NaN or
+             +inf; the others have no loss
     batch:   (n,) of the batch's positives as negatives
     hard:    (B, H), or None
     drawn:   (n,) in the cache's dtype, of the rows that these queries drew
@@ -82,7 +82,7 @@ class Usable(NamedTuple):
 def without_poison(
     embedded: Embedded, stored: Array, scorer: Scorer, backend: Backend
 ) -> tuple[Embedded, Usable]:
-    """Return the embeddings with zeros for those that must not count, and which do.
+    """Return the embeddings with zeros for those that must not count, and which ones count.
 
     stored: (…, D) of the cache's dtype: a drawn row that is not finite in it does not count either
     """
@@ -123,7 +123,7 @@ def without_poison(
 def of_usable_queries(
     retrieval: Retrieval, usable: Array, scorer: Scorer, backend: Backend
 ) -> Retrieval:
-    """Return a retrieval in which the queries (B,) that are not usable drew nothing."""
+    """Return a retrieval in which unusable queries, by `usable` (B,), drew nothing."""
     xp, rows, pool, readout = backend.xp, usable[:, None], retrieval.pool, retrieval.readout
     if pool is not None:
         pool = pool.computed(scorer, backend)

@@ -1,4 +1,4 @@
-"""The loss of each query from fresh embeddings: a value from stale scores, and the gradient."""
+"""The loss of each query from fresh embeddings: its value from stale scores, and its gradient."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ class Estimate(NamedTuple):
     fresh:         (n, D) the drawn rows' embeddings in the cache's dtype; finite: bool (n,)
     staleness:     (B,) mean of a query's drawn rows
     metrics:       scalars, see `step_metrics` and `weight_metrics`
-    drift:         (5,) what the drawn rows tell a window, None where there is none
+    drift:         (5,) what a window learns from the drawn rows, None without a window
     """
 
     training: Array
@@ -50,7 +50,7 @@ def estimate(
 ) -> Estimate:
     """Return the estimate of one step; see `CacheClassificationLoss.loss_from_negatives`.
 
-    hard_labels: (B, H), None where hard negatives are not told apart
+    hard_labels: (B, H), None if hard negatives have no labels
     tile_bytes:  memory for scores in flight; None for what suits the device
     """
     xp, constant = backend.xp, backend.stop_gradient

@@ -1,4 +1,4 @@
-"""The options of the loss, checked as it is made."""
+"""The options of the loss, checked when it is made."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -35,8 +35,8 @@ def id_fields(id_key: Any, id_keys: Any) -> tuple[str, ...]:
         return () if id_key is None else (id_key,)
     if id_key is not None:
         raise OptionError(
-            f"id_key is {id_key!r} and id_keys {id_keys!r}: give one of them; id_key='x' is short "
-            "for id_keys=('x',)."
+            f"id_key is {id_key!r} and id_keys {id_keys!r}: give only one of them; id_key='x' is "
+            "short for id_keys=('x',)."
         )
     names = names_of(id_keys, "id_keys", "item_id", "tell items apart")
     if len(set(names)) < len(names):
@@ -68,13 +68,13 @@ def check_max_staleness(limit: Any) -> float | None:
 def check_matryoshka(dims: Any, weights: Any, estimator: Any, **others: Any) -> Prefixes | None:
     """Return the widths, ascending, with their weights; None for no dims.
 
-    others: options that do not go with dims, by name
+    others: options that do not work with dims, by name
     """
     if dims is None:
         if weights is not None:
             raise OptionError(
-                f"matryoshka_weights is {weights!r} and there are no matryoshka_dims: give the "
-                "widths that these are the weights of, or leave them out."
+                f"matryoshka_weights is {weights!r} but there are no matryoshka_dims: give the "
+                "widths that the weights are for, or leave the weights out."
             )
         return None
     given = _listed(dims, "matryoshka_dims", "(64, 128, 256)")
@@ -92,14 +92,14 @@ def check_matryoshka(dims: Any, weights: Any, estimator: Any, **others: Any) -> 
         if len(numbers) != len(widths) or min(numbers) <= 0:
             raise OptionError(
                 f"matryoshka_weights is {weights!r} for matryoshka_dims {dims!r}: expected one "
-                "number above 0 for each of them. Leave out a width that is to weigh nothing."
+                "number above 0 for each of them. Leave out a width that should not count."
             )
     others["estimator='paper'"] = True if estimator == "paper" else None
     for name, other in others.items():
         if other is not None:
             raise OptionError(
-                f"matryoshka_dims do not go with {name}: all widths share what is drawn from "
-                "their softmaxes, by estimator='shared' or 'exact_query'. Leave one of the two out."
+                f"matryoshka_dims do not work with {name}: all widths share their draws, through "
+                "estimator='shared' or 'exact_query'. Leave one of the two out."
             )
     ordered = sorted(zip(widths, map(float, numbers), strict=True))
     return Prefixes(*map(tuple, zip(*ordered, strict=True)))

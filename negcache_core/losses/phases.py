@@ -32,7 +32,7 @@ from negcache_core.retrieval.scorer import Scorer
 
 
 class Phased(Protocol):
-    """What the phases read of a loss; see CacheClassificationLoss."""
+    """What the phases read from a loss; see CacheClassificationLoss."""
 
     backend: ClassVar[Backend]
     placement: Placement
@@ -134,9 +134,9 @@ def loss_of(
     sample_weight: Array | None,
     constant: Iterable[str] | None = None,
 ) -> CacheLossReturn:
-    """Check embeddings, and return the loss from a retrieval of this very loss.
+    """Check embeddings, and return the loss from this loss's own retrieval.
 
-    constant: which items may carry no gradient while others do; None: nothing is to learn
+    constant: which items may carry no gradient while others do; None if nothing learns
     """
     backend = loss.backend
     embedded = check_embeddings(
@@ -191,7 +191,7 @@ def loss_of(
 
 
 def _wanted(loss: Phased) -> Wanted:
-    """Return the options that retrieval needs, as they are now."""
+    """Return the current options that retrieval needs."""
     estimator = ESTIMATORS[loss.estimator]
     return Wanted(
         loss.embedding_key,

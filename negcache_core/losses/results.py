@@ -1,4 +1,4 @@
-"""What a cache loss is, and what it returns."""
+"""The interface of a cache loss, and what it returns."""
 
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple

@@ -11,9 +11,9 @@ from negcache_core.retrieval.scorer import Scorer
 
 
 class FullNegatives(NamedTuple):
-    """Negatives that are there in full: scores (B, m), differentiable, and which count, (B, m).
+    """Negatives that count exactly: scores (B, m), differentiable, and which count, (B, m).
 
-    shift: (m,) taken from the scores in the softmax, and None for nothing
+    shift: (m,) subtracted from the scores in the softmax; None for nothing
     """
 
     scores: Array
@@ -31,7 +31,7 @@ class FullNegatives(NamedTuple):
 def log_partition_of(
     parts: Sequence[FullNegatives], constant: Callable[[Array], Array], xp: Any
 ) -> Array | None:
-    """Return (B,): the log-sum-exp of all exact negatives; None where there are none."""
+    """Return (B,): the log-sum-exp of all exact negatives; None if there are none."""
     if not parts:
         return None
     logits = [part.logits(constant, xp) for part in parts]
@@ -57,8 +57,8 @@ def full_terms(
 def positive_weight(softmax: SampledSoftmax, weights: Weights, *, xp: Any) -> Array:
     """Return (B,): 1 - p+, and so 0 for a query without any negative.
 
-    Without the cache's share for a query whose draws do not count: nothing pulls where nothing
-    pushes.
+    The cache's share is left out for a query whose draws do not count: without a push there must
+    be no pull.
     """
     miss = sigmoid(softmax.log_odds(xp=xp), xp=xp)
     if weights.own is None:
@@ -129,5 +129,5 @@ def widest_term(
 
 
 def last_width(values: Any, prefixes: Prefixes, xp: Any) -> Any:
-    """Return of values (B * W, n) those of the last width: (B, n)."""
+    """Return the values of the last width, (B, n), from values (B * W, n)."""
     return xp.reshape(values, (-1, prefixes.number, length(values, xp, 1)))[:, -1, :]

@@ -1,4 +1,4 @@
-"""How a loss reads in print: what it estimates, and of its other options those that are set."""
+"""A loss as text: what it estimates, and which of its other options are set."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ UNSAID = {"num_samples": 1, "id_keys": ()}
 
 
 def loss_in_words(loss: Any) -> str:
-    """Return the options of a loss; of a loss of another kind its type's name alone."""
+    """Return the options of a loss; for another kind of loss, only the name of its type."""
     if not hasattr(loss, "estimator"):
         return type(loss).__name__
     batch = " with in-batch negatives" if loss.in_batch_negatives else ""
@@ -30,9 +30,9 @@ def loss_in_words(loss: Any) -> str:
 
 
 def scale_of(loss: Any) -> float | None:
-    """Return the scale as it is now; None where there is none, or where it cannot be read."""
+    """Return the current scale; None if there is none, or if it cannot be read."""
     scale = loss.scale() if callable(loss.scale) else loss.scale
-    owned = loss.backend.owns(scale)  # PyTorch warns if a number is read off a trained tensor
+    owned = loss.backend.owns(scale)  # PyTorch warns if a number is read from a trained tensor
     return number_of(loss.backend.stop_gradient(scale) if owned else scale)
 
 

@@ -14,7 +14,7 @@ from negcache_core.retrieval.top_k import best_of_all_groups, check_groups
 class Slots(NamedTuple):
     """Slots (B, S) over all caches; drawn (B, S); log_partition (B,); entropy (B,).
 
-    readout (B, D), where it was wanted; candidates (B, k), the best slot of each top-k group; with
+    readout (B, D), if it was requested; candidates (B, k), the best slot of each top-k group; with
     prefixes log_partition is (B, W), and entropy the mean over the widths that were drawn by
     """
 
@@ -31,7 +31,7 @@ def draw_slots(request: Request, caches: list[CacheScores]) -> Slots:
 
     Without `retrieval_fn` the draw is from the softmax, driven by noise; the score matrix (with
     top_k: of the groups' best) is made for a user's function alone. A slot that such a function
-    chooses outside of the matrix counts as not drawn.
+    chooses outside the matrix counts as not drawn.
     """
     wanted, backend, xp = request.wanted, request.backend, request.backend.xp
     noise: Any = request.noise
@@ -64,7 +64,7 @@ def draw_slots(request: Request, caches: list[CacheScores]) -> Slots:
         scores = take_columns(matrix, slots, xp)
         drawn = inside & (scores > -float("inf"))
         slots = slots if columns is None else take_columns(columns, slots, xp)
-        # The whole softmax is at hand here, so the entropy can be exact.
+        # The whole softmax is available here, so the entropy can be exact.
         top = xp.where(log_partition > -float("inf"), log_partition, 0.0)
         probabilities = xp.exp(matrix - top[:, None])
         mean_score = xp.sum(probabilities * xp.where(matrix > -float("inf"), matrix, 0.0), axis=1)

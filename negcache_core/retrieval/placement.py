@@ -1,7 +1,7 @@
 """Where the cache and the batch are: all in one place, or in shards (negcache_core.sharding).
 
-A loss and its retrieval have one order of things. What depends on the place they ask of it: draw,
-gather, give back, reduce.
+A loss and its retrieval always run the same steps. The placement supplies those that depend on
+where things are: draw, gather, give back, reduce.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,7 @@ class Sizes(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What was drawn for B queries, S rows each, n = B * S in all, and what is known of it.
+    """What was drawn for B queries, S rows each, n = B * S in all, and facts about it.
 
     rows:          "fields" and "ages" (n, …) of the queries' own draws; "slots" and "owned" (m,)
                    of those that this replica served
@@ -55,25 +55,25 @@ class Found(NamedTuple):
 
 
 class Placement:
-    """Everything is here: the whole cache and the whole batch."""
+    """Everything is in one place: the whole cache and the whole batch."""
 
     sharded = False
 
     def init_caches(self, managers: Mapping[str, CacheManager]) -> Caches:
-        """Return what is held here of each cache, empty."""
+        """Return the part of each cache that is held here, empty."""
         return Caches({name: manager.init_cache() for name, manager in managers.items()})
 
     def remember(self) -> Callable[[], Any] | None:
-        """Return a function that undoes what the next step changes here, or None for nothing."""
+        """Return a function that undoes what the next step changes here, or None."""
         return None
 
     def meet(self, request: Request) -> Sizes:
-        """Return everyone's sizes; before anything else, make sure that all were set up alike."""
+        """Return everyone's sizes, after checking that all have the same setup."""
         capacities = tuple([cache.age.shape[0] for cache in request.caches.values()])
         return Sizes((request.queries.shape[0],), (capacities,))
 
     def first(self, sizes: Sequence[int]) -> Any:
-        """Return the place of the first own one among those of all, which have `sizes`."""
+        """Return the position of one's own first row among those of all, which have `sizes`."""
         del sizes
         return 0
 
@@ -83,11 +83,11 @@ class Placement:
         return arrays
 
     def gather_fresh(self, array: Array, sizes: Sequence[int]) -> Any:
-        """Return differentiable rows of all; None where there are none but one's own."""
+        """Return differentiable rows of all; None if there are only one's own."""
         del array, sizes
 
     def draw(self, request: Request, scores: list[CacheScores], sizes: Sizes) -> Found:
-        """Draw for the own queries, and fetch the rows; `scores` are of everyone's queries."""
+        """Draw for one's own queries, and fetch the rows; `scores` are for everyone's queries."""
         del sizes
         slots = draw_slots(request, scores)
         rows = gather(
@@ -107,12 +107,12 @@ class Placement:
         )
 
     def sum_logs(self, logs: Array, xp: Any) -> Array:
-        """Return logs (n,) of sums of what each replica's queries contribute."""
+        """Return the logs (n,) of the sums of every replica's contributions."""
         del xp
         return logs
 
     def total(self, sums: Array, xp: Any) -> Array:
-        """Return the sums (n,) of everyone's."""
+        """Return everyone's sums (n,), added up."""
         del xp
         return sums
 
@@ -132,7 +132,7 @@ class Placement:
         return mean(values, xp=xp)
 
     def bring_home(self, new: NewRows, cache: NegativeCache, key: str, xp: Any) -> NewRows:
-        """Return the new rows whose items, told apart by field `key`, are to be stored here."""
+        """Return the new rows whose items, identified by field `key`, belong here."""
         del cache, key, xp
         return new
 

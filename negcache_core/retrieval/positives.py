@@ -20,11 +20,11 @@ from negcache_core.errors import DTypeError, KeysError, OptionError, ShapeError
 
 
 class Positives(NamedTuple):
-    """What is known of the positives of B queries.
+    """Facts about the positives of B queries.
 
-    own:    what must not oppose each query; None for nothing
-    labels: (B,) by which a positive is told to be no negative of another query
-    bias:   (B,) taken from their scores as negatives, or None
+    own:    what must not be a negative of each query; None for nothing
+    labels: (B,) that decide whether a positive is a negative of another query
+    bias:   (B,) subtracted from their scores as negatives, or None
     """
 
     own: Exclusions | None = None
@@ -32,7 +32,7 @@ class Positives(NamedTuple):
     bias: Array | None = None
 
     def under(self, ceiling: Array) -> "Positives":
-        """Return these with a ceiling (B,), over which a row's score is no negative's."""
+        """Return these with a ceiling (B,); a row that scores above it is not a negative."""
         own = Exclusions() if self.own is None else self.own
         return self._replace(own=own._replace(ceiling=ceiling))
 
@@ -49,7 +49,7 @@ def positives_of(
     *,
     in_batch: bool,
 ) -> Positives:
-    """Check and gather what is known of the positives; see `CacheClassificationLoss.retrieve`."""
+    """Check and collect the facts about positives; see `CacheClassificationLoss.retrieve`."""
     xp, rows = backend.xp, queries.shape[0]
     table = next(iter(caches.values())).data
     given: Mapping[str, Any] = {}
@@ -96,7 +96,7 @@ class Others(NamedTuple):
     """All n positives of the batch, which are negatives of most of its B queries.
 
     place:  (B,) of each query's own positive among them
-    labels: (n,) by which a positive is told to be no negative of another query
+    labels: (n,) that decide whether a positive is a negative of another query
     """
 
     place: Array
@@ -105,8 +105,8 @@ class Others(NamedTuple):
     def among(self, usable: Array, own: Exclusions, scores: Array | None = None, *, xp: Any) -> Any:
         """Return bool (B, n): which of the positives are negatives of each query.
 
-        usable: bool (n,), others are nobody's; own: what must not oppose each query
-        scores: (B, n), to which its ceiling applies, if it has one
+        usable: bool (n,), False for nobody's; own: what must not be a negative of each query
+        scores: (B, n), to which its ceiling applies, if there is one
         """
         counts: Any = self.place[:, None] != positions(usable, xp)[None, :]
         counts = counts & usable[None, :]
@@ -115,10 +115,10 @@ class Others(NamedTuple):
 
 
 def _given_ids(positive_ids: Any, id_keys: tuple[str, ...]) -> Mapping[str, Any]:
-    """Return `positive_ids` by key; an array is that of the first one."""
+    """Return `positive_ids` by key; a single array is for the first key."""
     if not id_keys:
         raise OptionError(
-            "positive_ids were given to a loss without id_keys: name the cache's fields of ids."
+            "positive_ids were given to a loss without id_keys: name the cache's id fields."
         )
     if not isinstance(positive_ids, Mapping):
         return {id_keys[0]: positive_ids}
@@ -134,7 +134,7 @@ def _ids(positive_ids: Any, rows: Any, table: Array, what: str, backend: Backend
     ids = array_of(positive_ids, (rows,) if single else (rows, "P"), what, backend, advice)
     ids = check_device(ids[:, None] if single else ids, table, what, backend)
     if ids.shape[1] == 0:
-        raise ShapeError(f"{what} has no columns: expected one id or more for each query.")
+        raise ShapeError(f"{what} has no columns: expected at least one id for each query.")
     if dtype_kind(ids.dtype) != "integer":
         raise DTypeError(f"{what} has dtype {dtype_name(ids.dtype)}: expected integers.")
     return ids

@@ -20,16 +20,16 @@ from negcache_core.retrieval.tiled_scores import BLOCK, CacheScores, join_readou
 def weigh_blocks_by_width(
     cache: CacheScores, prefixes: Prefixes, readout: tuple[Array, ...] = ()
 ) -> tuple[list[Array], tuple[Array, ...]]:
-    """Return of each width the log-sum-exp of every block, (B, blocks), and the readout.
+    """Return the log-sum-exp of every block, (B, blocks), at each width, and the readout.
 
-    readout: as of CacheScores.block_weights; it is at the last width: (B,) and (B, w)
+    readout: as in CacheScores.block_weights, but at the last width: (B,) and (B, w)
     """
     backend, dtype, xp = cache.backend, cache.scorer.dtype, cache.scorer.xp
 
     def weigh(
         readout: tuple[Array, ...], start: Any, size: int
     ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        # In the loop, as torch.compile takes no two views of one tensor into it.
+        # Inside the loop: torch.compile does not take two views of one tensor into it.
         queries, factors = matryoshka.parted(cache.queries, prefixes)
         rows = cast(backend.slice_rows(cache.table, start, size), dtype, xp)
         written = is_written(backend.slice_rows(cache.age, start, size))
@@ -71,7 +71,7 @@ def weigh_blocks_by_width(
 def score_blocks_at_width(
     cache: CacheScores, prefixes: Prefixes, block: Array, width: Array
 ) -> Array:
-    """Score blocks (B, S) as CacheScores.of_blocks does, each at one width, (B, S) by its place."""
+    """Score blocks (B, S) as CacheScores.of_blocks does, each at its own width, (B, S) by index."""
     xp, draws = cache.scorer.xp, block.shape[1]
     every = block[:, :, None] * BLOCK + arange_like(BLOCK, block, xp)[None, None, :]
     there = (every >= 0) & (every < cache.slots)
@@ -99,5 +99,5 @@ def score_blocks_at_width(
 
 
 def at_width(own: Exclusions, place: int) -> Exclusions:
-    """Return what must not oppose each query at one width; ceilings (B, W) are by width."""
+    """Return what must not be a negative of each query at one width, from ceilings (B, W)."""
     return own if own.ceiling is None else own._replace(ceiling=own.ceiling[:, place])

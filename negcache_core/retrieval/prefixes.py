@@ -1,7 +1,7 @@
-"""Matryoshka embeddings: what comes first in them is an embedding too, scored by its cosine.
+"""Matryoshka embeddings: their first coordinates are embeddings too, scored by cosine.
 
 Every width's score of a query with an item is a sum over the first coordinates, divided by the two
-lengths: one product, cut into segments and added up as it goes, serves all widths.
+lengths: one product, computed in segments and summed along the way, serves all widths.
 """
 
 import itertools
@@ -31,22 +31,22 @@ class Prefixes(NamedTuple):
         return self.widths[-1]
 
     def check(self, width: int | None) -> None:
-        """Raise ShapeError unless embeddings of this width have every one of these."""
+        """Raise ShapeError unless embeddings of this width have all of these widths."""
         if width is not None and self.widest > width:
             raise ShapeError(
-                f"matryoshka_dims has {self.widest}, and embeddings are {width} wide: name widths "
+                f"matryoshka_dims has {self.widest}, but embeddings are {width} wide: use widths "
                 f"of at most {width}."
             )
 
     def segments(self) -> Iterator[tuple[int, int, int]]:
-        """Yield for each width its place, and from where to where it goes beyond the one before."""
+        """Yield each width's index, and the start and end of what it adds to the one before."""
         ends = itertools.pairwise((0, *self.widths))
         yield from ((place, start, stop) for place, (start, stop) in enumerate(ends))
 
     def log_shares(self, like: Array, xp: Any) -> Any:
-        """Return the log of each width's share in a query's draws, (W,): it is as its weight.
+        """Return the log of each width's share of a query's draws, (W,), set by its weight.
 
-        In the dtype and on the device of `like`.
+        The result has the dtype and the device of `like`.
         """
         total = math.fsum(self.weights)
         return _numbers([math.log(weight / total) for weight in self.weights], like, xp)
@@ -63,7 +63,7 @@ def _numbers(values: Sequence[float], like: Array, xp: Any) -> Any:
 def inverse_lengths(rows: Array, prefixes: Prefixes, xp: Any) -> Any:
     """Return 1 / |row[:w]| at every width: (n, W) of (n, D), (B, n, W) of (B, n, D).
 
-    0 where the length is 0: such a row scores 0, and has no gradient there.
+    0 if the length is 0: such a row scores 0, and has no gradient there.
     """
     squares, total, found = rows * rows, None, []
     for _, start, stop in prefixes.segments():
@@ -76,19 +76,19 @@ def inverse_lengths(rows: Array, prefixes: Prefixes, xp: Any) -> Any:
 
 
 def with_factors(queries: Array, scale: Any, prefixes: Prefixes, xp: Any) -> Any:
-    """Return queries with what their products are multiplied by at every width: (B, D + W)."""
+    """Return queries with the factors of their products at every width: (B, D + W)."""
     factors = inverse_lengths(queries, prefixes, xp)
     return xp.concat([queries, factors if scale is None else factors * scale], axis=1)
 
 
 def parted(scaled: Array, prefixes: Prefixes) -> tuple[Any, Any]:
-    """Return queries (B, D) and factors (B, W) of what `with_factors` returned."""
+    """Return queries (B, D) and factors (B, W) from what `with_factors` returned."""
     width = scaled.shape[1] - prefixes.number
     return scaled[:, :width], scaled[:, width:]
 
 
 def by_item(scaled: Array, items: Array, prefixes: Prefixes, xp: Any) -> list[Any]:
-    """Return the scores of items (n, D) with queries, of each width: (n, B)."""
+    """Return the scores of items (n, D) with queries, for each width: (n, B)."""
     (queries, factors), products, found = parted(scaled, prefixes), None, []
     inverse = inverse_lengths(items, prefixes, xp)
     for place, start, stop in prefixes.segments():
@@ -99,7 +99,7 @@ def by_item(scaled: Array, items: Array, prefixes: Prefixes, xp: Any) -> list[An
 
 
 def by_row(scaled: Array, items: Array, prefixes: Prefixes, xp: Any) -> list[Any]:
-    """Return the scores of queries with their own items (B, n, D), of each width: (B, n)."""
+    """Return the scores of queries with their own items (B, n, D), for each width: (B, n)."""
     (queries, factors), products, found = parted(scaled, prefixes), None, []
     inverse = inverse_lengths(items, prefixes, xp)
     for place, start, stop in prefixes.segments():
@@ -110,7 +110,7 @@ def by_row(scaled: Array, items: Array, prefixes: Prefixes, xp: Any) -> list[Any
 
 
 def pairs(scaled: Array, items: Array, prefixes: Prefixes, xp: Any) -> Any:
-    """Return the scores of queries with items of their own at every width, by query and width.
+    """Return the scores of queries with their own items at every width, by query and width.
 
     items: (B, D) or (B, n, D); returns (B * W,) or (B * W, n)
     """
@@ -133,20 +133,20 @@ def cross(scaled: Array, items: Array, prefixes: Prefixes, xp: Any) -> Any:
 
 
 def beside(parts: list[Any], xp: Any) -> Any:
-    """Return each width's part (B, n) beside one another: (B, W, n)."""
+    """Return the widths' parts (B, n), stacked: (B, W, n)."""
     return xp.concat([part[:, None, :] for part in parts], axis=1)
 
 
 def at_widest(rows: Array, prefixes: Prefixes, xp: Any) -> Any:
-    """Return rows (n, D) as they are compared at the last width: (n, w), of length 1."""
+    """Return rows (n, D) cut to the last width and normalised: (n, w)."""
     one = Prefixes(prefixes.widths[-1:], prefixes.weights[-1:])
     return rows[:, : prefixes.widest] * inverse_lengths(rows, one, xp)
 
 
 def log_drawable(log_partition: Array, prefixes: Prefixes, xp: Any) -> Any:
-    """Return (B,): the log of the widths' shares in the draws, of those with a usable slot.
+    """Return (B,): the log of the total share in the draws of widths with a usable slot.
 
-    log_partition: (B, W). NaN where one of them is not finite: such a query draws nothing.
+    log_partition: (B, W). The result is NaN if one of them is: such a query draws nothing.
     """
     none = log_partition == -float("inf")
     known = prefixes.log_shares(log_partition, xp) + 0.0 * xp.where(none, 0.0, log_partition)
@@ -154,7 +154,7 @@ def log_drawable(log_partition: Array, prefixes: Prefixes, xp: Any) -> Any:
 
 
 def of_mixture(log_partition: Array, prefixes: Prefixes, xp: Any) -> Any:
-    """Return (B, W): what scores are lowered by to be the log of a part of a query's proposal.
+    """Return (B, W): what to subtract from scores to get the log of a part of the proposal.
 
     A query draws from the mixture of its softmaxes at all widths: its proposal is the sum over
     widths of exp(score - this).
@@ -164,9 +164,9 @@ def of_mixture(log_partition: Array, prefixes: Prefixes, xp: Any) -> Any:
 
 
 def of_parts(log_partition: Array, prefixes: Prefixes, xp: Any) -> Any:
-    """Return (…, W): what a part's log-sum-exp is lowered by to be what it weighs in the mixture.
+    """Return (…, W): what to subtract from a part's log-sum-exp to get its weight in the mixture.
 
-    log_partition: (…, W) of everything; 0 is for widths without a usable slot, whose parts are -inf
+    log_partition: (…, W) of everything; gives 0 for widths without a usable slot (parts of -inf)
     """
     lowered = log_partition - prefixes.log_shares(log_partition, xp)
     return xp.where(log_partition == -float("inf"), 0.0, lowered)

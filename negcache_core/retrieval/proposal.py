@@ -1,4 +1,4 @@
-"""All rows that a step drew, together: what estimators need that share them among queries."""
+"""All rows that a step drew, together, for estimators that share them among queries."""
 
 import math
 from typing import Any, NamedTuple
@@ -13,16 +13,16 @@ from negcache_core.retrieval.scorer import Scorer
 
 
 class CrossScores(NamedTuple):
-    """The stale scores of B queries with n drawn rows, not computed yet.
+    """The stale scores of B queries with n drawn rows, computed on demand.
 
-    They are -inf where a row is none of the query's negatives, or was not drawn.
+    They are -inf where a row is not one of the query's negatives, or was not drawn.
 
     queries:    (B, D), with the scale in them
-    own:        what must not oppose each query, or None for nothing
+    own:        what must not be a negative of each query, or None for nothing
     drawn:      bool (n,), False where nothing could be drawn
     labels:     (n,) of the rows
-    bias:       (n,) taken from their scores, or None
-    candidates: (B, k), the best slot of each top-k group, where a query competes with these only;
+    bias:       (n,) subtracted from their scores, or None
+    candidates: (B, k), the best slot of each top-k group, if queries compete only with these;
                 then slots and groups: (n,) of the rows
     """
 
@@ -36,7 +36,7 @@ class CrossScores(NamedTuple):
     groups: Array | None
 
     def of_queries(self, rows: Array, xp: Any) -> "CrossScores":
-        """Return the scores of some of the queries: rows (n,) of them."""
+        """Return the scores of some of the queries, by their rows (n,)."""
         best = self.candidates
         return self._replace(
             queries=xp.take_rows(self.queries, rows),
@@ -45,9 +45,9 @@ class CrossScores(NamedTuple):
         )
 
     def matrix(self, stale: Array, scorer: Scorer, backend: Backend) -> Array:
-        """Return them for the rows (n, D), as the cache holds them: (B, n), constants.
+        """Return the scores with rows (n, D), as the cache holds them: (B, n), constants.
 
-        With prefixes, of each width: (B, W, n).
+        With prefixes, for each width: (B, W, n).
         """
         xp, none = backend.xp, -float("inf")
         if scorer.prefixes is not None:
@@ -84,9 +84,9 @@ class Pool(NamedTuple):
     """The n rows that all queries drew: constants.
 
     stale:        (n, D) embeddings as the cache holds them
-    cross_scores: (B, n) stale score of each query with each row, -inf where the row is none of its
-                  negatives, or was not drawn; with prefixes (B, W, n), of each width; or what
-                  computes these, where they are many
+    cross_scores: (B, n) stale score of each query with each row, -inf where the row is not one of
+                  its negatives, or was not drawn; with prefixes (B, W, n), for each width; or an
+                  object that computes these, if they are many
     log_proposal: (n,) log of how often a row is drawn in a step, the sum of all queries' proposal
                   distributions times S; 0 for a row that nobody can draw
     """
@@ -96,7 +96,7 @@ class Pool(NamedTuple):
     log_proposal: Array
 
     def of_queries(self, rows: Array, xp: Any) -> "Pool":
-        """Return what some of the queries know of the pool: rows (n,) of them."""
+        """Return the pool as seen by some of the queries, by their rows (n,)."""
         scores = self.cross_scores
         if isinstance(scores, CrossScores):
             return self._replace(cross_scores=scores.of_queries(rows, xp))
@@ -112,15 +112,15 @@ class Pool(NamedTuple):
 
 
 def pool_of(stale: Array, cross_scores: Any, logs: Array, draws: int, *, xp: Any) -> Pool:
-    """Return the pool of rows, of which each query drew `draws`; logs: (n,) `log_proposals`."""
+    """Return the pool of rows; each query drew `draws` of them. logs: (n,) `log_proposals`."""
     return Pool(stale, cross_scores, xp.where(logs > -float("inf"), logs + math.log(draws), 0.0))
 
 
 def log_proposals(cross_scores: Array, log_partition: Array, *, xp: Any) -> Array:
     """Return (n,): the log of the sum of the queries' proposals for each of n drawn rows.
 
-    A query without a usable slot drew nothing; nor did one that is not finite, and it must not
-    reach the others. With prefixes cross_scores are (B, W, n), and instead of log_partition comes
+    A query without a usable slot drew nothing; neither did one that is not finite, and it must not
+    affect the others. With prefixes cross_scores are (B, W, n), and log_partition is replaced by
     what `of_mixture` makes of it, (B, W).
     """
     if len(cross_scores.shape) == 3:

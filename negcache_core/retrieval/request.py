@@ -1,4 +1,4 @@
-"""What a loss asks of retrieval: its options, and the checked arguments of one call."""
+"""What a loss asks retrieval for: its options, and the checked arguments of one call."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,11 +14,11 @@ from negcache_core.retrieval.tiled_scores import CacheScores, scores_of
 
 
 class Wanted(NamedTuple):
-    """What a loss wants of retrieval; see CacheClassificationLoss for what each option means.
+    """What a loss wants from retrieval; see CacheClassificationLoss for each option's meaning.
 
-    shares_draws: whether every query is to know what the others drew
-    reads_out:    whether the mean embedding under a query's softmax is to come along
-    prefixes:     the widths at which embeddings are compared, None for their own
+    shares_draws: whether every query needs to know what the others drew
+    reads_out:    whether to return the mean embedding under a query's softmax
+    prefixes:     the widths at which embeddings are compared, None for the full width
     """
 
     embedding_key: str
@@ -56,9 +56,9 @@ class Request(NamedTuple):
     backend: Backend
 
     def scores(self, queries: Array, own: Exclusions | None, first: Any = 0) -> list[CacheScores]:
-        """Return the scores of queries (n, D) against each cache, none of them computed yet.
+        """Return the scores of queries (n, D) against each cache, computed on demand.
 
-        own:   what must not oppose each query
+        own:   what must not be a negative of each query
         first: the number of the first slot of all
         """
         wanted = self.wanted

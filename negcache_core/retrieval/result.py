@@ -81,15 +81,15 @@ def check_retrieval(retrieval: Any, backend: Backend, **wanted: bool) -> Retriev
     for name, here in wanted.items():
         if (getattr(retrieval, name) is not None) != here:
             raise OptionError(
-                f"retrieval has {'no ' if here else ''}{name}, and this loss "
-                f"{'needs it' if here else 'has no use for it'}: pass what this very loss's "
+                f"retrieval has {'no ' if here else ''}{name}, but this loss "
+                f"{'needs it' if here else 'has no use for it'}: pass what this loss's own "
                 "retrieve() returned."
             )
     stale = retrieval.stale_embeddings
     for parts in (_ends, _rows, _others, _batch, _pool, _places):  # each may rely on those before
         for name, value, expected, kind in parts(retrieval):
             what = f"retrieval.{name}"
-            if not hasattr(value, "dtype"):  # it is used as it is
+            if not hasattr(value, "dtype"):  # it is used unchanged
                 raise KindError(f"{what} is a {type(value).__name__}: expected retrieve()'s array.")
             array = array_of(value, expected, what, backend)
             if dtype_kind(array.dtype) != kind:

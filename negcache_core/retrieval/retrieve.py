@@ -44,7 +44,7 @@ def retrieve(request: Request, placement: Placement) -> Retrieval:
         place = positions(request.queries, xp) + placement.first(sizes.rows)
         others = Others(place, Labels(tuple(items), group))
     if wanted.shares_draws:
-        if placement.sharded:  # those above are of everyone's queries
+        if placement.sharded:  # the ones above are for everyone's queries
             scores = request.scores(request.queries, batch.own)
         pool = _pool(request, placement, sizes, scores[0], drawn_rows)
     fields, rows = drawn_rows.rows["fields"], drawn_rows.rows
@@ -80,7 +80,7 @@ def _pool(
     scores: CacheScores,
     drawn_rows: Found,
 ) -> Pool:
-    """Return what is known of all rows that were drawn for anyone."""
+    """Return the pool of all rows that were drawn for anyone."""
     wanted, backend, fields = request.wanted, request.backend, drawn_rows.rows["fields"]
     xp, scorer, groups, best = backend.xp, scores.scorer, None, drawn_rows.candidates
     known = [
@@ -114,9 +114,9 @@ def _pool(
 def with_stand_ins(
     features: Mapping[str, Array], drawn: Array, stand_in: Mapping[str, Array] | None, xp: Any
 ) -> dict[str, Array]:
-    """Return features (n, …) of drawn rows, with those of `stand_in` where `drawn` (B, S) is False.
+    """Return features (n, …) of drawn rows, or of `stand_in` where `drawn` (B, S) is False.
 
-    So an encoder never sees the zeros of a slot that was not written.
+    So an encoder never sees the zeros of an empty slot.
     """
     if stand_in is None:
         return dict(features)

@@ -13,11 +13,11 @@ class Scorer(NamedTuple):
     scale:     None, a number, or a function returning one or an array of one value, perhaps trained
     transform: None, or an elementwise function of scores, which may hold trained values; it
                returns the same shape and dtype
-    dtype:     the dtype to compute in; half types are raised to float32 before the product
-    prefixes:  None, or the widths at which scores are scale * cosine of the first coordinates, and
-               then there is no transform. A query has W scores with an item: B queries (B, D) are
-               then B * W, by query and width. Scaled queries are (B, D + W), and as good as
-               queries for all methods.
+    dtype:     the dtype to compute in; half types are converted to float32 before the product
+    prefixes:  None, or the widths at which scores are scale * cosine of the first coordinates,
+               without a transform. A query then has W scores with an item: B queries (B, D) become
+               B * W, by query and width. Scaled queries are (B, D + W), and all methods accept
+               them as queries.
     """
 
     scale: Any
@@ -48,7 +48,7 @@ class Scorer(NamedTuple):
         scores = self.xp.matmul_transposed(items, scaled_queries)
         if self.transform is None:
             return scores
-        # The user's function sees (B, C), whichever way it is computed.
+        # The user's function sees (B, C), however it is computed.
         return self.xp.matrix_transpose(self._transformed(self.xp.matrix_transpose(scores)))
 
     def cross(self, queries: Array, items: Array) -> Array:
@@ -67,7 +67,7 @@ class Scorer(NamedTuple):
         return queries if self.scale is None else queries * self._scale()
 
     def _wide(self, queries: Array, items: Array) -> Array:
-        """Return scaled queries (B, D + W) of queries that may be scaled already."""
+        """Return scaled queries (B, D + W) from queries that may already be scaled."""
         return self.scaled(queries) if queries.shape[1] == items.shape[-1] else queries
 
     def _transformed(self, scores: Array) -> Array:

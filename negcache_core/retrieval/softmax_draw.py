@@ -25,8 +25,8 @@ def inverse_cdf(log_weights: Array, uniforms: Array, *, xp: Any = None) -> Array
     """Map uniforms to positions: softmax sampling, by the inverse of the distribution function.
 
     log_weights: (B, n); uniforms: (B, S) in [0, 1). Returns (B, S) positions.
-    A weight of exp(-inf) is never drawn, whatever rounding does to the sums; where every weight of
-    a row is zero the position means nothing.
+    A weight of exp(-inf) is never drawn, whatever rounding does to the sums; if every weight of
+    a row is zero, the position is meaningless.
 
     >>> import numpy as np
     >>> inverse_cdf(np.log([[0.25, 0.5, 0.25]]), np.asarray([[0.0, 0.3, 0.74, 0.76]]))
@@ -38,7 +38,7 @@ def inverse_cdf(log_weights: Array, uniforms: Array, *, xp: Any = None) -> Array
     target = uniforms * cdf[:, -1:]
     index_of = xp.index_dtype
     below = xp.sum(cast(cdf[:, None, :] <= target[:, :, None], index_of, xp), axis=-1)
-    # Where rounding makes the target the whole sum, the last position with any weight is meant.
+    # If rounding makes the target the whole sum, take the last position with any weight.
     last = xp.sum(cast(cdf < cdf[:, -1:], index_of, xp), axis=-1)
     return xp.minimum(below, last[:, None])
 
@@ -50,7 +50,7 @@ def draw_from_softmax(scores: Array, noise: Array, *, xp: Any = None) -> tuple[A
     noise:  (B, S, 2) uniforms in [0, 1): the first picks a block of slots, the second a slot in it
 
     Returns positions (B, S), and the log-partition (B,): log-sum-exp of each row, -inf where
-    nothing can be drawn (its positions then mean nothing).
+    nothing can be drawn (its positions are then meaningless).
     Differs from the 2021 code, which adds Gumbel noise to every score.
     """
     xp = namespace(scores, noise, xp=xp)
@@ -96,11 +96,11 @@ class SoftmaxDraw(NamedTuple):
     """What was drawn from the softmax over the written slots of all caches.
 
     slots (B, S), numbered over all caches, and their scores (B, S); log_partition (B,), -inf for no
-    slot; readout (B, D), the mean of all embeddings under the softmax, where it was asked for
+    slot; readout (B, D), the mean of all embeddings under the softmax, if requested
 
     With prefixes a query draws from the mixture of its softmaxes at all widths: log_partition is
     (B, W), each score is the log of the slot's probability at the width by which it was drawn, and
-    the readout (B, w) is that of the last width.
+    the readout (B, w) is for the last width.
     """
 
     slots: Array
@@ -151,17 +151,17 @@ def draw_given_blocks(
     noise: Array,
     log_partition: Array | None = None,
 ) -> SoftmaxDraw:
-    """Draw as `draw_from_caches` does, from what `weigh_blocks` found, or from rows of that.
+    """Draw as `draw_from_caches` does, from the result of `weigh_blocks`, or from rows of it.
 
-    log_partition: with prefixes, (B, W) of everything where these caches are only a part
+    log_partition: with prefixes, (B, W) of everything, if these caches are only a part
     """
     xp, prefixes = caches[0].scorer.xp, caches[0].scorer.prefixes
     passed = list(itertools.accumulate([cache.blocks for cache in caches], initial=0))
     by_width: Any = log_partition
-    if prefixes is not None:  # a block at a width is what is drawn first
+    if prefixes is not None:  # first draw a block at a width
         by_width = log_sum_exp(weights, xp=xp) if by_width is None else by_width
         lowered = of_parts(by_width, prefixes, xp)[:, :, None]
-        # By block and then by width, so that shards of a cache draw as the whole cache does.
+        # By block, then by width, so that shards of a cache draw as the whole cache does.
         weights = xp.matrix_transpose(weights - lowered)
         weights = xp.reshape(weights, (-1, passed[-1] * prefixes.number))
 
@@ -185,7 +185,7 @@ def draw_given_blocks(
 
         return one.backend.map_chunks(some, [positions(block, xp), block], size)
 
-    one = caches[0]  # the others have rows as wide
+    one = caches[0]  # the other caches have rows of the same width
     numbers = noise.shape[1] * BLOCK * one.table.shape[1]
     rows = one.backend.tile_rows(one.queries)
     size: Any = rows_at_a_time(rows, numbers, one.scorer.dtype, one.budget, xp)

@@ -33,10 +33,10 @@ UNKNOWN_ROWS = 256
 
 
 def tile_slots(rows: int | None, width: int, itemsize: int, tile_bytes: int) -> int:
-    """Return how many slots a tile has: whole blocks, as many as fit the budget, at least one.
+    """Return how many slots a tile has: as many whole blocks as fit the budget, at least one.
 
-    A slot takes two numbers for each of `rows` queries, its score and that one's exponential, and
-    `width` numbers for its embedding, if that is copied to be sliced or raised to another dtype.
+    A slot takes two numbers for each of `rows` queries, its score and the score's exponential,
+    and `width` numbers for its embedding, if that is copied for slicing or to change its dtype.
 
     >>> tile_slots(64, 0, 4, 2**20)
     2048
@@ -48,15 +48,15 @@ def tile_slots(rows: int | None, width: int, itemsize: int, tile_bytes: int) -> 
 class CacheScores(NamedTuple):
     """The scores of queries (B, D) against one cache, any part of them on demand.
 
-    They are -inf where a slot is empty, or its row must not oppose the query.
+    They are -inf where a slot is empty, or its row must not be the query's negative.
 
-    queries:      with the scale in them; `scorer` then has none. Where that knows prefixes these
-                  are (B, D + W), and ceilings (B, W).
-    first:        the number that slot 0 of this cache has among all caches' slots
+    queries:      already scaled; `scorer` then has no scale. If it has prefixes, these are
+                  (B, D + W), and ceilings (B, W).
+    first:        the number of this cache's slot 0 among all caches' slots
     tile:         slots to score at a time
-    own:          what must not oppose each query, or None for nothing
-    labels:       (C,) of the rows, by which that is told
-    bias:         (C,) taken from each row's scores, or None
+    own:          what must not be a negative of each query, or None for nothing
+    labels:       (C,) of the rows, which decide that
+    bias:         (C,) subtracted from each row's scores, or None
     budget:       bytes for what is in memory at a time
     """
 
@@ -79,7 +79,7 @@ class CacheScores(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        """The number of blocks, the last of which may be short."""
+        """The number of blocks; the last one may be short."""
         return -(-self.slots // BLOCK)
 
     def matrix(self) -> Array:
@@ -87,9 +87,9 @@ class CacheScores(NamedTuple):
         return self.scorer.xp.matrix_transpose(self.mask(*self.by_slot(0, self.slots)[:2]))
 
     def block_weights(self, readout: tuple[Array, ...] = ()) -> tuple[Array, tuple[Array, ...]]:
-        """Return the log-sum-exp of every block, (B, blocks), and `readout` with this cache in it.
+        """Return the log-sum-exp of every block, (B, blocks), and `readout` including this cache.
 
-        readout: what `join_readouts` made of the caches so far; () where it is not wanted
+        readout: what `join_readouts` made of the caches so far; () if it is not needed
         """
         xp = self.scorer.xp
 
@@ -112,7 +112,7 @@ class CacheScores(NamedTuple):
         return xp.matrix_transpose(weights), readout
 
     def of_blocks(self, block: Array) -> Array:
-        """Score blocks (B, S) by number again: (B, S, BLOCK); -inf outside of the cache."""
+        """Score blocks (B, S) by number again: (B, S, BLOCK); -inf outside the cache."""
         xp, draws = self.scorer.xp, block.shape[1]
         every = block[:, :, None] * BLOCK + arange_like(BLOCK, block, xp)[None, None, :]
         there = (every >= 0) & (every < self.slots)
@@ -131,7 +131,7 @@ class CacheScores(NamedTuple):
         return xp.where(there & written, scores, -float("inf"))
 
     def of_queries(self, rows: Array) -> "CacheScores":
-        """Return the scores of some of the queries, or of all several times: rows (n,) of them."""
+        """Return the scores of some queries, or of all several times, by their rows (n,)."""
         xp = self.scorer.xp
         return self._replace(
             queries=xp.take_rows(self.queries, rows),
@@ -141,8 +141,8 @@ class CacheScores(NamedTuple):
     def by_slot(self, start: Any, size: int) -> tuple[Array, Array, Array]:
         """Score slots start … start + size - 1: (size, B); which are written, (size,); their rows.
 
-        One row of scores for each slot: products with a tall result and reductions down its columns
-        are measured to be faster than with a wide one. `start` may be a traced integer.
+        One row of scores for each slot: products with a tall result, and reductions down its
+        columns, were measured to be faster. `start` may be a traced integer.
         """
         backend = self.backend
         rows = backend.slice_rows(self.table, start, size)
@@ -163,7 +163,7 @@ class CacheScores(NamedTuple):
     def over_tiles(
         self, function: Callable[[Any, int], tuple[Array, ...]], slots: int, tile: int
     ) -> tuple[Array, ...]:
-        """Concatenate function(start, size) over the tiles of a stretch and what is left of it."""
+        """Concatenate function(start, size) over the tiles of a stretch and its remainder."""
         return self.scan_tiles(
             lambda carry, start, size: (carry, function(start, size)), (), slots, tile
         )[1]
@@ -175,7 +175,7 @@ class CacheScores(NamedTuple):
         slots: int,
         tile: int,
     ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        """Do it with function(carry, start, size) -> (carry, parts); return carry and parts."""
+        """Do that with function(carry, start, size) -> (carry, parts); return carry and parts."""
         count, rest = divmod(slots, tile)
         by_tile = []
         if count:
@@ -190,7 +190,7 @@ class CacheScores(NamedTuple):
 
 
 def empty_readout(queries: Array, *, xp: Any) -> tuple[Array, Array]:
-    """Return the readout of no slots: log-partition (B,) of -inf, and mean embedding (B, D)."""
+    """Return the readout of zero slots: log-partition (B,) of -inf, and mean embedding (B, D)."""
     zero = xp.zeros_like(queries)
     return xp.sum(zero, axis=1) - float("inf"), zero
 
@@ -198,7 +198,7 @@ def empty_readout(queries: Array, *, xp: Any) -> tuple[Array, Array]:
 def join_readouts(
     readout: tuple[Array, ...], added: tuple[Array, Array], *, xp: Any
 ) -> tuple[Array, Array]:
-    """Return the readout of the slots of two together: log-partition (B,) and mean (B, D)."""
+    """Return the readout of two sets of slots together: log-partition (B,) and mean (B, D)."""
     parts = xp.concat([readout[0][None, :], added[0][None, :]], axis=0)
     both = log_sum_exp(parts, 0, xp=xp)
     shares = xp.exp(parts - xp.where(both > -float("inf"), both, 0.0)[None, :])
@@ -220,15 +220,15 @@ def scores_of(
     window: Array | None = None,
     first: int = 0,
 ) -> list[CacheScores]:
-    """Return the scores of queries (B, D) against each cache, none of them computed yet.
+    """Return the scores of queries (B, D) against each cache, computed on demand.
 
-    own:    what must not oppose each query; id_keys and group_key name the fields that tell
+    own:    what must not be a negative of each query; id_keys and group_key name the fields
     window: the state of the window of ages, None for every age
     first:  the number of the first slot of all
     """
     xp = backend.xp
     number, budget = itemsize(scorer.dtype, xp), budget_of(tile_bytes, queries, backend)
-    # The scale goes into the queries: B x D products instead of one for each score. Stopped, as a
+    # The scale goes into the queries: B x D products instead of one per score. Stopped, because a
     # tape that watches the scale would otherwise keep every tile.
     scaled, plain = backend.stop_gradient(scorer.scaled(queries)), scorer._replace(scale=None)
     scores = []

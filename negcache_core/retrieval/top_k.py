@@ -34,7 +34,7 @@ def check_groups(k: int, slots: int) -> None:
     """Raise CapacityError unless there is at least one slot for each of k groups."""
     if k > slots:
         raise CapacityError(
-            f"top_k is {k} and there are {slots} slots: at most one group for each slot. Lower "
+            f"top_k is {k}, but there are {slots} slots: at most one group for each slot. Lower "
             "top_k, or raise cache_size."
         )
 
@@ -100,7 +100,7 @@ def best_of_groups(cache: CacheScores, start: int, groups: int, width: int) -> t
         return xp.max(scores, axis=1), place + first[:, None]
 
     if width > cache.tile:
-        # A fold over the whole tiles of all groups, and one over what is left of each.
+        # One fold over the whole tiles of all groups, and one over their remainders.
         tiles, rest = divmod(width, cache.tile)
         parts = cache.backend.fold_tiles(
             lambda at: best(start + at // tiles * width + at % tiles * cache.tile, 1, cache.tile),

@@ -45,8 +45,8 @@ class DistributedCacheClassificationLoss(CacheClassificationLoss):
         super().__init__(*arguments, **options)
         if self.retrieval_fn is not None:
             raise OptionError(
-                "retrieval_fn needs the whole score matrix, and each replica has that of its shard "
-                "only: leave it out to draw from the softmax over all shards."
+                "retrieval_fn needs the whole score matrix, but each replica has only that of "
+                "its shard: leave it out to draw from the softmax over all shards."
             )
         self.group = group
         self.placement = shards = Shards(partial(self.make_replicas, group))

@@ -1,4 +1,4 @@
-"""Drawing from a cache that is cut into shards: exactly as from the one big cache.
+"""Drawing from a cache that is split into shards: exactly as from one big cache.
 
 Every replica scores all queries on its own shard. A shard is drawn by its weight, then a block and
 a slot inside, by its owner; the rows travel to the replica whose query drew them.
@@ -16,12 +16,12 @@ from negcache_core.sharding.replicas import Replicas, Route
 
 
 class ShardDraw(NamedTuple):
-    """The draws that this replica serves, m of them, and what it knows of its own B queries.
+    """The m draws that this replica serves, and what it knows about its own B queries.
 
     slots:         (m, 1) in its own caches, in the order of their names
     scores:        (m,) stale; -inf where nothing could be drawn
     route:         who serves what
-    log_partition: (B,) over all shards; with prefixes (B, W), and scores as of SoftmaxDraw
+    log_partition: (B,) over all shards; with prefixes (B, W), and scores as in SoftmaxDraw
     readout:       (B, D) over all shards, or None
     candidates:    (B, k) best slot of each top-k group, over all shards, or None
     slot_of_all:   (m,) with candidates: the slots' numbers over all shards
@@ -44,10 +44,10 @@ def draw_from_shards(
     *,
     readout: bool,
 ) -> ShardDraw:
-    """Draw for all queries; `caches` are this replica's, scored by the queries of all.
+    """Draw for all queries; `caches` are this replica's, scored by everyone's queries.
 
-    noise: (all queries, S, 2) uniforms, the same on every replica: the first picks a shard and, by
-           what is left of it, a block in it, the second a slot. sizes: queries of each replica.
+    noise: (all queries, S, 2) uniforms, the same on every replica: the first picks a shard and,
+           with what remains of it, a block, the second a slot. sizes: queries of each replica.
     """
     xp, draws = caches[0].scorer.xp, noise.shape[1]
     weights, mean = weigh_blocks(caches, readout=readout)
@@ -55,7 +55,7 @@ def draw_from_shards(
     own = log_sum_exp(weights, xp=xp)
     (every,) = replicas.gather((own[None, ...],), (1,) * replicas.count)
     log_partition, parts, prefixes = log_sum_exp(every, 0, xp=xp), every, caches[0].scorer.prefixes
-    if prefixes is not None:  # of each shard what it weighs at all widths together
+    if prefixes is not None:  # the weight of each shard over all widths
         parts = log_sum_exp(every - of_parts(log_partition, prefixes, xp)[None, :, :], xp=xp)
     shard, rest = _pick(xp.matrix_transpose(parts), noise[:, :, 0], xp=xp)
     owner = xp.reshape(shard, (-1,))
@@ -96,9 +96,9 @@ def draw_from_shards(
 
 
 def _pick(log_weights: Array, uniforms: Array, *, xp: Any) -> tuple[Array, Array]:
-    """Pick shards (B, S) by weight (B, n) with uniforms (B, S), and return what is left of those.
+    """Pick shards (B, S) by weight (B, n) with uniforms (B, S), and return what remains of those.
 
-    What is left is uniform in [0, 1) again, whichever shard was picked.
+    What remains is uniform in [0, 1) again, whichever shard was picked.
     """
     shard = inverse_cdf(log_weights, uniforms, xp=xp)
     top = xp.max(log_weights, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Where new rows go when an item has one slot in all shards: to the replica that stores it."""
+"""Where new rows go if an item has one slot over all shards: to the replica that stores it."""
 
 import itertools
 from collections.abc import Sequence
@@ -21,18 +21,18 @@ def bring_home(
     *,
     xp: Any,
 ) -> Route:
-    """Decide which replica stores each new row where an item has one slot in all shards.
+    """Decide which replica stores each new row if an item has one slot over all shards.
 
     keys:  (own rows, …) which items they are; mask: bool (own rows,), False for rows that stay out
     held:  (C, …) the items in this replica's slots; written: bool (C,)
     sizes: rows of each replica; slots: of each shard
 
-    The replica that holds an item gets it; a new one goes to the last replica that has it in its
-    batch, with all its copies. Raises CapacityError if a shard could not take what may come.
+    The replica that holds an item gets it. A new item, with all its copies, goes to the last
+    replica that has it in its batch. Raises CapacityError if a shard could not hold what may come.
     """
     if sum(sizes) > min(slots):
         raise CapacityError(
-            f"the replicas insert {sum(sizes)} rows a step, and with unique_key all may come to "
+            f"the replicas insert {sum(sizes)} rows a step, and with unique_key all may go to "
             f"one shard of {min(slots)} slots: raise cache_size, or insert fewer rows."
         )
     every, counted = replicas.gather([keys, mask], sizes)

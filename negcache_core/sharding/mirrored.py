@@ -1,4 +1,4 @@
-"""A whole cache on every replica: each writes the rows of all (`use_cross_replica`)."""
+"""A whole cache on every replica: each writes everyone's rows (`use_cross_replica`)."""
 
 from typing import Any, NamedTuple
 
@@ -35,13 +35,13 @@ class Mirrored(NamedTuple):
     def weighted(self, result: CacheLossReturn, queries: Array) -> CacheLossReturn:
         """Weigh a replica's mean by its share of all queries.
 
-        So the mean over replicas, which data-parallel training takes of gradients, is that of the
-        whole batch, whatever its parts are.
+        Then the mean over replicas, which data-parallel training takes of gradients, is the mean
+        over the whole batch, whatever its parts are.
         """
         xp = self.backend.xp
         ones = xp.zeros_like(result.training_loss)[None] + 1.0
         own = cast(length(queries, xp) * ones, ones.dtype, xp)
-        average = xp.mean(self.gather(self.backend.stop_gradient(own)))  # a trace knows no count
+        average = xp.mean(self.gather(self.backend.stop_gradient(own)))  # unknown while tracing
         share = own[0] / xp.where(average > 0, average, 1.0)
         return result._replace(
             training_loss=share * result.training_loss,

@@ -1,7 +1,7 @@
-"""A cache that is cut into shards, one for each replica, which has a part of the batch.
+"""A cache that is split into shards, one per replica; each replica has a part of the batch.
 
-The softmax and the loss are those of the one big cache and the whole batch: every query is scored
-on every shard, and where drawn rows or the batch's positives are shared, it is all of them.
+The softmax and the loss equal those of one big cache and the whole batch: every query is scored
+on every shard, and if drawn rows or the batch's positives are shared, all of them are.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ class Shards(Placement):
 
     make: returns the replicas that share the cache, as seen from where it is called
 
-    `facts` are what must be alike on all of them; in the first step they are compared.
+    `facts` must be the same on all of them; the first step compares them.
     """
 
     sharded = True
@@ -42,7 +42,7 @@ class Shards(Placement):
         self._agreed = False
 
     def of(self, replicas: Replicas) -> "Shards":
-        """Return the same shards, of replicas that are known already."""
+        """Return the same shards, for replicas that are already known."""
         found = Shards(lambda: replicas)
         found.facts = self.facts
         return found
@@ -67,19 +67,19 @@ class Shards(Placement):
             sizes = shard_slots(manager.cache_size, replicas.count)
             if 0 in sizes:
                 raise CapacityError(
-                    f"cache {name!r} of {manager.cache_size} slots leaves a replica of "
-                    f"{replicas.count} without any, {list(sizes)}: raise cache_size."
+                    f"cache {name!r} of {manager.cache_size} slots leaves one of "
+                    f"{replicas.count} replicas without any, {list(sizes)}: raise cache_size."
                 )
             shards[name] = manager.init_shard(sizes[replicas.rank])
         return shards
 
     def remember(self) -> Callable[[], Any]:
-        """Return a function that forgets an agreement: a generator put back is no longer shared."""
+        """Return a function that forgets an agreement: a restored generator is no longer shared."""
         agreed = self._agreed
         return lambda: setattr(self, "_agreed", agreed)
 
     def meet(self, request: Request) -> Sizes:
-        """Return everyone's sizes. Raises OptionError or ShapeError where they are not alike."""
+        """Return everyone's sizes. Raises OptionError or ShapeError if they do not match."""
         self._agree(request)
         own, keys = request.batch.own, request.wanted.id_keys
         columns = [0] if own is None or not keys else [ids.shape[1] for ids in own.ids]
@@ -91,8 +91,7 @@ class Shards(Placement):
                 what = "positive_ids" if len(keys) == 1 else f"positive_ids[{key!r}]"
                 raise ShapeError(
                     f"{what} have {[numbers[place] for numbers in every]} columns by rank: "
-                    "expected one number of them. Fill up short rows with an id that is there "
-                    "already."
+                    "expected the same number on every rank. Pad short rows by repeating an id."
                 )
         first = 1 + len(columns)
         return Sizes(
@@ -100,7 +99,7 @@ class Shards(Placement):
         )
 
     def first(self, sizes: Sequence[int]) -> Any:
-        """Return the place of the first own one among those of all, which have `sizes`."""
+        """Return the position of one's own first row among those of all, which have `sizes`."""
         return self.replicas.first(sizes)
 
     def gather(self, arrays: Sequence[Any], sizes: Sequence[Any]) -> Sequence[Any]:
@@ -114,7 +113,7 @@ class Shards(Placement):
         return self.replicas.gather_fresh(array, sizes)
 
     def draw(self, request: Request, scores: list[CacheScores], sizes: Sizes) -> Found:
-        """Draw for everyone's queries what is in this shard, and send the rows to who drew them."""
+        """Draw from this shard for everyone's queries, and send the rows to those who drew them."""
         xp, wanted = request.backend.xp, request.wanted
         found = self._draw(request, scores, sizes)
         served = found.scores > -float("inf")
@@ -164,7 +163,7 @@ class Shards(Placement):
         )
 
     def sum_logs(self, logs: Array, xp: Any) -> Array:
-        """Add up, as logarithms (n,), what each replica's queries contribute."""
+        """Add up every replica's contributions, as logarithms (n,)."""
         replicas = self.replicas
         (parts,) = replicas.gather([logs[None, :]], (1,) * replicas.count)
         return log_sum_exp(parts, 0, xp=xp)
@@ -183,22 +182,22 @@ class Shards(Placement):
         return xp.sum(every) / sum(sizes.slots)
 
     def give_back(self, arrays: Sequence[Array], route: Any) -> Sequence[Array]:
-        """Send rows of one's own draws to their owners."""
+        """Send the rows of one's own draws back to their owners."""
         return self.replicas.give_back(arrays, route)
 
     def reduce_mean(self, values: Array, retrieval: Retrieval, xp: Any) -> Array:
         """Return this replica's share of the global mean, times the number of replicas.
 
         Averaged over replicas, as data-parallel training averages gradients, it is the mean over
-        the whole batch, also where parts differ in size.
+        the whole batch, even if parts differ in size.
         """
         queries = sum(retrieval.route.sizes) // retrieval.drawn.shape[1]
         return xp.sum(values) * (self.replicas.count / max(queries, 1))
 
     def bring_home(self, new: NewRows, cache: NegativeCache, key: str, xp: Any) -> NewRows:
-        """Exchange new rows, so that each comes to the replica that stores its item."""
+        """Exchange new rows, so that each reaches the replica that stores its item."""
         replicas = self.replicas
-        mask: Any = new.mask  # a step's new rows have one
+        mask: Any = new.mask  # new rows of a step have a mask
         keys = cast(new.rows[key], cache.data[key].dtype, xp)
         numbers = replicas.numbers([mask.shape[0], cache.age.shape[0]], mask)
         sizes, slots = zip(*numbers, strict=True)
@@ -231,13 +230,14 @@ class Shards(Placement):
 def check_equal_shards(
     managers: Mapping[str, CacheManager], count: int, holder: str = "replica"
 ) -> None:
-    """Raise CapacityError unless each cache can be cut into `count` shards of one size.
+    """Raise CapacityError unless each cache can be split into `count` shards of one size.
 
     holder: what holds a shard, in words
     """
     for name, manager in managers.items():
         if manager.cache_size % count:
             raise CapacityError(
-                f"cache {name!r} of {manager.cache_size} slots cannot be cut into {count} equal "
-                f"shards, one for each {holder}: choose a cache_size that is a multiple of {count}."
+                f"cache {name!r} of {manager.cache_size} slots cannot be split into {count} "
+                f"equal shards, one for each {holder}: choose a cache_size that is a multiple of "
+                f"{count}."
             )

@@ -1,8 +1,8 @@
-"""Replicas: the processes or devices that share a step, and what they send one another.
+"""Replicas: the processes or devices that share a step, and what they send each other.
 
 Each holds a shard of the cache and a part of the batch. An adapter supplies these few verbs on its
-framework's own engine. What is sent depends on the batch, the width and the number of replicas, and
-never on the capacity.
+framework. What is sent depends on the batch, the width and the number of replicas, never on the
+capacity.
 """
 
 import functools
@@ -17,7 +17,7 @@ from negcache_core.errors import OptionError
 
 
 class Route(NamedTuple):
-    """Who serves each draw of the whole batch; the draws are numbered over all replicas.
+    """Which replica serves each draw of the whole batch; draws are numbered over all replicas.
 
     owner:   (n,) the replica whose shard the drawn slot is in
     entries: (m,) the draws that this replica serves, ascending
@@ -30,10 +30,10 @@ class Route(NamedTuple):
 
 
 class Replicas(ABC, Generic[ArrayT]):
-    """What replicas do together. Every verb is called by all of them, in the same order.
+    """What replicas do together. All of them call every verb, in the same order.
 
     count:   how many there are; rank: which one this is, a number that may be traced
-    turns:   in how many equal parts a replica makes the draws it serves, to save memory
+    turns:   in how many equal parts a replica makes the draws it serves, which saves memory
     lasting: whether this object may be kept from one step to the next
     """
 
@@ -43,7 +43,7 @@ class Replicas(ABC, Generic[ArrayT]):
     lasting = True
 
     def first(self, sizes: Sequence[int]) -> Any:
-        """Return the place of this replica's first row among those of all, which have `sizes`."""
+        """Return the position of one's own first row among those of all, which have `sizes`."""
         return sum(sizes[: self.rank])
 
     def own(self, array: ArrayT, sizes: Sequence[int]) -> ArrayT:
@@ -63,15 +63,15 @@ class Replicas(ABC, Generic[ArrayT]):
         self, backend: Backend, generator: Any, rows: Sequence[int], draws: int, like: ArrayT
     ) -> ArrayT:
         """Return noise (n, draws, 2) for the queries of all replicas, the same on each of them."""
-        # Every replica makes all of it: there is one generator state in the whole job.
+        # Every replica makes all of it: the whole job has a single generator state.
         return backend.uniform(generator, (sum(rows), draws, 2), like)
 
     def share_generator(self, generator: Any, like: ArrayT) -> None:
-        """Give every replica the first one's noise, where their generators may differ."""
-        del generator, like  # not an empty body, of which TensorFlow's AutoGraph would warn
+        """Give every replica the first one's noise, if their generators may differ."""
+        del generator, like  # not an empty body: TensorFlow's AutoGraph would warn
 
     def check_slots(self, slots: Mapping[str, int], facts: Mapping[str, Any]) -> None:
-        """Raise ShapeError unless the caches' `slots` here are a shard of what `facts` say."""
+        """Raise ShapeError unless the caches' `slots` here are a shard of what `facts` describe."""
         del slots, facts
 
     @abstractmethod
@@ -85,11 +85,11 @@ class Replicas(ABC, Generic[ArrayT]):
 
     @abstractmethod
     def gather_fresh(self, array: ArrayT, sizes: Sequence[int]) -> ArrayT:
-        """Do so with gradients: a row's gradient is the sum of those of all replicas."""
+        """Gather with gradients: a row's gradient is the sum over all replicas."""
 
     @abstractmethod
     def parts(self, array: ArrayT, sizes: Sequence[int]) -> ArrayT:
-        """Send rows (sum of sizes, …) to the replicas they are about: (replicas, own rows, …)."""
+        """Send rows (sum of sizes, …) to the replicas they belong to: (replicas, own rows, …)."""
 
     def sum_of_parts(self, array: ArrayT, sizes: Sequence[int]) -> ArrayT:
         """Return the sum over replicas (own rows, …) of the `parts` sent here."""
@@ -105,14 +105,14 @@ class Replicas(ABC, Generic[ArrayT]):
 
     @abstractmethod
     def give_back(self, arrays: Sequence[ArrayT], route: Route) -> list[ArrayT]:
-        """Send rows of one's own draws to their owners: the way back of `serve`."""
+        """Send the rows of one's own draws back to their owners: the reverse of `serve`."""
 
     @abstractmethod
     def entries(self, owner: ArrayT) -> ArrayT:
         """Return the positions (m,) at which `owner` (n,) is this replica, ascending."""
 
     def agree(self, own: Mapping[str, Any], like: ArrayT) -> None:
-        """Raise OptionError if the replicas' facts differ; the message names what does."""
+        """Raise OptionError if the replicas' facts differ; the message names those that do."""
         texts = self.texts(_as_text(own), like)
         if len(set(texts)) == 1:
             return
@@ -126,7 +126,7 @@ class Replicas(ABC, Generic[ArrayT]):
             f"{name} is " + ", ".join(f"{facts.get(name)} on {r}" for r, facts in enumerate(every))
             for name in unlike
         )
-        raise OptionError(f"the ranks are not set up alike: {given}. Give all of them the same.")
+        raise OptionError(f"the ranks are set up differently: {given}. Give all of them the same.")
 
 
 def _as_text(facts: Mapping[str, Any]) -> str:
@@ -137,8 +137,8 @@ def _as_text(facts: Mapping[str, Any]) -> str:
 def shard_slots(capacity: int, count: int) -> tuple[int, ...]:
     """Return how many of `capacity` slots each of `count` replicas holds: the longest first.
 
-    As frameworks cut a tensor in chunks, so that their checkpoints can be read by another number
-    of replicas.
+    This is how frameworks split a tensor into chunks, so their checkpoints can be read by another
+    number of replicas.
 
     >>> shard_slots(10, 4)
     (3, 3, 3, 1)

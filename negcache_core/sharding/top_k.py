@@ -1,4 +1,4 @@
-"""Top-k where the groups' slots lie in shards."""
+"""Top-k when the groups' slots are in shards."""
 
 import functools
 import itertools
@@ -45,7 +45,7 @@ def draw_from_shard_groups(
         lambda found, end: found + cast(slots >= end, slots.dtype, xp), ends[:-1], slots * 0
     )
     entries = replicas.entries(owner)
-    # Where shapes must be known, every replica has all draws: the others' are put aside.
+    # If shapes must be known, every replica has all draws, and ignores the others'.
     own, served = xp.take_rows(slots, entries), xp.take_rows(owner, entries) == replicas.rank
     return ShardDraw(
         xp.where(served, own - caches[0].first, 0)[:, None],
@@ -58,7 +58,7 @@ def draw_from_shard_groups(
 
 
 def _groups_inside(k: int, capacities: Sequence[Sequence[int]]) -> int | None:
-    """Return how many of k groups each replica has, where all are equal and none is cut; or None.
+    """Return how many of k groups each replica has, if all are equal and none is split; or None.
 
     >>> _groups_inside(6, ((4, 2), (4, 2))), _groups_inside(4, ((3,), (3,)))
     (3, None)
@@ -75,13 +75,13 @@ def _best_of_shared_groups(
     sizes: tuple[int, ...],
     capacities: Sequence[Sequence[int]],
 ) -> tuple[Array, Array]:
-    """Return the best score of each group and its slot, (own queries, k), where shards cut some."""
+    """Return the best score of each group and its slot, (own queries, k), if shards split some."""
     xp, rank = caches[0].scorer.xp, replicas.rank
     if not isinstance(rank, int):
         slots = sum(capacities[0])
         raise OptionError(
-            f"top_k is {k}, and its groups do not fit {len(capacities)} shards of {slots} slots: "
-            f"here a group cannot lie in two of them. Choose {len(capacities)} times a divisor of "
+            f"top_k is {k}, but its groups do not fit {len(capacities)} shards of {slots} slots: "
+            f"a group cannot span two of them. Choose {len(capacities)} times a divisor of "
             f"{slots}."
         )
     before, after = (
@@ -93,7 +93,7 @@ def _best_of_shared_groups(
     scores = replicas.parts(best, sizes)
     places = replicas.parts(places, sizes)
     top = xp.max(scores, axis=0)
-    # Where several shards hold a part of a group: the best, of the first shard that has it.
+    # If several shards hold a part of a group: the best one, from the first shard that has it.
     places = functools.reduce(
         lambda later, each: xp.where(each[0] == top, each[1], later),
         [(scores[r, ...], places[r, ...]) for r in reversed(range(replicas.count))],

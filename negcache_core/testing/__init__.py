@@ -3,12 +3,12 @@
     from negcache_core import testing
     testing.check_adapter(testing.Adapter("mine", my_module, my_asarray, numpy.asarray))
 
-Most checks run one script on the adapter and on NumPy, with the same inputs and the same noise, and
-compare everything that comes out. The others hold it to a rule: a failed step changes nothing; a
-loaded handler draws what the saved one would have; an estimator's gradient is expected to be the
-exact one; shards are the one big cache. `CHECKS` names them, for a test runner to list one by one.
+Most checks run a script on the adapter and on NumPy, with the same inputs and the same noise, and
+compare everything that comes out. The others check a rule: a failed step changes nothing; a loaded
+handler draws what the saved one would have; an estimator's expected gradient is the exact one;
+shards equal one big cache. `CHECKS` names them, so that a test runner can list them one by one.
 
-`DictCache` is the model of a manager's updates. `Threads` are replicas' engine in one process.
+`DictCache` is a model of a manager's updates. `Threads` run replicas in one process.
 """
 
 from negcache_core.testing._adapter import NUMPY_ADAPTER, Adapter, bind

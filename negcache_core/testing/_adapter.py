@@ -1,4 +1,4 @@
-"""What the kit must know of an adapter."""
+"""What the kit must know about an adapter."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ DTYPES = (
 
 
 class Adapter(NamedTuple):
-    """An adapter under test. The first four fields are all that most need.
+    """An adapter under test. Most need only the first four fields.
 
     name:      for messages
     module:    has negcache's public names, bound to the library
@@ -39,11 +39,11 @@ class Adapter(NamedTuple):
     hold:      (handler, seed) -> the handler holding an empty cache, its draws seeded, where state
                is explicit; or None: handlers hold their state, and losses take generator=seed
     gradients: (function, arrays, *constants) -> gradients by `arrays` of the scalar
-               function(*arrays, *constants), if any; of a function that comes again, a library
-               that traces should use the same trace
+               function(*arrays, *constants), if any; a library that traces should reuse the trace
+               of a function that it gets again
     replicas:  (count, function) -> what function(adapter, rank) returned on each of `count`
-               replicas, by rank, if caches can be cut into shards. The function and what it returns
-               can be pickled, for replicas in other processes, which then make the adapter anew
+               replicas, by rank, if caches can be split into shards. The function and its results
+               can be pickled, for replicas in other processes, which then recreate the adapter
     dtypes:    names of the dtypes that fields can have
     """
 

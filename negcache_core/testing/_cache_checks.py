@@ -1,4 +1,4 @@
-"""Checks of caches: which rows enter, stay and are found."""
+"""Checks of caches: which rows enter, stay and match."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def check_manager(adapter: Adapter) -> None:
 
 
 def check_unique(adapter: Adapter) -> None:
-    """Items that come again go to their own slots, duplicates collapse, on keys of rank 0 and 1."""
+    """Repeated items go to their own slots, duplicates collapse, with keys of rank 0 and 1."""
     rng = np.random.default_rng(6)
     for case in range(8):
         # Few sizes: some libraries compile each operation for each of them.
@@ -46,7 +46,7 @@ def check_unique(adapter: Adapter) -> None:
         key = ("id", "tokens")[case % 2]
         cache = cache_of(rng, capacity)
         batch: dict[str, Any] = {"new_items": items_of(rng, rows)}
-        known = rng.random(rows) < 0.6  # the others are new, or duplicates of one another
+        known = rng.random(rows) < 0.6  # the others are new, or duplicates of each other
         some = rng.integers(0, capacity, rows)
         for field in ("id", "tokens"):
             items = batch["new_items"][field]
@@ -105,7 +105,7 @@ def check_top_k(adapter: Adapter) -> None:
 
 
 def check_filter(adapter: Adapter) -> None:
-    """Which items are in the cache, on keys of rank 1 and 2; zeros are not found in empty slots."""
+    """Which items are in the cache, with keys of rank 1 and 2; zeros do not match empty slots."""
     rng = np.random.default_rng(2)
     cache = cache_of(rng, 8)
     items = {key: np.concatenate([value[:4], 0 * value[:2]]) for key, value in cache.data.items()}

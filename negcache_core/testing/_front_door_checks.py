@@ -1,4 +1,4 @@
-"""Checks of NegativeCacheLoss, and of what tells training and evaluation apart."""
+"""Checks of NegativeCacheLoss, and of the difference between training and evaluation."""
 
 from typing import Any
 
@@ -70,9 +70,9 @@ def check_front_door(adapter: Adapter) -> None:
 
 
 def check_evaluation(adapter: Adapter) -> None:
-    """In evaluation rows, ages and the draws to come stay; the loss is that of the cache as it is.
+    """Evaluation keeps rows, ages and later draws; its loss is against the current cache.
 
-    Its value does not depend on draws: a training step's from the same cache is equal.
+    The value does not depend on draws: a training step from the same cache gives the same one.
     """
     query, items = _batch(adapter, 7)
     cache = half_full(8)

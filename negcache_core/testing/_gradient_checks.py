@@ -1,4 +1,4 @@
-"""Checks of gradients: of one draw, worked out by hand, and expected over all draws."""
+"""Checks of gradients: for one draw, in closed form, and in expectation over all draws."""
 
 import itertools
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from negcache_core.testing._scripts import TOKENS, WIDTH, assert_equal, cache_of
 
 
 def check_gradients(adapter: Adapter) -> None:
-    """Gradients of `loss` and `training_loss` equal those worked out by hand for the draw."""
+    """Gradients of `loss` and `training_loss` equal the closed form for the draw."""
     if adapter.gradients is None:
         return
     rng = np.random.default_rng(5)
@@ -60,11 +60,11 @@ def check_gradients(adapter: Adapter) -> None:
 
 
 def check_estimators(adapter: Adapter) -> None:
-    """Of every estimator: over all draws, its gradient is expected to be the exact one.
+    """Every estimator's gradient equals the exact one in expectation over all draws.
 
-    On a fresh cache that of the softmax cross-entropy; on a stale one, that with stale
-    probabilities and fresh items. With in-batch negatives these are items like any other. With a
-    window of ages the items are those inside of it.
+    On a fresh cache that is the gradient of the softmax cross-entropy; on a stale one, the gradient
+    with stale probabilities and fresh items. In-batch negatives are items like any other. With a
+    window of ages the items are those inside it.
     """
     rng, scale = np.random.default_rng(8), np.asarray(1.3)
     query, positive = rng.standard_normal((2, 2, WIDTH))
@@ -92,7 +92,7 @@ def check_estimators(adapter: Adapter) -> None:
                 proposal = weights / weights.sum(axis=1, keepdims=True)
                 middle = (
                     np.cumsum(proposal, axis=1) - proposal / 2
-                )  # of the stretch that draws a slot
+                )  # the middle of the stretch that draws a slot
 
                 def outcome(
                     slots: list[list[int]], *, middle: Any = middle, table: Any = table
@@ -109,9 +109,9 @@ def check_estimators(adapter: Adapter) -> None:
 def _gradients_of(
     adapter: Adapter, estimator: str, age: Any, *, in_batch: bool, window: bool
 ) -> Callable[..., Any]:
-    """Return the function of NumPy arrays that returns a loss's gradients for one draw.
+    """Return a function of NumPy arrays that returns a loss's gradients for one draw.
 
-    window: whether rows compete up to an age of four steps only
+    window: whether rows compete only up to an age of four steps
     """
     xp = adapter.module.CacheManager.backend.xp
     one_hot = np.eye(len(age))
@@ -150,9 +150,9 @@ def _gradients_of(
 
 
 def check_learning(adapter: Adapter) -> None:
-    """Items of which some carry a gradient and others do not are refused, or named as `constant`.
+    """Items are refused if only some carry a gradient, unless they are named as `constant`.
 
-    Of all of them, or of none, nothing is said.
+    If all do, or none does, nothing is reported.
     """
     gradients = adapter.gradients
     if gradients is None:
@@ -226,7 +226,7 @@ def gradients_by_hand(
     )
     weights = ESTIMATORS[estimator].weigh(softmax, xp=xp)
     every = weights.every
-    if weights.own is not None:  # a query's own draws, among those of all
+    if weights.own is not None:  # a query's own draws, among everyone's
         every = (np.eye(rows)[:, :, None] * weights.own[None]).reshape(rows, -1)
     share = np.exp(among - softmax.log_total(xp=xp)[:, None])
     found = exact.surrogate_gradients(

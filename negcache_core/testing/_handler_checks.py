@@ -1,4 +1,4 @@
-"""Checks of handlers: steps, upkeep, what a failure leaves, and saving and loading."""
+"""Checks of handlers: steps, upkeep, the state after a failure, and saving and loading."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ ROWS = 3
 
 
 def check_steps(adapter: Adapter) -> None:
-    """A run of handler steps, from an empty cache on, leaves the same state after each step."""
+    """Handler steps, starting from an empty cache, give the same state after each step."""
 
     def script(side: Adapter) -> Iterator[Tree]:
         module, rng = side.module, np.random.default_rng(4)
@@ -67,7 +67,7 @@ def check_steps(adapter: Adapter) -> None:
 
 
 def _network(side: Adapter, bad: int) -> Callable[[Any], Any]:
-    """Return an item network that makes no number of items with the id `bad`."""
+    """Return an item network that returns NaN for items with the id `bad`."""
     xp = side.module.CacheManager.backend.xp
 
     def network(features: Any) -> Any:
@@ -78,7 +78,7 @@ def _network(side: Adapter, bad: int) -> Callable[[Any], Any]:
 
 
 def _kept_up(side: Adapter, **options: Any) -> Any:
-    """Return a handler, of no state where that is explicit, whose item network takes ids too."""
+    """Return a handler, without a state if that is explicit, whose item network takes ids too."""
     module = side.module
     return module.CacheLossHandler(
         manager_of(module, SLOTS, **options),
@@ -98,7 +98,7 @@ def check_prefill(adapter: Adapter) -> None:
             handler = handler if side.hold is None else side.hold(handler, 0)
             handler.restore(half_full(10))
             corpus = items_of(np.random.default_rng(11), 5)
-            corpus["id"] = np.asarray([7, held, 4, 7, 9], np.int32)  # 4 makes no number
+            corpus["id"] = np.asarray([7, held, 4, 7, 9], np.int32)  # 4 gives NaN
             del corpus["embedding"]
             left_out = handler.prefill(_network(side, bad=4), side.native(corpus), 2)
             yield np.asarray(int(left_out)), side.numpy(handler.cache)
@@ -107,12 +107,12 @@ def check_prefill(adapter: Adapter) -> None:
 
 
 def check_refresh(adapter: Adapter) -> None:
-    """The oldest written rows are embedded anew; those that are not finite are first again."""
+    """The oldest written rows are re-embedded; those that are not finite come first again."""
 
     def script(side: Adapter) -> Iterator[Tree]:
         cache = half_full(10)
         cache.data["id"][:] = [1, 0, 2, 4, 0, 3]
-        for n in (2, SLOTS):  # the second more than there are written rows
+        for n in (2, SLOTS):  # the second is more than there are written rows
             handler = _kept_up(side)
             if side.bind is None:
                 handler.restore(cache)
@@ -128,7 +128,7 @@ def check_refresh(adapter: Adapter) -> None:
 
 
 class _Twins:
-    """Two handlers of equal rows and draws: one that something befalls, and one that it does not.
+    """Two handlers with equal rows and draws: something happens to one, and not to the other.
 
     options: of `handler_of`
     """
@@ -157,7 +157,7 @@ class _Twins:
 
 
 class _Failure(Exception):  # noqa: N818 - what a user's function might raise
-    """Raised by the functions that a user gives a handler."""
+    """Raised by the functions that a user passes to a handler."""
 
 
 def check_rollback(adapter: Adapter) -> None:
@@ -209,13 +209,13 @@ def check_rollback(adapter: Adapter) -> None:
 
 
 def check_files(adapter: Adapter) -> None:
-    """What was saved is loaded bit for bit, draws included, here and in NumPy, or not at all."""
+    """Loading restores what was saved bit for bit, draws included, here and in NumPy, or fails."""
     with tempfile.TemporaryDirectory() as folder:
         own, numpys, cut = (Path(folder) / name for name in ("own", "numpy", "cut"))
         saved, again = handler_of(adapter, 1), handler_of(adapter, 2)
         saved.restore(half_full(15))
         twins = _Twins(adapter, saved, again)
-        twins.draw(saved)  # so that the generator is not where its seed puts it
+        twins.draw(saved)  # so that the generator is no longer in the state of its seed
         saved.save(own)
         again.load(own)
         twins.assert_equal("loading")

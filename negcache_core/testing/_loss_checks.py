@@ -73,7 +73,7 @@ def check_loss(adapter: Adapter) -> None:
                 top_k=top_k,
                 scale=3.0,
                 num_samples=draws,
-                tile_bytes=1,  # the smallest tiles: of 300 slots, two and a rest
+                tile_bytes=1,  # the smallest tiles: 300 slots are two of them and a remainder
                 **options,
             )
             for side in (adapter, NUMPY_ADAPTER)
@@ -98,7 +98,8 @@ def check_loss(adapter: Adapter) -> None:
                 hard_negative_features=batch["hard_features"],
                 sample_weight=batch["weight"],
             )
-            if retrieval.pool is not None:  # where tracing leaves sizes open, another record
+            # Cross scores have another type if sizes are traced.
+            if retrieval.pool is not None:
                 retrieval = retrieval._replace(pool=retrieval.pool._replace(cross_scores=None))
             return retrieval, result
 
@@ -144,7 +145,7 @@ def check_half(adapter: Adapter) -> None:
                 return drawn.slots, drawn.log_partition, result.loss, result.metrics
 
             native = side.native(batch)
-            cache = side.run(write, {}, native)  # a program of its own: half arrays come out of it
+            cache = side.run(write, {}, native)  # a separate program: it returns half arrays
             caches.append(np.asarray(side.to_numpy(cache.data["embedding"])).astype(np.float32))
             results.append(side.numpy(side.run(read, cache, native)))
         assert_equal(adapter.name, f"{dtype} rows", *caches, tolerance=0)

@@ -1,4 +1,4 @@
-"""A cache as a plain dict, slow and obvious: what a manager's updates are checked against."""
+"""A cache as a plain dict, slow and obvious, to check a manager's updates against."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -9,13 +9,13 @@ Row = Mapping[str, Any]
 
 
 class DictCache:
-    """The model of a cache: slot -> row and slot -> age, with every rule spelled out.
+    """A model of a cache: slot -> row and slot -> age, with every rule spelled out.
 
     capacity:   number of slots
     zeros:      the row of a slot that was never written
     use_lru, unique_key: as in CacheManager
 
-    `held` has a row for every slot, `age` an age for each that was written.
+    `held` has a row for every slot, `age` an age for each written slot.
 
     >>> model = DictCache(2, {"id": 0})
     >>> model.update(new_items=[({"id": 7}, True)])
@@ -80,7 +80,7 @@ class DictCache:
     def _put_in_own_slots(
         self, rows: list[Row], key: str, written: Collection[int]
     ) -> tuple[list[Row], set[int]]:
-        """Overwrite the rows of items that are here; return the other items and those slots."""
+        """Overwrite the rows of items in the cache; return the other items and written slots."""
         slot_of = {self.held[slot][key]: slot for slot in sorted(written, reverse=True)}
         others, own = [], set()
         for place, row in enumerate(rows):

@@ -1,8 +1,8 @@
-"""Checks of replicas: what they send one another.
+"""Checks of replicas: what they send each other.
 
-`Adapter.replicas` runs one function for each replica, with parts of the batch of unlike size. Where
-one program is traced for all devices, as in JAX and TensorFlow, an adapter leaves it out, and its
-own tests compare shards with the one big cache.
+`Adapter.replicas` runs one function for each replica, with parts of the batch of different sizes.
+If one program is traced for all devices, as in JAX and TensorFlow, an adapter leaves it out, and
+its own tests compare shards with one big cache.
 """
 
 from typing import Any
@@ -20,11 +20,11 @@ from negcache_core.testing._scripts import (
 
 COUNT = 3
 SIZES = (2, 0, 1)
-OWNER = np.asarray([2, 0, 1, 2, 0, 1])  # of two draws for each query
+OWNER = np.asarray([2, 0, 1, 2, 0, 1])  # two draws for each query
 
 
 def check_replicas(adapter: Adapter) -> None:
-    """Each verb sends what its definition says, for parts of unlike size and every kind of dtype.
+    """Each verb sends what its definition says, for parts of different sizes and every dtype kind.
 
     numbers, texts, gather, gather_fresh (with its gradient), parts, sum_of_parts, serve, give_back,
     entries, first, own, agree, and noise that is the same on all.
@@ -65,7 +65,7 @@ def check_replicas(adapter: Adapter) -> None:
 
 
 def _rows(count: int) -> tuple[Any, ...]:
-    """Return rows of some dtypes and ranks, no two of them equal but for bools."""
+    """Return rows of some dtypes and ranks, no two of them equal except bools."""
     place = np.arange(count)
     return (
         np.stack([place + 0.25, place - 7.5], axis=1),
@@ -80,7 +80,7 @@ def _text(rank: int) -> str:
 
 
 def _use_verbs(side: Adapter, rank: int) -> Tree:
-    """Return what a replica gets of each verb."""
+    """Return what a replica gets from each verb."""
     loss = side.module.DistributedCacheClassificationLoss("embedding", ("x",), generator=rank)
     replicas, start = loss.replicas, sum(SIZES[:rank])
     own = slice(start, start + SIZES[rank])

@@ -9,7 +9,7 @@ from negcache_core.cache.state import EMPTY, NegativeCache
 from negcache_core.testing._adapter import NUMPY_ADAPTER, Adapter, Tree
 
 WIDTH, TOKENS = 4, 3
-SLOTS, DRAWS = 6, 8  # of the handlers; libraries that compile for each shape meet few of them
+SLOTS, DRAWS = 6, 8  # slots of the handlers: few sizes, for libraries that compile for each shape
 SPECS = {"tokens": ((TOKENS,), "int64"), "id": ((), "int32"), "embedding": ((WIDTH,), "float64")}
 TABLE = np.linspace(-1.0, 1.0, 11 * WIDTH).reshape(11, WIDTH)  # the towers' token embeddings
 
@@ -54,7 +54,7 @@ def cache_of(rng: Any, capacity: int) -> NegativeCache:
 
 
 def half_full(seed: int) -> NegativeCache:
-    """Return a cache of SLOTS slots for a handler to restore: four written ones, of unlike ages."""
+    """Return a cache of SLOTS slots for a handler to restore: four written, of different ages."""
     age = np.asarray([2, EMPTY, 0, 3, EMPTY, 2], np.int32)
     return zero_filled(items_of(np.random.default_rng(seed), SLOTS), age)
 
@@ -124,7 +124,7 @@ def assert_equal(
 
 
 def assert_true(condition: Any, message: str) -> None:
-    """Raise AssertionError unless a condition holds; also where Python leaves out `assert`."""
+    """Raise AssertionError unless a condition holds, even if Python skips `assert`."""
     if not condition:
         raise AssertionError(message)
 

@@ -1,4 +1,4 @@
-"""Checks of a cache that is cut into shards, one on each replica: it is the one big cache."""
+"""Checks of a cache that is split into shards, one per replica: it equals one big cache."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ MATRYOSHKA = {
 
 
 def check_shards(adapter: Adapter) -> None:
-    """Steps on a cache in shards are those of the one big cache: loss, gradient, rows and ages."""
+    """Steps on a sharded cache equal those of one big cache: loss, gradient, rows and ages."""
     if adapter.replicas is None:
         return
     given = adapter.replicas(len(SHARDS), _sharded_runs)
@@ -47,7 +47,7 @@ def check_shards(adapter: Adapter) -> None:
 
 
 def _assert_unique(adapter: Adapter, shards: list[Any]) -> None:
-    """Raise AssertionError unless each item is in one slot of all shards, as it came last."""
+    """Raise AssertionError unless each item is in one slot of all shards, in its latest form."""
     expected, found = {}, []
     for step in range(len(SIZES)):
         batch, _ = _batch(step, 1)
@@ -61,7 +61,7 @@ def _assert_unique(adapter: Adapter, shards: list[Any]) -> None:
 
 
 def _option_sets() -> list[dict[str, Any]]:
-    """Return every estimator's options: with all that is shared, and where it can with top_k."""
+    """Return every estimator's options: with everything shared, and with top_k if it can."""
     found: list[dict[str, Any]] = []
     for name, estimator in ESTIMATORS.items():
         found.append(
@@ -109,7 +109,7 @@ def _gradients(side: Adapter, loss_of: Any) -> tuple[Any, ...]:
 
 
 def _sharded_runs(side: Adapter, rank: int) -> list[list[Tree]]:
-    """Return what a replica has after each step of each run: loss and gradients, and its shard."""
+    """Return a replica's results after each step of each run: loss, gradients, and its shard."""
     return [
         _steps(side, _Sharded(side, rank, options, **more))
         for options, more in [*((each, {}) for each in _option_sets()), ({}, UNIQUE)]
@@ -160,7 +160,7 @@ class _Sharded:
 
 
 class _Whole:
-    """A handler of the one big cache: one that has the shards for its caches."""
+    """A handler of one big cache, whose caches are the shards."""
 
     def __init__(self, side: Adapter, options: dict[str, Any]) -> None:
         module = side.module
@@ -181,7 +181,7 @@ class _Whole:
         self.parts = [self.side.native(part) for part in _parts(batch, sizes)]
 
     def loss_of(self, matrix: Any, scale: Any) -> Any:
-        """Run a step, and put each replica's rows into the cache that stands for its shard."""
+        """Run a step, and put each replica's rows into the cache that represents its shard."""
         self.scale = scale
         query, item_network, features = _towers(self.side, self.batch, matrix)
         result = self.loss(

@@ -1,4 +1,4 @@
-"""Replicas with no framework: threads of one process, each of which sees what all have shown."""
+"""Replicas without a framework: threads of one process that exchange values."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ _this_thread = threading.local()
 
 
 class Threads:
-    """The threads that `run` started, as seen from one of them: its rank, and their count.
+    """The threads that `run` started, from the view of one: its rank, and their count.
 
     >>> Threads.run(2, lambda rank: Threads().exchange(10 * rank))
     [[0, 10], [0, 10]]
@@ -27,11 +27,11 @@ class Threads:
 
     @staticmethod
     def run(count: int, function: Callable[[int], Any]) -> list[Any]:
-        """Return function(rank) of `count` threads; what the first that fails raises is raised."""
+        """Return function(rank) of `count` threads; re-raise the error of the first that fails."""
         shown: list[Any] = [None] * count
         results: list[Any] = [None] * count
         errors: list[BaseException] = []
-        barrier = threading.Barrier(count, timeout=60)  # seconds, should one not come
+        barrier = threading.Barrier(count, timeout=60)  # seconds, in case one does not arrive
 
         def work(rank: int) -> None:
             _this_thread.place = (rank, shown, barrier)
@@ -39,7 +39,7 @@ class Threads:
                 results[rank] = function(rank)
             except BaseException as error:  # noqa: BLE001 - raised again where `run` was called
                 errors.append(error)
-                barrier.abort()  # nobody waits for one that has failed
+                barrier.abort()  # do not wait for a thread that has failed
 
         threads = [threading.Thread(target=work, args=(rank,)) for rank in range(count)]
         for thread in threads:
@@ -51,19 +51,19 @@ class Threads:
         return results
 
     def exchange(self, value: Any) -> list[Any]:
-        """Return every thread's value, by rank; all of them call it, in the same order."""
+        """Return every thread's value, by rank; all of them call this, in the same order."""
         self._shown[self.rank] = value
         self._barrier.wait()
         every = list(self._shown)
-        self._barrier.wait()  # nobody shows the next before all have seen this
+        self._barrier.wait()  # nobody writes the next value before all have read this one
         return every
 
 
 class ThreadReplicas(Replicas[Any]):
-    """NumPy's replicas, of `Threads`: the reference for those of other libraries."""
+    """NumPy's replicas, in `Threads`: the reference for those of other libraries."""
 
     def __init__(self, group: Any = None) -> None:
-        del group  # there are no threads but those of one run
+        del group  # the only threads are those of one run
         self.threads = Threads()
         self.rank, self.count = self.threads.rank, self.threads.count
 
@@ -85,12 +85,12 @@ class ThreadReplicas(Replicas[Any]):
 
     def gather(self, arrays: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
         """Return arrays concatenated over all replicas."""
-        del sizes  # they are those of `arrays`
+        del sizes  # they have the sizes of `arrays`
         every = self.threads.exchange(arrays)
         return [np.concatenate(parts) for parts in zip(*every, strict=True)]
 
     def gather_fresh(self, array: Any, sizes: Sequence[int]) -> Any:
-        """Do so; NumPy has no gradients."""
+        """Gather; NumPy has no gradients."""
         return self.gather([array], sizes)[0]
 
     def parts(self, array: Any, sizes: Sequence[int]) -> Any:
@@ -98,7 +98,7 @@ class ThreadReplicas(Replicas[Any]):
         return np.stack([self.own(each, sizes) for each in self.threads.exchange(array)])
 
     def serve(self, arrays: Sequence[Any], route: Route) -> list[Any]:
-        """Return the rows of this replica's own draws, which their owners have sent."""
+        """Return the rows of this replica's own draws, as sent by their owners."""
         entries, *rows = self.gather([route.entries, *arrays], ())
         order = np.argsort(entries)
         return [self.own(each[order], route.sizes) for each in rows]

@@ -1,4 +1,4 @@
-"""Checks of the window of ages: older rows are not there, and it follows the towers' drift."""
+"""Checks of the window of ages: it hides older rows, and follows the towers' drift."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +28,7 @@ LIMIT = 0.2
 
 
 def check_window(adapter: Adapter) -> None:
-    """A row that is older than the window counts for nothing, as if its slot were empty."""
+    """A row older than the window does not count, as if its slot were empty."""
     rng, rows = np.random.default_rng(21), 4
     caches = {"a": cache_of(rng, 150), "b": cache_of(rng, 7)}
     for cache in caches.values():
@@ -81,10 +81,10 @@ def check_window(adapter: Adapter) -> None:
 
 
 def check_drift(adapter: Adapter) -> None:
-    """The window after a step, and over many steps, is that of NumPy."""
+    """The window after one step, and over many steps, equals NumPy's."""
 
     def one_step(side: Adapter) -> Iterator[Tree]:
-        """One, from caches of unlike ages, perhaps traced."""
+        """One step, from caches with different ages, perhaps traced."""
         module, rng = side.module, np.random.default_rng(23)
         loss = module.CacheClassificationLoss("embedding", ("tokens",), max_staleness=LIMIT)
         handler = module.CacheLossHandler(manager_of(module, SLOTS), loss)
@@ -115,7 +115,7 @@ def check_drift(adapter: Adapter) -> None:
     both(adapter, one_step, tolerance=1e-5)
 
     def many_steps(side: Adapter) -> Iterator[Tree]:
-        """As a tower drifts, and stands still in the end."""
+        """Many steps, in which a tower drifts and finally stops."""
         rng = np.random.default_rng(26)
         handler = handler_of(side, max_staleness=LIMIT)
         for number in range(12):

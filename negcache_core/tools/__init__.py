@@ -1,6 +1,6 @@
-"""Beside a step: networks in chunks, pictures of a cache, and what a step will cost.
+"""Tools around a step: networks in chunks, pictures of a cache, and what a step will cost.
 
-Nothing else in the core depends on this room.
+Nothing else in the core depends on them.
 """
 
 from negcache_core.tools.chunks import in_chunks

@@ -1,4 +1,4 @@
-"""A network that sees a large batch a few rows at a time, and remembers one such chunk."""
+"""A network that sees a large batch a few rows at a time, and keeps only one chunk in memory."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -84,14 +84,14 @@ def _flattened(
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     array = as_array(value, what, backend)
     if len(shape_of(array, what)) == 0:
-        raise ShapeError(f"{what} has shape (): expected (n, …), with a first axis to cut.")
+        raise ShapeError(f"{what} has shape (): expected (n, …), with a first axis to split.")
     arrays.append(array)
     names.append(what)
     return True
 
 
 def _nested(layout: Any, parts: Iterator[Array]) -> Any:
-    """Return a structure of `_flattened` with the next of `parts` for each array."""
+    """Return a structure from `_flattened` with the next of `parts` for each array."""
     if layout is True:
         return next(parts)
     if isinstance(layout, dict):
@@ -107,7 +107,7 @@ def _nested(layout: Any, parts: Iterator[Array]) -> Any:
 def _check_first_sizes(arrays: Sequence[Array], names: Sequence[str]) -> None:
     if not arrays:
         raise ShapeError(
-            "the argument has no array in it: expected at least one, with rows to cut."
+            "the argument has no array in it: expected at least one, with rows to split."
         )
     known = None
     for place, array in enumerate(arrays):
@@ -116,19 +116,20 @@ def _check_first_sizes(arrays: Sequence[Array], names: Sequence[str]) -> None:
             continue
         if known is not None and arrays[known].shape[0] != rows:
             raise ShapeError(
-                f"{names[known]} has {arrays[known].shape[0]} rows and {names[place]} has {rows}: "
-                "a chunk is cut from the first axis of each, which must be of one size."
+                f"{names[known]} has {arrays[known].shape[0]} rows and {names[place]} has "
+                f"{rows}: expected the same number in each, because chunks are taken from the "
+                "first axis."
             )
         if known is None:
             known = place
 
 
 def _checked_output(output: Any, like: Array, backend: Backend) -> Array:
-    """Return the network's output for a chunk; raise unless it has a row for each row."""
+    """Return the network's output for a chunk; raise unless it has one row per input row."""
     if not hasattr(output, "shape") or not hasattr(output, "dtype"):
         raise KindError(
-            f"the network returned a {type(output).__name__}: expected one array, a row for each "
-            "row that it is given. Take the embeddings out of it: lambda rows: network(rows)[0]."
+            f"the network returned a {type(output).__name__}: expected one array, with a row for "
+            "each input row. Take the embeddings out of it: lambda rows: network(rows)[0]."
         )
     array = as_array(output, "what the network returned", backend)
     shape, rows = shape_of(array, "what the network returned"), like.shape[0]

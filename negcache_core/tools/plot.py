@@ -220,7 +220,7 @@ def _checked_history(history: Any) -> dict[int, float]:
             raise KeysError(f"{what} has {in_order(metrics)}: expected the metric {METRIC!r}.")
         try:
             found[number] = float(metrics[METRIC])
-        except Exception as error:  # each library refuses in its own way
+        except Exception as error:  # each library raises something else
             raise KindError(f"{what} has {metrics[METRIC]!r}: expected a number.") from error
     return dict(sorted(found.items()))
 

@@ -1,4 +1,4 @@
-"""What a step on a sharded cache needs, on paper: memory, arithmetic, and bytes between ranks."""
+"""The computed cost of a step on a sharded cache: memory, arithmetic, and bytes between ranks."""
 
 from typing import Any, NamedTuple
 
@@ -134,7 +134,8 @@ def scaling(
         elsewhere = round(draws // world_size * (world_size - 1) / world_size)
     if elsewhere > draws:
         raise OptionError(
-            f"draws_elsewhere is {elsewhere} of {draws} draws in a step: expected at most those."
+            f"draws_elsewhere is {elsewhere} of {draws} draws in a step: expected at most that "
+            "many."
         )
     step = _Step(
         slots=longest,
@@ -214,7 +215,7 @@ def _work(step: _Step, tile_bytes: int) -> dict[str, int]:
     copied = step.width if step.stored != step.score else 0
     tile = min(tile_slots(step.queries, copied, step.score, tile_bytes), step.slots)
     weights = step.queries * step.blocks
-    # The draws that a rank serves are taken to be as many as its own: a copy of their weights …
+    # Assume that a rank serves as many draws as its own: a copy of their weights …
     served = step.own_draws * step.blocks * step.score
     # … summed up, and compared with the noise in a bool and an integer each; then the rows of the
     # block that each picked, and these in the dtype to score in.
@@ -243,7 +244,7 @@ def _multiply_adds(step: _Step) -> dict[str, int]:
 
 
 def _sent(step: _Step) -> dict[str, int]:
-    """Return the bytes of each exchange, in their order; without those that do not take place."""
+    """Return the bytes of each exchange that takes place, in order."""
     queries, draws, score = step.own_queries, step.own_draws, step.score
     fresh, grouped = step.width * step.fresh, bool(step.groups)
     told = step.ids + step.group + step.bias

@@ -1,4 +1,4 @@
-"""What `scaling` found out, as a table to read."""
+"""The results of `scaling`, as a readable table."""
 
 from typing import NamedTuple
 

@@ -203,12 +203,13 @@ CASES = [
     (
         lambda: update(new_items=rows(2, id=np.zeros(1, np.int32))),
         core.ShapeError,
-        "new_items has row counts {'x': 2, 'id': 1}: expected one number of rows in all fields.",
+        "new_items has row counts {'x': 2, 'id': 1}: expected the same number of rows in all "
+        "fields.",
     ),
     (
         lambda: update(new_items=rows(1, id=np.zeros(1, np.int64))),
         core.DTypeError,
-        "new_items['id'] has dtype int64 and its field stores int32: expected the field's dtype, "
+        "new_items['id'] has dtype int64, but its field stores int32: expected the field's dtype, "
         "any floating one for a floating field, or a narrower integer for an integer field. Cast "
         "the rows, or declare the field with their dtype.",
     ),
@@ -279,7 +280,7 @@ CASES = [
     (
         lambda: loss(id_key="id", id_keys=("id",)),
         core.OptionError,
-        "id_key is 'id' and id_keys ('id',): give one of them; id_key='x' is short for "
+        "id_key is 'id' and id_keys ('id',): give only one of them; id_key='x' is short for "
         "id_keys=('x',).",
     ),
     (
@@ -306,7 +307,7 @@ CASES = [
     (
         lambda: retrieve(margin=0.1),
         core.OptionError,
-        "margin compares a row's score with the positive's, and there are no positives: pass "
+        "margin compares a row's score with the positive's, but there are no positives: pass "
         "pos_doc_embeddings to the loss's retrieve(), or pos_item_embeddings to the handler's.",
     ),
     (
@@ -317,7 +318,7 @@ CASES = [
     (
         lambda: retrieve({"positive_ids": [3]}),
         core.OptionError,
-        "positive_ids were given to a loss without id_keys: name the cache's fields of ids.",
+        "positive_ids were given to a loss without id_keys: name the cache's id fields.",
     ),
     (
         lambda: retrieve({"positive_ids": {"item": [3]}}, id_key="id"),
@@ -349,7 +350,7 @@ CASES = [
         lambda: with_hard({"x": [[1]]}),
         core.KeysError,
         "hard_negative_features lack ['id']: expected an array (B, H) for each of id_keys and "
-        "group_key, ['id']. Without hard_negative_features they all count.",
+        "group_key, ['id']. Without hard_negative_features all hard negatives count.",
     ),
     (
         lambda: with_hard({"id": np.zeros(1, np.int32)}),
@@ -359,14 +360,14 @@ CASES = [
     (
         lambda: with_hard({"id": np.zeros((1, 1), np.int64)}),
         core.DTypeError,
-        "hard_negative_features['id'] has dtype int64 and its field stores int32: expected the "
+        "hard_negative_features['id'] has dtype int64, but its field stores int32: expected the "
         "field's dtype, any floating one for a floating field, or a narrower integer for an "
         "integer field. Cast the rows, or declare the field with their dtype.",
     ),
     (
         lambda: call(top_k=3),
         core.CapacityError,
-        "top_k is 3 and there are 2 slots: at most one group for each slot. Lower top_k, or raise "
+        "top_k is 3, but there are 2 slots: at most one group for each slot. Lower top_k, or raise "
         "cache_size.",
     ),
     (
@@ -442,23 +443,23 @@ CASES = [
     (
         lambda: mixed({"positives"}),
         core.OptionError,
-        "the positives carry no gradient, and the drawn negatives do: the item network would learn "
-        "from the drawn negatives alone. Embed all items by the network that is trained, outside "
-        "of no_grad and without detach or stop_gradient. If it is meant, pass "
+        "the positives carry no gradient, but the drawn negatives do: the item network would learn "
+        "from the drawn negatives alone. Embed all items with the network that is trained, "
+        "outside no_grad and without detach or stop_gradient. If this is intended, pass "
         "constant=('positives',).",
     ),
     (
         lambda: mixed({"negatives"}),
         core.OptionError,
-        "the drawn negatives carry no gradient, and the positives do: the item network would learn "
-        "from the positives alone. Embed all items by the network that is trained, outside of "
-        "no_grad and without detach or stop_gradient. If it is meant, pass "
+        "the drawn negatives carry no gradient, but the positives do: the item network would learn "
+        "from the positives alone. Embed all items with the network that is trained, outside "
+        "no_grad and without detach or stop_gradient. If this is intended, pass "
         "constant=('negatives',).",
     ),
     (
         lambda: step(constant="positives"),
         core.KindError,
-        "constant is 'positives': expected several names, as ('positives',).",
+        "constant is 'positives': expected several names, such as ('positives',).",
     ),
     (
         lambda: step(constant=("items",)),
@@ -471,23 +472,22 @@ CASES = [
             "x", ("id",), scale=torch.zeros((), requires_grad=True).exp()
         ),
         core.OptionError,
-        "scale is a tensor that was computed from others, whose graph only one step has: the next "
-        "could not differentiate it. Give the parameter itself, scale=log_scale, or a function "
-        "that computes it anew in every step, scale=lambda: log_scale.exp().",
+        "scale is a tensor that was computed from others: its graph lasts for one step, so the "
+        "next could not differentiate it. Pass the parameter itself, scale=log_scale, or a "
+        "function that computes it in every step, scale=lambda: log_scale.exp().",
     ),
     # networks that take no dict of these fields
     (
         lambda: call(network=lambda features: features + 1.0),
         core.KindError,
-        "the item network raised TypeError, as it was called with a dict of arrays, fields ['id']: "
-        "wrap yours, such as lambda features: encoder(features['id']).",
+        "the item network raised TypeError when called with a dict of arrays, fields ['id']: "
+        "wrap yours, for example lambda features: encoder(features['id']).",
     ),
     (
         lambda: call(network=lambda features: features["label"]),
         core.KeysError,
-        "the item network reads field 'label', and is given ['id'], the data_keys: labels that are "
-        "kept beside are not among them. Add 'label' to data_keys, or do without it in the "
-        "network.",
+        "the item network reads field 'label', but gets ['id'], the data_keys: labels are not "
+        "among them. Add 'label' to data_keys, or do not use it in the network.",
     ),
     (
         lambda: call(positive=(2, 2)),
@@ -561,15 +561,15 @@ CASES = [
             np.zeros((1, 2), np.float32), manager().init_cache(), pos_features={"ids": 1}
         ),
         core.KeysError,
-        "pos_features lack ['id']: expected all that the item network takes, ['id'].",
+        "pos_features lack ['id']: expected everything that the item network takes, ['id'].",
     ),
     # filters and handlers
     (
         lambda: BACKENDS["tensorflow"].module.CacheLossHandler(*tensorflow_parts()).resize(3),
         core.OptionError,
-        "resize changes shapes, and TensorFlow's variables keep theirs: make a handler with the "
-        "new cache_size, and new.load(path, resize=True) what this one's save(path) wrote, or "
-        "new.restore(handler.cache, resize=True).",
+        "resize changes shapes, but TensorFlow's variables keep theirs: make a new handler with "
+        "the new cache_size, and call new.load(path, resize=True) on what this one's save(path) "
+        "wrote, or new.restore(handler.cache, resize=True).",
     ),
     (
         lambda: core.IsInCacheFilterFn(("x",))(manager().init_cache(), rows(1)),
@@ -613,12 +613,12 @@ CASES = [
             {},
         ),
         core.KeysError,
-        "features lack ['id']: the cache stores ['id'] of each item, and features have [].",
+        "features lack ['id']: the cache stores ['id'] of each item, but features have [].",
     ),
     (
         lambda: handler().retrieve(np.zeros((1, 2), np.float32), {}),
         core.KeysError,
-        "features lack ['id']: the loss needs ['id'] of each positive, and features have [].",
+        "features lack ['id']: the loss needs ['id'] of each positive, but features have [].",
     ),
     (
         lambda: handler(cache_loss=loss(log_frequency_key="log_q")),
@@ -631,7 +631,7 @@ CASES = [
             handler_result(), np.zeros((1, 2), np.float32), {"id": np.zeros(1, np.int32)}
         ),
         core.OptionError,
-        "use_cross_replica=True needs a distributed backend, and 'numpy' runs in one process: use "
+        "use_cross_replica=True needs a distributed backend, but 'numpy' runs in one process: use "
         "negcache_torch or negcache_tensorflow, or leave the option off.",
     ),
     (
@@ -664,23 +664,23 @@ CASES = [
     (
         lambda: core.in_chunks(len, 2)({"x": "words"}),
         core.ShapeError,
-        "the argument['x'] has shape (): expected (n, …), with a first axis to cut.",
+        "the argument['x'] has shape (): expected (n, …), with a first axis to split.",
     ),
     (
         lambda: core.in_chunks(len, 2)([None, {}]),
         core.ShapeError,
-        "the argument has no array in it: expected at least one, with rows to cut.",
+        "the argument has no array in it: expected at least one, with rows to split.",
     ),
     (
         lambda: core.in_chunks(len, 2)({"x": np.zeros((2, 2)), "y": [None, np.zeros(3)]}),
         core.ShapeError,
-        "the argument['x'] has 2 rows and the argument['y'][1] has 3: a chunk is cut from the "
-        "first axis of each, which must be of one size.",
+        "the argument['x'] has 2 rows and the argument['y'][1] has 3: expected the same "
+        "number in each, because chunks are taken from the first axis.",
     ),
     (
         lambda: core.in_chunks(lambda x: (x, x), 2)(np.zeros((3, 2))),
         core.KindError,
-        "the network returned a tuple: expected one array, a row for each row that it is given. "
+        "the network returned a tuple: expected one array, with a row for each input row. "
         "Take the embeddings out of it: lambda rows: network(rows)[0].",
     ),
     (

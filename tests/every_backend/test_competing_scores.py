@@ -123,7 +123,8 @@ def test_the_expected_gradient_and_the_value_are_those_of_the_whole_softmax(
         for name, backend in BACKENDS.items()
         for estimator in sorted(ESTIMATORS)
         for tile_bytes in (None, 1)  # all queries at once, or one after the other
-        if tile_bytes is None or name in EAGER or estimator == "exact_query"  # which compile long
+        # What compiles takes long: there the most of it, and `paper`, whose draws are not shared.
+        if name in EAGER or (estimator, tile_bytes) in (("exact_query", 1), ("paper", None))
     ],
 )
 def test_they_are_what_hard_negatives_of_these_embeddings_are(backend, estimator, tile_bytes):
@@ -178,7 +179,7 @@ def assert_alike(ours, theirs):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKENDS.values(), ids=backend_name)
+@pytest.mark.parametrize("backend", [*EAGER.values(), BACKENDS["jax"]], ids=backend_name)
 def test_rows_without_any_candidate_and_no_columns_are_as_if_there_were_none(backend):
     cache, arrays = problem()
     query, positive, items, _, scale = (backend.to_native(array) for array in arrays)
@@ -234,7 +235,7 @@ def test_a_score_that_is_not_finite_takes_its_own_query_out_and_no_other(name, p
         (np.zeros((B + 1, 2)), ShapeError, r"scores has shape \(3, 2\): expected \(2, n\)"),
         (np.zeros(B), ShapeError, r"scores has shape \(2,\): expected \(2, n\). One row"),
         (np.zeros((B, 2), np.int32), DTypeError, "scores has dtype int32: expected floating"),
-        ([[0.0], [0.0, 1.0]], KindError, "competing_scores is a list, of which"),
+        ([[0.0], [0.0, 1.0]], KindError, "competing_scores is a list, which"),
     ],
 )
 @pytest.mark.parametrize("backend", EAGER.values(), ids=backend_name)
@@ -254,7 +255,7 @@ def test_a_loss_of_several_widths_refuses_scores_in_words(backend):
     cache, arrays = problem()
     step = Step(backend, cache, estimator="shared", matryoshka_dims=(1, D))
     native = [backend.to_native(each) for each in arrays]
-    with pytest.raises(OptionError, match="a softmax for each width, and a score is of one"):
+    with pytest.raises(OptionError, match="a softmax for each width, but a score belongs to one"):
         step(*native, backend.to_native(np.zeros((B, 1, 2))))
 
 

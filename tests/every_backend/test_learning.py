@@ -362,5 +362,5 @@ def test_every_verb_that_calls_the_network_says_it(verb):
     call = call_of(verb)
     with pytest.raises(KindError, match="called with a dict of arrays"):
         call(torch.nn.Linear(WIDTH, WIDTH))
-    with pytest.raises(KeysError, match="reads field 'label', and is given"):
+    with pytest.raises(KeysError, match="reads field 'label', but gets"):
         call(reads_label)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from backends import BACKENDS
+from backends import BACKENDS, EAGER
 
 from negcache_core.cache.state import EMPTY, NegativeCache
 
@@ -285,7 +285,7 @@ def test_on_a_fresh_cache_the_staleness_correction_changes_nothing():
     assert_unbiased(BACKENDS["torch"], problem, "exact_query", staleness_correction=True)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", [*EAGER, "jax"])
 @pytest.mark.parametrize("estimator", ["shared", "exact_query"])
 def test_one_dim_that_is_the_whole_width_is_the_plain_loss_of_unit_embeddings(name, estimator):
     backend = BACKENDS[name]
@@ -362,7 +362,7 @@ def test_a_poisoned_query_reaches_no_other(estimator, tile_bytes, dims):
     )
 
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if "float16" in BACKENDS[name].dtypes])
+@pytest.mark.parametrize("name", ["numpy", "torch", "tensorflow", "jax"])
 def test_half_storage_is_scored_at_every_width_as_what_it_was_rounded_to(name):
     backend, found = BACKENDS[name], []
     rounded = Problem({}, stale=True).table.astype(np.float16)

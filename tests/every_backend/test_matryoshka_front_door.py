@@ -132,7 +132,7 @@ REFUSED = [
     ({"matryoshka_dims": (-1,)}, negcache.OptionError, "distinct positive ints"),
     ({"matryoshka_dims": (2.0,)}, negcache.OptionError, "distinct positive ints"),
     ({"matryoshka_dims": (True,)}, negcache.OptionError, "distinct positive ints"),
-    ({"matryoshka_dims": (2, 5)}, negcache.ShapeError, "has 5, and embeddings are 4 wide"),
+    ({"matryoshka_dims": (2, 5)}, negcache.ShapeError, "has 5, but embeddings are 4 wide"),
     ({"matryoshka_weights": (1.0,)}, negcache.OptionError, "there are no matryoshka_dims"),
     ({"matryoshka_weights": 1.0, "matryoshka_dims": (2,)}, negcache.KindError, "several numbers"),
     ({"matryoshka_weights": (1, 1), "matryoshka_dims": (2,)}, negcache.OptionError, "each of them"),
@@ -143,13 +143,13 @@ REFUSED = [
         negcache.OptionError,
         "finite number",
     ),
-    ({"matryoshka_dims": (2,), "top_k": 2}, negcache.OptionError, "do not go with top_k"),
+    ({"matryoshka_dims": (2,), "top_k": 2}, negcache.OptionError, "do not work with top_k"),
     ({"matryoshka_dims": (2,), "estimator": "paper"}, negcache.OptionError, "'paper'"),
     ({"matryoshka_dims": (2,), "score_transform": np.tanh}, negcache.OptionError, "transform"),
     (
         {"matryoshka_dims": (2,), "retrieval_fn": negcache.MaxScoreRetrievalFn()},
         negcache.OptionError,
-        "do not go with retrieval_fn",
+        "do not work with retrieval_fn",
     ),
 ]
 
@@ -164,10 +164,10 @@ def test_a_width_beyond_the_cache_is_refused_where_it_is_first_known():
     loss = negcache.CacheClassificationLoss("e", ("x",), estimator="shared", matryoshka_dims=(2, 9))
     rows = np.ones((3, 4))
     cache = negcache.NegativeCache({"e": rows, "x": rows}, np.zeros(3, np.int32))
-    with pytest.raises(negcache.ShapeError, match="has 9, and embeddings are 4 wide"):
+    with pytest.raises(negcache.ShapeError, match="has 9, but embeddings are 4 wide"):
         loss.retrieve(rows, cache)
     specs = {key: negcache.FieldSpec((4,), "float32") for key in ("e", "x")}
-    with pytest.raises(negcache.ShapeError, match="has 9, and embeddings are 4 wide"):
+    with pytest.raises(negcache.ShapeError, match="has 9, but embeddings are 4 wide"):
         negcache.CacheLossHandler(negcache.CacheManager(specs, 3), loss)
 
 

@@ -1,4 +1,4 @@
-"""Run by test_st_datasets.py under torchrun: trainings with several data sets on two processes."""
+"""Run by test_st_datasets.py on ranks: trainings with several data sets on two processes."""
 
 import copy
 import sys

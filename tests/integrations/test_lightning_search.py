@@ -74,6 +74,7 @@ def test_one_process_goes_on_as_if_it_had_not_stopped_and_logs_the_metrics(ranks
     assert all(math.isfinite(float(value)) for line in lines for value in line.values())
     # Before the last step's items came in.
     assert float(lines[-1]["cache/fill"]) == pytest.approx(7 * 6 / 64)
+    assert "staleness by age" in (whole / "cache.svg").read_text()
 
 
 def test_accumulated_gradients_in_half_precision_are_those_of_a_loop_by_hand(ranks, data, tmp_path):

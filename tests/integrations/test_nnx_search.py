@@ -63,6 +63,7 @@ def test_a_resumed_run_is_the_run_that_went_through(example, tmp_path, capsys):
     written = np.asarray(cache.age) < example.negcache.EMPTY
     assert sorted(np.asarray(cache.data["id"])[written]) == sorted(data.item_of[rows.ravel()])
 
+    assert "effective negatives" in (tmp_path / "whole" / "cache.svg").read_text()
     found = logged(tmp_path / "whole" / "log")
     assert {step for step, _, _ in found} == {2, 4, 6}
     assert {"loss", "fill", "staleness", "effective_negatives"} <= {name for _, name, _ in found}

@@ -15,7 +15,7 @@ import torch
 from negcache_sentence_transformers import NegativeCacheLoss, keep_cache
 from negcache_sentence_transformers._calls import Calls, embed
 from negcache_sentence_transformers._contents import text_ids
-from programs import torchrun
+from ranks import run_program
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -188,7 +188,7 @@ def test_a_static_model_takes_texts_without_padding():
     torch.manual_seed(0)
     static = StaticEmbedding(make_tokenizer(), embedding_dim=8)
     model = SentenceTransformer(modules=[static], device="cpu")
-    with pytest.raises(negcache.OptionError, match="give max_length"):
+    with pytest.raises(negcache.OptionError, match="pass max_length"):
         own(model)
     loss, texts = own(model, max_length=12), make_texts(6)
     given = []
@@ -235,7 +235,7 @@ def test_a_resumed_training_goes_on_bit_for_bit(tmp_path):
     _, resumed = run("three", tmp_path / "moved")
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
     shutil.move(next((tmp_path / "moved").glob("negcache-*")), tmp_path / "lost")
-    with pytest.raises(negcache.OptionError, match="resumes at step 2, and the cache of"):
+    with pytest.raises(negcache.OptionError, match="resumes at step 2, but the cache of"):
         run("four", tmp_path / "moved")
 
 
@@ -280,7 +280,7 @@ def test_a_cache_is_never_lost_in_silence(model, tmp_path, monkeypatch):
     with pytest.raises(negcache.KindError, match="has no NegativeCacheLoss"):
         make_trainer(tmp_path, model, MultipleNegativesRankingLoss(model), data)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(negcache.OptionError, match="before they are joined"):
+    with pytest.raises(negcache.OptionError, match="which are not joined yet"):
         NegativeCacheLoss(model, 8)
 
 
@@ -292,10 +292,10 @@ def test_bad_input_is_refused_and_changes_nothing(model):
             own(model, scale=scale)
     with pytest.raises(negcache.KeysError, match="the data has one column"):
         loss(columns(model, texts))
-    with pytest.raises(negcache.ShapeError, match="a text has 12 tokens and the cache stores 8"):
+    with pytest.raises(negcache.ShapeError, match="a text has 12 tokens, but the cache stores 8"):
         own(model, max_length=8)(columns(model, texts[:1], ["w1 " * 10]))
     anchor, positive = columns(model, texts[:2], texts[2:4])
-    with pytest.raises(negcache.KindError, match="as a Transformer makes them"):
+    with pytest.raises(negcache.KindError, match="as from a Transformer"):
         loss([anchor, {**positive, "pixel_values": torch.zeros(2, 3)}])
     torch.testing.assert_close(weights(loss), before, rtol=0, atol=0)
 
@@ -329,7 +329,7 @@ def test_the_model_card_and_a_dict_of_losses(model, tmp_path):
 
 
 def test_two_processes_share_one_cache(tmp_path):
-    torchrun(2, Path(__file__).with_name("two_processes_train.py"), tmp_path)
+    run_program(Path(__file__).with_name("two_processes_train.py"), tmp_path, ranks=2)
     # Saved by two processes, it goes on with one.
     data, model = make_pairs(2 * BATCH), make_model(tmp_path / "alone")
     loss = NegativeCacheLoss(model, 16, generator=9)
@@ -360,3 +360,4 @@ def test_the_example_learns_to_search(tmp_path, monkeypatch, capsys):
     assert 0 < before < after
     assert out.partition("parse an ISO date\n")[2].count(".py:") == 3
     assert any(tmp_path.glob("checkpoint-40/negcache-*/.metadata"))
+    assert "staleness" in (tmp_path / "training.svg").read_text()

@@ -167,18 +167,19 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(run, tmp_
         assert written(run.loss) == 0
         assert run.loss.handler.cache.data["embedding"].abs().sum() == 0
 
-    refuses("'loss' with cache_size=32, where it has 16", cache_size=16)
+    refuses("'loss' it has cache_size=32, but the loss has 16", cache_size=16)
     refuses(
-        r"'input_ids' of shape \(32, 16\) and torch.int32, where it has \(32, 12\)", max_length=12
+        r"'input_ids' of shape \(32, 16\) and torch.int32, but the loss has \(32, 12\)",
+        max_length=12,
     )
     refuses(
-        "'embedding' of shape .* and torch.float32, where it has .* torch.float16",
+        "'embedding' of shape .* and torch.float32, but the loss has .* torch.float16",
         dtype=torch.float16,
     )
     folder = saved(checkpoint)
     shutil.copytree(folder, tmp_path / "kept")
     without(checkpoint, ["loss.tables.cache_cache.field_id"])
-    refuses(r"of 'loss' without \['id'\]")
+    refuses(r"for 'loss' it lacks \['id'\]")
     (folder / ".metadata").write_bytes(b"cut")
     with pytest.raises(negcache.CheckpointError, match="cannot be read"):
         run("new", checkpoint)
@@ -194,7 +195,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(run, tmp_
     state = dcp_tables(folder)
     state["loss.tables.cache_cache.field_dataset"] = torch.zeros(32, dtype=torch.int64)
     exchange(dcp.save, state, folder)
-    refuses(r"of 'loss' with \['dataset'\], which it has not")
+    refuses(r"for 'loss' it has \['dataset'\], which the loss lacks")
 
 
 def test_a_checkpoint_of_the_model_alone(model, tmp_path):
@@ -204,7 +205,7 @@ def test_a_checkpoint_of_the_model_alone(model, tmp_path):
     checkpoint = checkpoint_of(tmp_path / "out")
     assert not [*checkpoint.glob("negcache-*")]
     trainer = make_trainer(tmp_path / "on", model, loss, data)
-    with pytest.raises(negcache.OptionError, match="as with save_only_model, go on with an empty"):
+    with pytest.raises(negcache.OptionError, match="as with save_only_model, continue with an"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
     keep_cache(trainer, start_empty=True).train(resume_from_checkpoint=str(checkpoint))
     assert written(loss) == 2 * BATCH

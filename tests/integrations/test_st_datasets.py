@@ -10,7 +10,8 @@ import torch
 from datasets import DatasetDict
 from negcache_sentence_transformers import NegativeCacheLoss, keep_cache
 from negcache_sentence_transformers._datasets import SameDataset
-from programs import torchrun, words_of
+from programs import words_of
+from ranks import run_program
 from sentence_transformers.base.sampler import (
     DefaultBatchSampler,
     ProportionalBatchSampler,
@@ -48,7 +49,7 @@ def test_several_data_sets_on_two_processes(tmp_path):
         ("an_older_checkpoint", tmp_path / "older"),
         ("the_best_model", tmp_path / "best"),
     ]
-    torchrun(2, RANKS, *words_of(cases))
+    run_program(RANKS, *words_of(cases), ranks=2)
 
 
 @pytest.mark.parametrize("sampler", [RoundRobinBatchSampler, ProportionalBatchSampler])
@@ -90,7 +91,7 @@ def test_batches_of_one_data_set_follow_each_other(sampler):
             assert len(set(rows)) == len(rows)
             assert all(batch for batch in found)
     with pytest.raises(
-        negcache.OptionError, match=r"have \[14, 9, 25\] rows, and number 1 of them"
+        negcache.OptionError, match=r"have \[14, 9, 25\] rows, and number 1 makes only"
     ):
         SameDataset(sampler, 5, dataset=data, batch_samplers=samplers(drop_last=True), **options)
 
@@ -131,7 +132,7 @@ def test_evaluation_knows_the_data_set_of_a_batch(model, tmp_path):
     assert trainer.evaluate(DatasetDict(pairs=data["pairs"])).keys() >= {"eval_pairs_loss"}
     predicted = trainer.predict(DatasetDict(pairs=data["pairs"]))
     torch.testing.assert_close(predicted.metrics["test_loss"], full["eval_pairs_loss"])
-    with pytest.raises(negcache.OptionError, match="does not say of which data set"):
+    with pytest.raises(negcache.OptionError, match="does not say which data set"):
         trainer.evaluate(make_pairs(4))
     with pytest.raises(negcache.OptionError, match="train_dataset is a Dataset: expected a Data"):
         make_trainer(tmp_path, model, loss, make_pairs(4))
@@ -191,8 +192,8 @@ def test_a_dict_of_our_losses_and_others(tmp_path, caplog):
     logged = [row["cache_fill"] for row in trainer.state.log_history if "cache_fill" in row]
     assert len(logged) == 9  # and nothing, instead of NaN, for the other loss's steps
     run("three", str(checkpoint), leave_out=["triplets"])
-    assert "cache of the loss 'triplets.inner' is left out" in caplog.text
+    assert "cache for the loss 'triplets.inner' is ignored" in caplog.text
     run("four", str(checkpoint), more=["plain"])
-    assert "has no cache of the loss 'plain': it starts as it is" in caplog.text
-    with pytest.raises(negcache.CheckpointError, match=r"of the losses \['pairs', 'triplets.inn"):
+    assert "has no cache for the loss 'plain', which starts with the cache it has" in caplog.text
+    with pytest.raises(negcache.CheckpointError, match=r"for the losses \['pairs', 'triplets.in"):
         run("five", str(checkpoint), leave_out=["pairs", "triplets", "again"], more=["plain"])

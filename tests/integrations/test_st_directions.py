@@ -414,7 +414,7 @@ def test_directions_that_make_no_loss_are_refused_in_words(model, monkeypatch):
             own(model, **options)
     own(model, staleness_correction=True, **SYMMETRIC)
     monkeypatch.setattr(ranking, "processes", lambda: 2)
-    with pytest.raises(negcache.OptionError, match="in several processes, and negatives of"):
+    with pytest.raises(negcache.OptionError, match="in several processes, but negatives of"):
         own(model, **SYMMETRIC)
 
 

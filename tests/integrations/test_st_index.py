@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from negcache_sentence_transformers import NegativeCacheLoss, keep_cache
 from negcache_sentence_transformers._known import NOTHING, RING
-from programs import torchrun
+from ranks import run_program
 from tiny_items import (
     Images,
     Sounds,
@@ -271,9 +271,9 @@ def test_data_sets_may_have_prompts_of_their_own(tmp_path):
     words = {tuple(each) for each in loss.handler.cache.data["facts"].tolist()}
     assert len(words) == 2
     loss.rows.prompt = "w9 "
-    with pytest.raises(negcache.OptionError, match="the loss has prompt='w9 ' for items, and"):
+    with pytest.raises(negcache.OptionError, match="the loss has prompt='w9 ' for items, but"):
         trainer.train()
 
 
 def test_two_processes(tmp_path):
-    torchrun(2, Path(__file__).with_name("two_processes_index.py"), tmp_path)
+    run_program(Path(__file__).with_name("two_processes_index.py"), tmp_path, ranks=2)

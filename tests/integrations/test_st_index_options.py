@@ -17,22 +17,22 @@ def test_what_is_no_number_of_an_item_is_refused_and_changes_nothing(tmp_path):
     loss(triplets, numbers)
     other = batch_of(model, items, numbers.flip(0)[:, :1].tolist())
     cases = [
-        (pairs, None, negcache.KeysError, "has no numbers: features='index' takes"),
+        (pairs, None, negcache.KeysError, "has no numbers: features='index' needs"),
         (pairs, [0, 1, 2, 3], negcache.KindError, "labels is a list: expected a tensor"),
         (pairs, numbers[:, 0].double(), negcache.DTypeError, "float64: expected integers"),
         (pairs, numbers[:, 0] > 1, negcache.DTypeError, "bool: expected integers"),
-        (triplets, numbers[:, 0], negcache.ShapeError, r"\(4,\), .* 4 rows with 1 columns"),
+        (triplets, numbers[:, 0], negcache.ShapeError, r"\(4,\), .* 4 rows and 1 columns"),
         (pairs, numbers[:3, 0], negcache.ShapeError, r"labels has shape \(3,\)"),
-        (pairs, numbers[:, 0] - 1, negcache.OptionError, "number -1, and items has 40: .* 0 to 39"),
-        (pairs, numbers[:, 0] + 36, negcache.OptionError, "has the number 40, and items"),
-        (other, numbers[:, 0], negcache.OptionError, "column 2 is to be item .* 'pixel_values'"),
+        (pairs, numbers[:, 0] - 1, negcache.OptionError, "number -1, but items has 40: .* 0 to 39"),
+        (pairs, numbers[:, 0] + 36, negcache.OptionError, "has the number 40, but items"),
+        (other, numbers[:, 0], negcache.OptionError, "column 2 should be item .* 'pixel_values'"),
     ]
     before = {key: value.clone() for key, value in loss.state_dict().items()}
     for columns, labels, error, text in cases:
         with pytest.raises(error, match=text):
             loss(columns, labels)
     loss.rows.items = items[:5]
-    with pytest.raises(negcache.OptionError, match="the cache has item 7, and items has 5"):
+    with pytest.raises(negcache.OptionError, match="the cache has item 7, but items has 5"):
         loss(pairs, numbers[:, 0])
     torch.testing.assert_close(dict(loss.state_dict()), before, rtol=0, atol=0)
 
@@ -43,7 +43,7 @@ def test_a_prompt_or_length_that_columns_do_not_have_is_noticed(tmp_path):
     made = [({"prompt": PROMPT}, {}), ({}, {"prompt": PROMPT}), ({"max_length": 5}, {})]
     for column, options in made:
         loss = own(model, items, **options)
-        with pytest.raises(negcache.OptionError, match="are prompt and max_length those of"):
+        with pytest.raises(negcache.OptionError, match="do prompt and max_length match"):
             loss(batch_of(model, items, numbers.tolist(), **column), numbers)
     for column in ({"prompt": PROMPT}, {"max_length": 5}):
         loss = own(model, items, **column)
@@ -68,7 +68,9 @@ def test_features_without_rows_work_but_in_mini_batches(tmp_path):
             if size is None:
                 assert torch.isfinite(loss(columns, numbers)), step
                 continue
-            with pytest.raises(negcache.KindError, match=r"'pixel_values'.: leave mini_batch_size"):
+            with pytest.raises(
+                negcache.KindError, match=r"'pixel_values'.: leave out mini_batch_size"
+            ):
                 loss(columns, numbers)
 
 
@@ -89,7 +91,7 @@ def test_options_are_checked(tmp_path):
         (
             {"features": "content"},
             negcache.OptionError,
-            r"has \['items'\], which features='index' takes",
+            r"has \['items'\], which only features='index' uses",
         ),
     ):
         with pytest.raises(error, match=text):
@@ -100,7 +102,9 @@ def test_options_are_checked(tmp_path):
     columns = batch_of(model, items, [[0], [1]])
     for labels in (torch.tensor([0.5, 1.0]), torch.tensor([0, 1])):
         loss(columns, labels)  # MultipleNegativesRankingLoss has no use for them either
-    with pytest.raises(negcache.OptionError, match="features='index' with directions"):
+    with pytest.raises(
+        negcache.OptionError, match="features='index' does not work with directions"
+    ):
         own(model, items, directions=("query_to_doc", "doc_to_query"))
 
 

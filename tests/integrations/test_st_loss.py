@@ -11,7 +11,7 @@ from negcache_sentence_transformers import NegativeCacheLoss, _calls
 from negcache_sentence_transformers._contents import text_ids
 from negcache_sentence_transformers._known import NOTHING, RING
 from peft import LoraConfig
-from programs import torchrun
+from ranks import run_program
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.sentence_transformer.losses import (
     AdaptiveLayerLoss,
@@ -424,4 +424,4 @@ def test_streamed_data_and_mini_batches_log_to_tensorboard(model, tmp_path):
 
 
 def test_what_two_processes_know_is_what_one_would(tmp_path):
-    torchrun(2, Path(__file__).with_name("two_processes_know.py"), tmp_path)
+    run_program(Path(__file__).with_name("two_processes_know.py"), tmp_path, ranks=2)

@@ -81,7 +81,7 @@ def test_the_card_and_what_is_refused(model):
         FACTORS[::-1],
     )
     both = ("query_to_doc", "doc_to_query")
-    with pytest.raises(negcache.OptionError, match="matryoshka_dims with directions"):
+    with pytest.raises(negcache.OptionError, match="matryoshka_dims does not work with directions"):
         loss_of(model, directions=both)
     with pytest.raises(negcache.ShapeError, match="17"):
         loss_of(model, matryoshka_dims=(17,), matryoshka_weights=None)

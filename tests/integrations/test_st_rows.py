@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 from negcache_sentence_transformers import NegativeCacheLoss
 from negcache_sentence_transformers._calls import Calls, embed
 from negcache_sentence_transformers._contents import NO_TEXT
-from programs import torchrun
+from ranks import run_program
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.modules import (
@@ -334,14 +334,14 @@ def test_what_a_row_cannot_store_is_refused_and_changes_nothing(tmp_path):
     anchor, positive = model.preprocess(["w1"]), model.preprocess(["w2"])
     before = {key: value.clone() for key, value in loss.state_dict().items()}
     cases = [
-        ({"grid": [[1, 2]]}, negcache.KindError, "'grid' of a batch, a list: beside tokens"),
+        ({"grid": [[1, 2]]}, negcache.KindError, "'grid', a list: besides tokens"),
         ({"task": "t" * 90}, negcache.OptionError, "give the model's tasks shorter names"),
         (
             {"weights": torch.ones_like(positive["input_ids"])},
             negcache.KeysError,
-            r"a column has \['weights'\], and the cache was made for \['attention_mask', 'input",
+            r"a column has \['weights'\], but the cache was made for \['attention_mask', 'input",
         ),
-        ({"pixel_values": torch.zeros(2, 3)}, negcache.KindError, "as a Transformer makes them"),
+        ({"pixel_values": torch.zeros(2, 3)}, negcache.KindError, "as from a Transformer"),
     ]
     for extra, error, text in cases:
         with pytest.raises(error, match=text):
@@ -361,10 +361,10 @@ def test_a_slot_is_as_long_as_given_else_as_the_model_allows(tmp_path, caplog):
     with pytest.raises(negcache.OptionError, match=r"takes 5 bytes in every slot: 1,280 bytes"):
         own(free)
     model.max_seq_length = int(1e30)  # a tokenizer without a limit
-    with pytest.raises(negcache.OptionError, match="give max_length"):
+    with pytest.raises(negcache.OptionError, match="pass max_length"):
         own(model)
     assert not caplog.records
-    with pytest.raises(negcache.KindError, match=r"the model makes \[\] of a text"):
+    with pytest.raises(negcache.KindError, match=r"the model turns a text into \[\]"):
         own(SentenceTransformer(modules=[BoW(WORDS)], device="cpu"))
 
 
@@ -388,9 +388,7 @@ def test_long_slots_are_told_before_they_take_memory(tmp_path, caplog, monkeypat
         pytest.fail("memory was taken")
 
     monkeypatch.setattr(negcache, "CacheLossHandler", allocate)
-    with pytest.raises(
-        negcache.OptionError, match=r"65,536 slots take 2,6\d\d MB: give max_length"
-    ):
+    with pytest.raises(negcache.OptionError, match=r"65,536 slots take 2,6\d\d MB: set max_length"):
         own(model, 65_536)
 
 
@@ -459,4 +457,4 @@ def test_a_router_in_the_trainer_and_after_a_checkpoint(tmp_path, default):
 
 
 def test_two_processes_make_the_same_calls_of_a_wrapped_model(tmp_path):
-    torchrun(2, Path(__file__).with_name("two_processes_routes.py"), tmp_path)
+    run_program(Path(__file__).with_name("two_processes_routes.py"), tmp_path, ranks=2)

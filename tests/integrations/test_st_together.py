@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from negcache_sentence_transformers import NegativeCacheLoss
 from negcache_sentence_transformers._calls import embed
-from programs import torchrun
+from ranks import run_program
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -112,7 +112,7 @@ def test_anchors_may_be_images_of_which_equal_ones_are_one():
         scores = 20.0 * query @ items.T
         expected.append(nn.functional.cross_entropy(scores, torch.tensor([0])))
     torch.testing.assert_close(value.detach(), torch.stack(expected).mean())
-    with pytest.raises(negcache.KindError, match=r"the anchors are \['grid', 'pixel_values'\]"):
+    with pytest.raises(negcache.KindError, match=r"the anchors have \['grid', 'pixel_values'\]"):
         loss([{"pixel_values": images, "grid": torch.ones(3, 2)}, model.preprocess(TEXTS[:2])])
 
 
@@ -135,7 +135,7 @@ def test_equal_numbers_of_two_tokenizers_are_other_words(tmp_path):
 
 
 def test_two_processes_wait_for_each_other_in_the_same_places(tmp_path):
-    torchrun(2, Path(__file__).with_name("two_processes_together.py"), tmp_path)
+    run_program(Path(__file__).with_name("two_processes_together.py"), tmp_path, ranks=2)
 
 
 def test_a_resumed_training_has_every_field_bit_for_bit(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from cached_towers import assert_same, batch
-from programs import torchrun
+from ranks import run_program
 from safetensors.torch import load_file
 
 
@@ -64,7 +64,7 @@ def test_an_evaluation_in_bfloat16_casts_no_row(towers, tmp_path):
 
 
 def test_two_processes_by_accelerate_and_by_the_trainer(tmp_path):
-    torchrun(2, Path(__file__).with_name("trained_towers.py"), tmp_path)
+    run_program(Path(__file__).with_name("trained_towers.py"), tmp_path, ranks=2)
 
 
 def test_from_pretrained_brings_the_cache_or_says_no(towers, tmp_path):

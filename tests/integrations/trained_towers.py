@@ -1,4 +1,4 @@
-"""Train by Accelerate and by transformers.Trainer; under torchrun on two processes: … FOLDER."""
+"""Train by Accelerate and by transformers.Trainer; on two ranks: … FOLDER."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Run by test_st_index.py under torchrun: items by number, in the real trainer of two processes."""
+"""Run by test_st_index.py on ranks: items by number, in the real trainer of two processes."""
 
 import os
 import sys

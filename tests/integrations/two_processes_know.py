@@ -1,4 +1,4 @@
-"""Run by test_st_loss.py under torchrun: two parts of a batch do what the whole does."""
+"""Run by test_st_loss.py on ranks: two parts of a batch do what the whole does."""
 
 import os
 import sys

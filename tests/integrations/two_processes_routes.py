@@ -1,4 +1,4 @@
-"""Run by test_st_rows.py under torchrun: each process has texts of another route."""
+"""Run by test_st_rows.py on ranks: each process has texts of another route."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Run by test_st_together.py under torchrun: every option at once, in processes that differ."""
+"""Run by test_st_together.py on ranks: every option at once, in processes that differ."""
 
 import copy
 import itertools

@@ -1,4 +1,4 @@
-"""Run by test_sentence_transformers.py under torchrun: a training on two processes, and again."""
+"""Run by test_sentence_transformers.py on ranks: a training on two processes, and again."""
 
 import os
 import sys

@@ -22,7 +22,7 @@ NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 def test_each_framework_has_its_quickstart():
     frameworks = ["negcache_torch", "negcache_tensorflow", "negcache_jax"]
-    assert [block.framework for block in BLOCKS["README.md"]] == frameworks
+    assert [block.framework for block in BLOCKS["README.md"]] == frameworks[:1]
     for name, framework in zip(("pytorch", "tensorflow", "jax"), frameworks, strict=True):
         blocks = BLOCKS[f"docs/quickstart-{name}.md"]
         assert {block.framework for block in blocks} == {framework}
@@ -68,8 +68,8 @@ def test_programs_run_as_printed(framework, tmp_path):
 def check_summary(printed):
     loss, items = re.fullmatch(r"loss ([\d.]+) against (\d+) items\n", printed).groups()
     assert 0 < float(loss) < 20
-    # The torch metrics speak of the cache before the last step's items came in.
-    assert int(items) in (19 * 32, 20 * 32)
+    # The metrics speak of the cache before the last step's items came in.
+    assert int(items) == 19 * 32
 
 
 def check_printed(printed, text, place):

@@ -28,11 +28,13 @@ def train(ranks, *arguments):
 def test_it_learns_on_two_ranks_and_goes_on_with_one(tmp_path):
     sizes = ("--slots", 256, "--batch", 8, "--width", 16, "--max-pairs", 300)
     sizes = (*sizes, "--checkpoint", tmp_path / "checkpoint")
-    before, after, state = train(2, "--steps", 40, *sizes)
+    picture = tmp_path / "shard.svg"
+    before, after, state = train(2, "--steps", 40, *sizes, "--picture", picture)
+    assert "128 slots" in picture.read_text()
     assert after > 1.2 * before
     assert state == "2 processes, 128 slots on this one; 100% of 256 written"
     again, _, state = train(1, "--steps", 1, *sizes)
     assert again == after
     # One step of 8 rows fills no cache of 256 slots that was empty.
     written = "1 processes, 256 slots on this one; 100% of 256 written"
-    assert state == f"{written}; went on from step 40"
+    assert state == f"{written}; resumed from step 40"

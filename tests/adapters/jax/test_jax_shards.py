@@ -496,19 +496,17 @@ def test_on_four_devices():
     run(4, ("two_axes",), ("front_door",), ("verbs",), ("mistakes",), ("upkeep",), ("unique",))
 
 
-def test_a_donated_state_stays_where_it_is_and_nothing_is_traced_again():
-    run(8, ("donated",))
-
-
-def test_a_checkpoint_of_eight_devices_loads_on_any_number(tmp_path):
-    run(8, ("save", tmp_path), warnings="default")
-    for devices in (1, 2, 4):
+def test_on_eight_devices_whose_checkpoint_loads_on_fewer(tmp_path):
+    run(8, ("donated",), ("save", tmp_path), warnings="default")  # Orbax warns
+    for devices in (1, 4):
         run(devices, ("load", tmp_path), warnings="default")
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
     handler = handler_of({"scale": 1.0}, {}, 10)
-    with pytest.raises(negcache.CapacityError, match=r"10 slots cannot be cut into 4 equal shards"):
+    with pytest.raises(
+        negcache.CapacityError, match=r"10 slots cannot be split into 4 equal shards"
+    ):
         handler.shardings(AbstractMesh((4,), ("data",)))
     with pytest.raises(negcache.OptionError, match=r"the mesh has axes \('batch',\)"):
         handler.shardings(AbstractMesh((5,), ("batch",)))
@@ -519,12 +517,12 @@ def test_options_that_do_not_go_with_shards_are_refused():
     weights, batch = weights_of(0), batch_of(0, 1)
     handler = handler_of(weights, {}, 8)
     given, features, _ = arguments_of(weights, batch, {})
-    with pytest.raises(negcache.OptionError, match=r"inside of jax\.shard_map"):
+    with pytest.raises(negcache.OptionError, match=r"inside jax\.shard_map"):
         handler.update_cache_and_compute_loss(handler.init(jax.random.key(0)), *given, features)
     with pytest.raises(negcache.OptionError, match="different groups"):
         handler_of(weights, {"group": "data"}, 8, group="batch")
     plain = handler_of(weights, {}, 8, {"one": negcache.CacheManager(SPECS, 8)})
-    with pytest.raises(negcache.OptionError, match="for a cache in shards"):
+    with pytest.raises(negcache.OptionError, match="for a sharded cache"):
         plain.specs()
 
 

@@ -474,7 +474,7 @@ def mistakes():
     """What cannot work says so."""
     strategy = mirrored()
     with strategy.scope():
-        with pytest.raises(negcache.CapacityError, match="10 slots cannot be cut into 3 equal"):
+        with pytest.raises(negcache.CapacityError, match="10 slots cannot be split into 3 equal"):
             handler_of(None, {}, 10)
         handler = handler_of(None, {})
     weights = parameters()
@@ -567,7 +567,7 @@ def unlike_worker(index, rows, estimator):
     step = tf.function(
         lambda given: strategy.run(step_of(handler, weights), args=(given,)), autograph=False
     )
-    message = "unequal batches" if int(rows) > 1 else "not set up alike"
+    message = "unequal batches" if int(rows) > 1 else "set up differently"
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
         step(batch(0, 1 + int(index) * (int(rows) - 1)))
     np.testing.assert_array_equal(local(strategy, handler.cache.age), negcache.EMPTY)

@@ -184,7 +184,7 @@ def test_a_forgotten_no_grad_is_seen_through_chunks():
 def test_a_whole_step_in_chunks_of_it_is_refused():
     model = Step(None)
     loss = negcache.in_chunks(lambda x: model(x) * x, SIZE)(random_rows().requires_grad_())
-    with pytest.raises(negcache.OptionError, match="Checkpoint the towers inside of the step"):
+    with pytest.raises(negcache.OptionError, match="Checkpoint the towers inside the step"):
         loss.sum().backward()
 
 

@@ -190,9 +190,9 @@ def test_copies_in_threads_are_refused():
         with pytest.raises(negcache.OptionError) as error:
             replicate(part, [0, 1])
         assert str(error.value) == (
-            "a cache is in a torch.nn.DataParallel, which runs copies of the model in threads and "
-            "drops what they write: rows and draws would be lost. Use one process for each device "
-            "with torch.nn.parallel.DistributedDataParallel, or keep the handler outside."
+            "a cache is inside torch.nn.DataParallel, which runs copies of the model in threads "
+            "and discards what they write: rows and draws would be lost. Use one process for each "
+            "device with torch.nn.parallel.DistributedDataParallel, or keep the handler outside."
         )
 
 
@@ -208,9 +208,9 @@ def test_a_checkpoint_without_a_cache_gives_a_hint_and_loads_where_it_may():
         model.load_state_dict(baseline)
     told = (
         '"towers.handler.tables.cache_cache.field_x: the state_dict has no cache for the handler '
-        "at 'towers.handler', as that of a model which was trained without. "
-        "load_state_dict(state, strict=False) loads the rest and leaves the cache as it is, at "
-        'first empty; handler.prefill can fill it.", '
+        "at 'towers.handler', like that of a model trained without one. "
+        "load_state_dict(state, strict=False) loads the rest and leaves the cache unchanged: a new "
+        'one is empty, and handler.prefill can fill it.", '
     )
     assert str(error.value).count(told) == 1
     for key in STATE:

@@ -46,7 +46,7 @@ def test_a_sound_training_is_called_so_with_its_figures():
         ({"effective_negatives": 1.1}, r"effective_negatives 1\.1 of 128 rows: one row takes"),
         ({"effective_negatives": 127.0}, r"127 of 128 rows: scores hardly tell items apart"),
         ({"positive_probability": 0.99}, r"positive_probability 0\.99: .* teach little"),
-        ({"masked_count": 4.0}, r"4 draws of a step found no row: no row may oppose"),
+        ({"masked_count": 4.0}, r"4 draws of a step found no row: no row may be a negative"),
         ({"masked_count": 4.0, "fill": 0.0}, r"4 draws .*: the cache was empty"),
         ({"nonfinite_count": 2.0}, r"overflows: 2 embeddings"),
     ],
@@ -64,7 +64,7 @@ def test_a_cache_that_is_not_full_and_a_scale_that_ran_away_are_said():
 
 
 def test_without_a_step_it_says_so():
-    assert full_loss().diagnose()[-1].startswith("No step has run")
+    assert full_loss().diagnose()[-1].startswith("No step's figures are known")
 
 
 def train(loss_fn, steps, *, turns):

@@ -100,8 +100,8 @@ def test_auto_takes_the_least_noisy_estimator_that_goes_with_the_options(options
         ({"features": {"tokens": np.asarray(3)}}, negcache.ShapeError, "example batch"),
         ({"features": {"x": np.asarray(["a"])}}, negcache.DTypeError, "token ids"),
         ({"labels": {"tokens": TOKENS}}, negcache.KeysError, "name each field once"),
-        ({"labels": {"id": np.arange(2)}}, negcache.ShapeError, "rows by field"),
-        ({"embedding": np.zeros((2, 4))}, negcache.ShapeError, "rows by field"),
+        ({"labels": {"id": np.arange(2)}}, negcache.ShapeError, "row counts"),
+        ({"embedding": np.zeros((2, 4))}, negcache.ShapeError, "row counts"),
         (
             {"embedding": np.zeros((3, 4), np.int64)},
             negcache.DTypeError,

@@ -295,5 +295,5 @@ def test_metrics_say_what_happened(backend):
 @HANDLED
 def test_handler_and_loss_must_agree_on_their_keys(backend):
     loss = backend.module.CacheClassificationLoss("embedding", ("x", "y"))
-    with pytest.raises(OptionError, match=r"handler has data_keys=\('x',\) and its loss"):
+    with pytest.raises(OptionError, match=r"handler has data_keys=\('x',\), but its loss"):
         handler_of(backend, loss=loss)

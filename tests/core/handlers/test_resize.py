@@ -76,7 +76,7 @@ def test_jax_returns_the_state_and_compiles_for_the_new_size():
     assert after.caches["cache"].age.shape == (3,)
     with pytest.raises(CapacityError, match="5 slots: expected 3"):  # a state of the former size
         handler.refresh(state, double, 1)
-    with pytest.raises(OptionError, match="resize runs eagerly"):
+    with pytest.raises(OptionError, match="must run eagerly"):
         jax.jit(lambda state: handler.resize(state, 4))(resized)
     assert handler.cache_manager.cache_size == 3
 

@@ -143,7 +143,7 @@ def test_a_refresh_that_is_not_finite_is_left_out_and_counted(backend):
 @pytest.mark.parametrize(
     ("network", "n", "error", "message"),
     [
-        (double, 5, CapacityError, "n is 5 and the cache has 4 slots: expected at most all"),
+        (double, 5, CapacityError, "n is 5, but the cache has 4 slots: expected at most that"),
         (double, -1, OptionError, "n is -1: expected at least 0"),
         (double, 2.0, KindError, "n is 2.0: expected a plain int"),
         (failing, 2, RuntimeError, "out of memory"),
@@ -324,7 +324,7 @@ def test_several_caches_are_kept_up_by_name_or_together(backend):
         multi.refresh(network, 2)
     for name, cache in backend.numpy(dict(multi.cache)).items():
         np.testing.assert_array_equal(cache.data["embedding"], before[name].data["embedding"])
-    with pytest.raises(CapacityError, match="n is 3 and the cache has 2 slots"):
+    with pytest.raises(CapacityError, match="n is 3, but the cache has 2 slots"):
         multi.refresh(negate, 3)
     with pytest.raises(KeysError, match=r"unknown: \['c'\]"):
         multi.refresh(negate, 1, cache_name="c")

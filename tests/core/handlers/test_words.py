@@ -54,7 +54,7 @@ def test_a_trained_scale_is_read_without_a_warning(trained):
         (0.09, "Nothing stands out"),
         (0.1, "rows are too old for this learning rate"),
         (0.99, "rows are too old for this learning rate"),
-        (1.0, "the item tower is hardly the one that embedded these rows"),
+        (1.0, "the item tower can hardly be the one that embedded these rows"),
     ],
 )
 def test_staleness_in_words(staleness, sentence):

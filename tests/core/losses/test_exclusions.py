@@ -204,7 +204,7 @@ def test_a_retrieval_of_a_loss_with_other_keys_is_refused():
     cache = cache_of(**IDS)
     drawn = loss_of(id_key="item").retrieve(ROWS, cache, pos_features=FEATURES)
     hard = {"hard_negative_embeddings": ROWS[:, None], "hard_negative_features": FEATURES}
-    with pytest.raises(OptionError, match=r"1 fields .* and this loss 2"):
+    with pytest.raises(OptionError, match=r"1 fields .* but this loss has 2"):
         loss_of(id_keys=("item", "query")).loss_from_negatives(
             ROWS, ROWS, drawn.features["x"], drawn, **hard
         )

@@ -149,7 +149,7 @@ def test_it_prints_readably():
         ({"tower_dtype": None}, DTypeError, "tower_dtype is None"),
         ({"estimator": "best"}, OptionError, "estimator is 'best'"),
         ({"estimator": "exact_query", "top_k": 2}, OptionError, "leave top_k out"),
-        ({"top_k": 101}, CapacityError, "top_k is 101 and there are 100 slots"),
+        ({"top_k": 101}, CapacityError, "top_k is 101, but there are 100 slots"),
         ({"draws_elsewhere": 9}, OptionError, "draws_elsewhere is 9 of 8 draws"),
     ],
 )
