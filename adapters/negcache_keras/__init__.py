@@ -1,8 +1,9 @@
-"""negcache for Keras 3 on TensorFlow: a cache that `fit` trains against and saves with the model.
+"""negcache for Keras 3 on TensorFlow, JAX or PyTorch: a cache that `fit` trains against and saves.
 
->>> from negcache_keras import CacheLayer
+>>> from negcache_keras import CacheLayer, NegativeCacheLoss
 """
 
+from ._chosen import NegativeCacheLoss
 from .layer import CacheLayer
 
-__all__ = ["CacheLayer"]
+__all__ = ["CacheLayer", "NegativeCacheLoss"]

@@ -1,26 +1,22 @@
 """The layer: a handler's step for `compute_loss`, its figures for `fit`, its state for files."""
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
-from negcache_tensorflow import (
-    CacheClassificationLoss,
-    CacheLossHandler,
-    CacheLossReturn,
-    CheckpointError,
-    DistributedCacheClassificationLoss,
-    KeysError,
-    KindError,
-    OptionError,
-)
 
+from negcache_core import CacheLossReturn, CheckpointError, KeysError, KindError, OptionError
+from negcache_core.handlers import CacheLossHandler, MultiCacheLossHandler
 from negcache_core.handlers.new_items import with_labels
+from negcache_core.losses import CacheClassificationLoss
 from negcache_core.losses.network import embedded_by
+
+from ._chosen import HOST
+from ._host import Host, refuse
 
 _STATE = "negative_cache"  # under which a layer's variables in a file have the handler's state
 SHOWN = ("effective_negatives", "staleness", "fill")
@@ -29,29 +25,34 @@ SHOWN = ("effective_negatives", "staleness", "fill")
 class CacheLayer(keras.layers.Layer):
     """A cache that is part of a Keras model: `fit` shows its figures, every file has its state.
 
-    handler: a `negcache_tensorflow.NegativeCacheLoss`, or another CacheLossHandler whose loss is a
-             CacheClassificationLoss
+    handler: a `NegativeCacheLoss`, or another CacheLossHandler of the adapter of Keras's backend
+             whose loss is a CacheClassificationLoss
     shown:   which of its metrics `fit` shows and History has, as `cache_fill`, …: averages over
              an epoch's steps, see `negcache_core.losses.metrics.step_metrics`
     name:    of the layer, and what these names begin with
 
-    Make it an attribute of the model, and call `compute_loss` in the model's own. `save_weights`,
-    `save`, and so `ModelCheckpoint` and `BackupAndRestore`, then keep rows, ages and the state of
-    the draws, as `handler.save` does: whatever dtypes the fields have, training goes on bit for
-    bit. Loading raises what `handler.load` raises, inside of Keras's own ValueError.
+    Make it an attribute of the model, in its `__init__`, and call `compute_loss` in the model's
+    own. `save_weights`, `save`, and so `ModelCheckpoint` and `BackupAndRestore`, then keep rows,
+    ages and the state of the draws, as `handler.save` does: whatever dtypes the fields have,
+    training goes on bit for bit. Loading raises what `handler.load` raises, inside of Keras's own
+    ValueError. A file of another backend gives its rows and ages; the draws stay the handler's
+    own, of which a warning tells.
 
-    Raises KindError or OptionError for another handler, where Keras runs on another backend than
-    TensorFlow, and for a strategy of several replicas: see docs/scaling.md for these.
+    `layer.handler` has the methods of `negcache_core.CacheLossHandler` on every backend, such as
+    `prefill`: it holds its state itself, in JAX too.
 
-    >>> import negcache_tensorflow as negcache
-    >>> specs = {"x": negcache.FieldSpec((2,), "float32"), "e": negcache.FieldSpec((2,), "float32")}
-    >>> handler = negcache.CacheLossHandler(
-    ...     negcache.CacheManager(specs, cache_size=4),
-    ...     negcache.CacheClassificationLoss("e", ("x",)), embedding_key="e", data_keys=("x",))
+    Raises KindError or OptionError for another handler, where Keras runs on a backend without
+    gradients, for several replicas in TensorFlow, and for several processes: see docs/scaling.md
+    for these.
+
+    >>> import keras, numpy as np
+    >>> from negcache_keras import CacheLayer, NegativeCacheLoss
     >>> class TwoTower(keras.Model):
     ...     def __init__(self):
     ...         super().__init__()
-    ...         self.tower, self.cache = keras.layers.Dense(2), CacheLayer(handler)
+    ...         self.tower = keras.layers.Dense(2)
+    ...         item = {"x": np.zeros((1, 2), "float32")}  # of a batch
+    ...         self.cache = CacheLayer(NegativeCacheLoss(4, item, embedding=2))
     ...     def call(self, x):
     ...         return self.tower(x["query"]), self.tower(x["item"])
     ...     def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
@@ -60,44 +61,62 @@ class CacheLayer(keras.layers.Layer):
     ...             training=training)
     >>> model = TwoTower()
     >>> model.compile("adam")
-    >>> x = {"query": tf.eye(2), "item": tf.eye(2)}
+    >>> x = {"query": np.eye(2), "item": np.eye(2)}
     >>> sorted(model.fit(x, verbose=0).history)
     ['cache_effective_negatives', 'cache_fill', 'cache_staleness', 'loss']
     """
 
+    handler: CacheLossHandler
+
     def __init__(
         self, handler: CacheLossHandler, shown: Iterable[str] = SHOWN, *, name: str = "cache"
     ) -> None:
-        _check(handler)
+        self._host = _host()
+        _check(handler, self._host)
+        _check_place_to_make()
         super().__init__(name=name)
-        self.handler = handler
+        self._host.attach(self, self._host.adopt(handler))
         self.means = {each: keras.metrics.Mean(name=f"{name}_{each}") for each in shown}
         self.built = True  # the handler has its variables
         self._refusal: Exception | None = None
 
+    @property
+    def variables(self) -> list[Any]:
+        """All state of the layer that Keras variables hold: in JAX the cache, elsewhere none.
+
+        They are no `weights`: `get_weights`, and so EarlyStopping's best weights, leave a cache
+        alone on every backend.
+        """
+        own: list[Any] = super().variables
+        return own + self._host.variables(self.handler)
+
     def compute_loss(
         self,
-        item_network: Callable[[Mapping[str, tf.Tensor]], tf.Tensor],
-        query_embeddings: tf.Tensor,
-        pos_item_embeddings: tf.Tensor,
-        features: Mapping[str, tf.Tensor],
+        item_network: Callable[[Mapping[str, Any]], Any],
+        query_embeddings: Any,
+        pos_item_embeddings: Any,
+        features: Mapping[str, Any],
         *,
-        labels: Mapping[str, tf.Tensor] | None = None,
+        labels: Mapping[str, Any] | None = None,
         training: bool = True,
-        positive_ids: tf.Tensor | None = None,
+        positive_ids: Any = None,
         **options: Any,
-    ) -> tf.Tensor:
+    ) -> Any:
         """Return the loss of a batch; in training update the cache.
 
         labels:   fields that the item network does not take; they may as well be among the features
-        training: False, as in `evaluate`: the loss against the cache as it is. Rows are drawn and
+        training: False, as in `evaluate`: the loss against the cache as it is. Rows are chosen and
                   embedded for the figures alone; rows, ages and the draws to come stay the same.
         options:  hard_negative_embeddings, hard_negative_features, competing_scores,
                   sample_weight, constant: see CacheClassificationLoss
 
-        The other arguments are those of `handler.update_cache_and_compute_loss`. Raises KeysError
-        for a name in `shown` that is no metric of the loss, and what the handler raises.
+        The other arguments are those of `handler.update_cache_and_compute_loss`. Call it once in a
+        training step: twice is two steps of the cache, and what the first call put into it is
+        among the negatives of the second. Raises KeysError for a name in `shown` that is no metric
+        of the loss, OptionError where the layer is used by several replicas or under another
+        distribution than it was made for, and what the handler raises.
         """
+        self._host.check_placement()
         handler = self.handler
         batch = (query_embeddings, pos_item_embeddings, with_labels(features, labels))
         if training:
@@ -105,17 +124,18 @@ class CacheLayer(keras.layers.Layer):
         else:
             result = handler.evaluate(item_network, *batch, positive_ids=positive_ids, **options)
             self._check_shown(result)
+        metrics: Mapping[str, Any] = result.metrics or {}
         for name, mean in self.means.items():
-            mean.update_state(result.metrics[name])
+            mean.update_state(metrics[name])
         return result.loss
 
     def _step(
         self,
-        item_network: Callable[[Mapping[str, tf.Tensor]], tf.Tensor],
-        query_embeddings: tf.Tensor,
-        pos_item_embeddings: tf.Tensor,
-        features: Mapping[str, tf.Tensor],
-        positive_ids: tf.Tensor | None,
+        item_network: Callable[[Mapping[str, Any]], Any],
+        query_embeddings: Any,
+        pos_item_embeddings: Any,
+        features: Mapping[str, Any],
+        positive_ids: Any,
         options: Mapping[str, Any],
     ) -> CacheLossReturn:
         """Run a step by its phases; nothing is written if a name in `shown` is wrong."""
@@ -135,16 +155,15 @@ class CacheLayer(keras.layers.Layer):
                 **options,
             )
             self._check_shown(result)
-            # Keras writes the figures. What a graph writes has one step for ever, and XLA has no
-            # summaries at all.
-            with tf.summary.record_if(False):  # noqa: FBT003 - TensorFlow's own signature
+            with self._host.quiet():
                 handler.commit(result, pos_item_embeddings, features)
         return result
 
     def _check_shown(self, result: CacheLossReturn) -> None:
-        missing = [name for name in self.means if name not in result.metrics]
+        known = result.metrics or {}
+        missing = [name for name in self.means if name not in known]
         if missing:
-            raise KeysError(f"shown has {missing}: expected names among {sorted(result.metrics)}.")
+            raise KeysError(f"shown has {missing}: expected names among {sorted(known)}.")
 
     def save_own_variables(self, store: Any) -> None:
         """Put the handler's file into `store` as bytes: HDF5 has no bfloat16, and no text."""
@@ -166,32 +185,63 @@ class CacheLayer(keras.layers.Layer):
             path = Path(folder, _STATE)
             np.asarray(store[_STATE]).tofile(path)
             try:
-                self.handler.load(path)
+                _load(self.handler, path)
             except Exception as error:
                 self._refusal = error
                 raise
 
 
-def _check(handler: Any) -> None:
-    if keras.config.backend() != "tensorflow":
-        raise OptionError(
-            f"Keras runs on {keras.config.backend()}, and a CacheLayer needs TensorFlow: set "
-            "KERAS_BACKEND=tensorflow before Keras is imported."
+def _load(handler: CacheLossHandler, path: Path) -> None:
+    """Load a file; of another backend's the rows and ages, as that draws in another way."""
+    try:
+        handler.load(path)
+    except OptionError:
+        handler.load(path, draws=False)  # raises again if it is not for the draws
+        warnings.warn(
+            "the file's cache was saved by another backend of Keras: its rows and ages are loaded, "
+            "and the draws go on from this layer's own seed.",
+            stacklevel=2,
         )
-    if not isinstance(handler, CacheLossHandler):
+
+
+def _host() -> Host:
+    if HOST is None:
+        raise refuse()
+    return HOST
+
+
+def _check(handler: Any, host: Host) -> None:
+    backend = keras.config.backend()
+    if isinstance(handler, MultiCacheLossHandler) or not isinstance(handler, CacheLossHandler):
         raise KindError(
-            f"handler is a {type(handler).__name__}: expected negcache_tensorflow.CacheLossHandler."
+            f"handler is a {type(handler).__name__}: expected a NegativeCacheLoss, or another "
+            f"CacheLossHandler of {host.package}."
         )
-    if not isinstance(
-        handler.cache_loss, CacheClassificationLoss | DistributedCacheClassificationLoss
-    ):
+    if handler.backend.name != backend:
+        raise KindError(
+            f"the handler is one for {handler.backend.name}, and Keras runs on {backend}: take "
+            "negcache_keras.NegativeCacheLoss, which is for the backend that Keras runs on, or set "
+            "KERAS_BACKEND before Keras is imported."
+        )
+    if not isinstance(handler.cache_loss, CacheClassificationLoss):
         raise KindError(
             f"the handler's loss is a {type(handler.cache_loss).__name__}: expected a "
             "CacheClassificationLoss, which has phases and metrics."
         )
-    replicas = tf.distribute.get_strategy().num_replicas_in_sync
-    if isinstance(handler.cache_loss, DistributedCacheClassificationLoss) or replicas > 1:
+    if handler.cache_loss.placement.sharded:
         raise OptionError(
-            "the handler's cache is on several replicas, whose state Keras's files cannot hold: "
-            "write the training loop as docs/scaling.md shows."
+            "the handler's cache is in shards, whose state Keras's files cannot hold: write the "
+            "training loop as docs/scaling.md shows."
         )
+    host.check_placement()
+
+
+def _check_place_to_make() -> None:
+    """Raise where Keras finds out shapes, and forgets what is made meanwhile."""
+    try:
+        keras.Variable(np.zeros(()), trainable=False)
+    except ValueError as error:
+        raise OptionError(
+            "the layer is made while Keras finds out shapes, as in a build() that fit calls: make "
+            "it in the model's __init__."
+        ) from error
