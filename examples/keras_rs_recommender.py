@@ -28,6 +28,7 @@ from used_names import BUCKETS, KNOWN, WORDS, Interactions, Users, mine
 WIDTH = 64
 SCALE = 20.0
 DROPPED = 0.5  # share of a user's known items that a training step does without
+TINY = 1e-6  # of weights: EmbedReduce's mean of nothing has no gradient in JAX
 HARD = 32  # negatives that HardNegativeMining leaves of a batch's
 MOST = 20  # items recommended
 METHODS = {
@@ -100,13 +101,12 @@ class TwoTower(keras.Model):
 
     def user_network(self, known: Any, training: bool = False) -> Any:
         """Return (n, WIDTH) of users, from the numbers (n, KNOWN) of the items that they have."""
-        weights = self.dropped(ops.cast(known > 0, "float32"), training=training)
-        return self.user_layers(self.known(known, weights=weights))
+        weights = self.dropped(weights_of(known), training=training)
+        return self.user_layers(self.known(known, weights=ops.maximum(weights, TINY)))
 
     def item_network(self, features: Features) -> Any:
         """Return (n, WIDTH) of items, from their features item and words."""
-        words = features["words"]
-        named = self.words(words, weights=ops.cast(words > 0, "float32"))
+        named = self.words(features["words"], weights=weights_of(features["words"]))
         return self.item_layers(self.own(features["item"]) + named)
 
     def call(self, x: Mapping[str, Any], training: bool = False) -> tuple[Any, Any]:
@@ -182,6 +182,11 @@ class Recall(keras.callbacks.Callback):
             for metric in metrics.values():
                 metric.update_state(right, scores)
         return {k: float(metric.result()) for k, metric in metrics.items()}
+
+
+def weights_of(numbers: Any) -> Any:
+    """Return 1 where a number is one, and next to nothing where it is 0."""
+    return ops.maximum(ops.cast(numbers > 0, "float32"), TINY)
 
 
 class Residual(keras.layers.Layer):

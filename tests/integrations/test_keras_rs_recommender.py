@@ -97,7 +97,8 @@ def test_nothing_held_out_is_trained_on(data):
         assert (answer > 0).all()
         assert (np.count_nonzero(known, axis=1) > 2).all()
     sets = [{frozenset(row) for row in np.column_stack(part).tolist()} for part in parts]
-    assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+    assert not sets[0] & (sets[1] | sets[2])
+    assert not sets[1] & sets[2]
     trained = np.unique(data.train.answer)
     np.testing.assert_allclose(np.exp(data.items["log_q"][trained]).sum(), 1.0, rtol=1e-5)
     for key, size in (("item", ()), ("words", (used_names.WORDS,))):
