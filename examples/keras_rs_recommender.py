@@ -22,7 +22,7 @@ import keras_rs
 import numpy as np
 from keras import ops
 from negcache_keras import CacheLayer, NegativeCacheLoss
-from recall_report import picture, table
+from recall_report import best, picture, reported, table
 from used_names import BUCKETS, KNOWN, WORDS, Interactions, Users, mine
 
 WIDTH = 64
@@ -278,13 +278,13 @@ def compare(data: Interactions, options: argparse.Namespace) -> list[dict[str, A
                 file.write(json.dumps(row) + "\n")
         return row
 
-    chosen = []
+    rows = []
     for method in options.methods:
         first, *others = options.seeds
         tried = [run(method, rate, first) for rate in options.rates]
-        best = max(tried, key=lambda row: row["curve"]["validation_recall@10"][-1])
-        chosen += [best, *(run(method, best["rate"], seed) for seed in others)]
-    return chosen
+        rate = best(tried)["rate"]
+        rows += [*tried, *(run(method, rate, seed) for seed in others)]
+    return reported(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,8 @@
-"""What keras_rs_recommender.py shows of its runs: a table, and a picture of recall by epoch."""
+"""What keras_rs_recommender.py shows of its runs: a table, and a picture of recall by epoch.
+
+A run is a dict: "backend", "method", "rate", "seed", processor "seconds", and "curve", the values
+of each figure by epoch.
+"""
 
 import statistics
 from collections.abc import Iterable
@@ -13,11 +17,23 @@ MARKERS = ("x", "o", "s", "D", "v")
 Row = dict[str, Any]
 
 
-def table(rows: Iterable[Row]) -> str:
-    """Return a Markdown table: a line for each backend and method, of means over the seeds.
+def best(rows: Iterable[Row]) -> Row:
+    """Return the run with the best recall@10 of validation users at its end."""
+    return max(rows, key=lambda row: row["curve"]["validation_recall@10"][-1])
 
-    rows: runs, each with its backend, method, rate, processor "seconds" and "curve" by epoch
-    """
+
+def reported(rows: Iterable[Row]) -> list[Row]:
+    """Return the runs of each backend's methods at the rate that is best for the first seed."""
+    found = []
+    for runs in _together(rows).values():
+        first = min(row["seed"] for row in runs)
+        rate = best(row for row in runs if row["seed"] == first)["rate"]
+        found += [row for row in runs if row["rate"] == rate]
+    return found
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Return a Markdown table: a line for each backend and method, of means over the seeds."""
     lines = [
         "| backend | method | rate | recall@10 | recall@20 | seconds |",
         "| --- | --- | --- | --- | --- | --- |",
