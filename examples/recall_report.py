@@ -35,16 +35,16 @@ def reported(rows: Iterable[Row]) -> list[Row]:
 def table(rows: Iterable[Row]) -> str:
     """Return a Markdown table: a line for each backend and method, of means over the seeds."""
     lines = [
-        "| backend | method | rate | recall@10 | recall@20 | seconds |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| backend | method | rate | seeds | recall@10 | recall@20 | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (backend, method), runs in _together(rows).items():
         at_10, at_20 = (
             _spread([run["curve"][f"test_recall@{k}"][-1] for run in runs]) for k in (10, 20)
         )
         seconds = statistics.mean(run["seconds"] for run in runs)
-        rate = f"{runs[0]['rate']:g}"
-        lines.append(f"| {backend} | {method} | {rate} | {at_10} | {at_20} | {seconds:.0f} |")
+        first = f"{backend} | {method} | {runs[0]['rate']:g} | {len(runs)}"
+        lines.append(f"| {first} | {at_10} | {at_20} | {seconds:.0f} |")
     return "\n".join(lines)
 
 
