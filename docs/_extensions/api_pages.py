@@ -183,7 +183,9 @@ def linked(package: str, name: str, code: str) -> str | None:
 
 def _signature(package: str, name: str, kind: str) -> str:
     value = resolve(package, name)
-    if kind in ("data", "property", "exception") or is_record(value) or not callable(value):
+    if is_record(value):  # users make the short ones
+        return f"({', '.join(value._fields)})" if len(value._fields) == 2 else ""
+    if kind in ("data", "property", "exception") or not callable(value):
         return ""
     if inspect.isclass(value) and inspect.isabstract(value):
         return ""
