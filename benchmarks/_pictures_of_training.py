@@ -11,6 +11,7 @@ from _style import INK, LINES, OURS, THEIRS, plain, rows_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from recall_report import picture, reported
 from tournament.choosing import Row, all_seeds, arenas, choose, score
 
 TASKS = {
@@ -226,6 +227,13 @@ def gradient_noise() -> Figure | None:
     noise.set_yticks(range(len(names)), names)
     noise.invert_yaxis()
     return figure
+
+
+def keras_rs_recall() -> Figure | None:
+    """Return a panel for each backend: recall@10 by epoch of KerasRS's negatives and of a cache."""
+    kept = tournament.results.KEPT.with_name("keras_rs.jsonl")
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    return picture(reported(rows)) if rows else None
 
 
 def _place(name: str) -> tuple[bool, bool, int]:

@@ -5,6 +5,7 @@ memory:           a step's memory beyond the tables against capacity, beside the
 results:          test MRR by batch, with a cache and without: the start page's
 training_quality: test MRR of each way of training against encoder calls and against time
 gradient_noise:   noise and bias of each estimator's gradient on a trained model
+keras_rs:         recall of examples/keras_rs_recommender.py by epoch, by its kept results
 
     python benchmarks/plot.py
     python benchmarks/plot.py --out /tmp --format png
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from _pictures_of_speed import memory, step_cost
-from _pictures_of_training import gradient_noise, results, training_quality
+from _pictures_of_training import gradient_noise, keras_rs_recall, results, training_quality
 from _style import STYLE
 from matplotlib import rcParams
 from matplotlib.figure import Figure
@@ -28,6 +29,7 @@ PICTURES: dict[str, Callable[[], Figure | None]] = {
     "results": results,
     "training_quality": training_quality,
     "gradient_noise": gradient_noise,
+    "keras_rs": keras_rs_recall,
 }
 
 

@@ -45,8 +45,8 @@ class VariableStore(Store):
         """Make variables that hold `caches`."""
         self._tables = {
             name: NegativeCache(
-                {key: _variable(f"{name}_{key}", rows) for key, rows in cache.data.items()},
-                _variable(f"{name}_age", cache.age),
+                {key: _variable(key, rows) for key, rows in cache.data.items()},
+                _variable("age", cache.age),
             )
             for name, cache in caches.items()
         }
@@ -102,7 +102,8 @@ def _value(variable: Any) -> Array:
     except TypeError as error:  # Keras calls the initializer that it no longer has
         raise OptionError(
             "the cache is in the middle of a fit, which keeps the values of all variables to "
-            "itself: a callback's self.model gives them back, so reach the layer through it."
+            "itself: a callback's self.model gives them back, so reach the layer through it. After "
+            "a fit that raised they may be lost: make the model again, and load its file."
         ) from error
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from installed_source import source_files
+from used_names import code_of, used_names
 
 from .keeping import kept
 from .task import Questions, Task
@@ -32,15 +33,9 @@ KNOWN = 32  # names that a query has at most
 ROWS_PER_USER = 3
 LEAST_USERS = 3  # of a name
 
-# What says nothing about code, or upsets the count of brackets: a docstring, a string, a comment.
-_TEXT = re.compile(
-    r"('''|\"\"\").*?\1|'(?:\\.|[^'\\\n])*'|\"(?:\\.|[^\"\\\n])*\"|#[^\n]*", re.DOTALL
-)
 _BRACKET = re.compile(r"[()\[\]{}]")
 _NAME = re.compile(r"[^\W\d]\w+")
 _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_FUNCTION = re.compile(r"^[ \t]*(?:async[ \t]+)?def[ \t]+", re.MULTILINE)
-_USED = re.compile(r"\.([^\W\d]\w{2,})|\b([^\W\d]\w{2,})\(")
 
 
 def lines(_: Path | None) -> Task:
@@ -92,10 +87,8 @@ def _mine_lines() -> Task:
 def _mine_recommender() -> Task:
     users: dict[frozenset[str], int] = {}  # what a function uses, and the place of its file
     for place, text in _sources():
-        for function in _FUNCTION.split(text)[1:]:
-            names = frozenset(one or other for one, other in _USED.findall(function))
-            if len(names) >= 4:
-                users.setdefault(names, place)
+        for names in used_names(text):
+            users.setdefault(names, place)
     counts = Counter(name for names in users for name in names)
     kept = sorted(name for name, count in counts.items() if count >= LEAST_USERS)
     number = {name: row + 1 for row, name in enumerate(kept)}
@@ -123,15 +116,7 @@ def _sources() -> Iterator[tuple[int, str]]:
     files = source_files(PACKAGES, ("site-packages", "dist-packages"))
     for place, path in sorted((_hash(str(path.relative_to(base))), path) for path, base in files):
         text = path.read_text(encoding="utf-8", errors="replace")
-        yield place, _TEXT.sub(_without_text, text)
-
-
-def _without_text(match: re.Match[str]) -> str:
-    """Return '' for a comment or docstring, and for a string its words."""
-    text = match.group()
-    if text.startswith("#"):
-        return ""
-    return '""' if match.group(1) else f'"{" ".join(_NAME.findall(text))}"'
+        yield place, code_of(text)
 
 
 def _logical_lines(text: str) -> Iterator[str]:

@@ -17,6 +17,7 @@ _CODE = re.compile(r"`([^`]+)`")
 _MARKUP = re.compile(r"([\\*|]|_\b)")
 _NAME = re.compile(r"[\w.]+(?:\(\))?")
 _CLASS = re.compile(r"\b[A-Z]+[a-z]+[A-Z]\w*\b")
+_VALUE = re.compile(r'"\w+"')
 _PAGE = re.compile(r"(?<![\w/])docs/([\w-]+)\.md")
 
 Link = Callable[[str], str | None]
@@ -85,7 +86,15 @@ def _prose(text: str, link: Link) -> str:
         target = link(found[0])
         return found[0] if target is None else _role(found[0], target)
 
-    return _PAGE.sub(r":doc:`/\1`", _CLASS.sub(linked, _MARKUP.sub(r"\\\1", text)))
+    values = _VALUE.findall(text)
+    parts = [
+        _PAGE.sub(r":doc:`/\1`", _CLASS.sub(linked, _MARKUP.sub(r"\\\1", part)))
+        for part in _VALUE.split(text)
+    ]
+    return "".join(
+        part + (f"\\ ``{value}``\\ " if value else "")
+        for part, value in zip(parts, [*values, ""], strict=True)
+    )
 
 
 def _of_the_core(code: str) -> str | None:

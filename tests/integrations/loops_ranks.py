@@ -31,7 +31,9 @@ def trained(example, out, **more):
 def assert_goes_on(example, folder):
     """A run through, and one from its middle, are the same; return the state."""
     whole, history = trained(example, folder / "whole")
-    again, more = trained(example, folder / "again", resume=folder / "whole" / EXAMPLES[example])
+    middle = EXAMPLES[example]
+    again, more = trained(example, folder / "again", resume=folder / "whole" / middle)
+    assert not (folder / "again" / middle).exists()  # it does not begin at the first step
     assert_same(again, whole)
     mrr = [(row["step"], row["eval_mrr"]) for row in history if "eval_mrr" in row]
     assert mrr == [(row["step"], row["eval_mrr"]) for row in more if "eval_mrr" in row]

@@ -16,7 +16,7 @@ def test_a_run_in_shards_is_that_with_whole_weights_and_goes_on(tmp_path):
     path = str(Path(__file__).parents[2] / "examples")
     flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     environment = {"XLA_FLAGS": flags, "PYTHONPATH": ":".join([path, *sys.path])}
-    programs.run(__file__, tmp_path, JAX_ENABLE_X64="0", **environment)
+    programs.run(__file__, tmp_path, timeout=600, JAX_ENABLE_X64="0", **environment)
 
 
 def main(folder):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from programs import ONE_THREAD, run
 
-CHECKS = Path(__file__).with_name("keras_checks.py")
+CHECKS = [Path(__file__).with_name(name) for name in ("keras_checks.py", "keras_backend_checks.py")]
 FLAGS = os.environ.get("XLA_FLAGS", "")
 SETTINGS = {
     "tensorflow": {},
@@ -17,7 +17,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("backend", SETTINGS)
 def test_the_checks_hold_on(backend, tmp_path):
-    words = ("-m", "pytest", CHECKS, "--noconftest", "-qq", "--tb=short", "--no-header")
+    words = ("-m", "pytest", *CHECKS, "--noconftest", "-qq", "--tb=short", "--no-header")
     plugins = ("-p", "no:xdist", "-p", "no:cacheprovider")
     compiled = {  # models of the same kind share what JAX compiles
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path),

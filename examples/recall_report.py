@@ -1,0 +1,90 @@
+"""What keras_rs_recommender.py shows of its runs: a table, and a picture of recall by epoch.
+
+A run is a dict: "backend", "method", "rate", "seed", processor "seconds", and "curve", the values
+of each figure by epoch.
+"""
+
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLORS = ("#94a3b8", "#334155", "#ea580c", "#2563eb", "#a855f7")
+MARKERS = ("x", "o", "s", "D", "v")
+
+Row = dict[str, Any]
+
+
+def best(rows: Iterable[Row]) -> Row:
+    """Return the run with the best recall@10 of validation users at its end."""
+    return max(rows, key=lambda row: row["curve"]["validation_recall@10"][-1])
+
+
+def reported(rows: Iterable[Row]) -> list[Row]:
+    """Return the runs of each backend's methods at the rate that is best for the first seed."""
+    found = []
+    for runs in _together(rows).values():
+        first = min(row["seed"] for row in runs)
+        rate = best(row for row in runs if row["seed"] == first)["rate"]
+        found += [row for row in runs if row["rate"] == rate]
+    return found
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Return a Markdown table: a line for each backend and method, of means over the seeds."""
+    lines = [
+        "| backend | method | rate | seeds | recall@10 | recall@20 | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (backend, method), runs in _together(rows).items():
+        at_10, at_20 = (
+            _spread([run["curve"][f"test_recall@{k}"][-1] for run in runs]) for k in (10, 20)
+        )
+        seconds = statistics.mean(run["seconds"] for run in runs)
+        first = f"{backend} | {method} | {runs[0]['rate']:g} | {len(runs)}"
+        lines.append(f"| {first} | {at_10} | {at_20} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def picture(rows: Iterable[Row]) -> Figure:
+    """Return a panel for each backend: recall@10 by epoch, the mean of the seeds and their band."""
+    found = _together(rows)
+    backends = list(dict.fromkeys(backend for backend, _ in found))
+    methods = list(dict.fromkeys(method for _, method in found))
+    figure = Figure(figsize=(4.5 * len(backends), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(backends), sharey=True, squeeze=False)[0]
+    for axes, backend in zip(panels, backends, strict=True):
+        for number, method in enumerate(methods):
+            if (backend, method) in found:
+                _line(axes, found[backend, method], method, number)
+        axes.set_title(backend, loc="left")
+        axes.set_xlabel("epochs")
+        axes.grid(color="#cbd5e1", linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("test recall@10")
+    panels[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _line(axes: Axes, runs: list[Row], method: str, number: int) -> None:
+    epochs = list(zip(*(run["curve"]["test_recall@10"] for run in runs), strict=True))
+    where = range(1, len(epochs) + 1)
+    color, marker = (of[number % len(of)] for of in (COLORS, MARKERS))
+    axes.fill_between(
+        where, list(map(min, epochs)), list(map(max, epochs)), color=color, alpha=0.2, linewidth=0
+    )
+    means = list(map(statistics.mean, epochs))
+    axes.plot(where, means, color=color, marker=marker, markersize=4, linewidth=1.5, label=method)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def _together(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["backend"], row["method"]), []).append(row)
+    return found
