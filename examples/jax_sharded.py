@@ -203,14 +203,14 @@ def picture(run: Run, path: Path) -> None:
     shapes = jax.eval_shape(functools.partial(init, loss_fn, options.width))
     lines: dict[str, list[float]] = {
         "weights and Adam, whole": [],
-        "weights and Adam, in shards": [],
+        "in shards": [],
         "cache": [],
     }
     for count in counts:
         mesh = AbstractMesh((count,), ("data",), axis_types=(AxisType.Auto,))
         for name, whole in (
             ("weights and Adam, whole", True),
-            ("weights and Adam, in shards", False),
+            ("in shards", False),
         ):
             places = shardings(loss_fn, options.width, mesh, whole=whole)
             lines[name].append(megabytes(shapes[:2], places[:2]))
