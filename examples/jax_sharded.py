@@ -160,12 +160,14 @@ class Run:
     def save(self, folder: Path) -> None:
         """Write a checkpoint of all shards."""
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder, self.state, force=True)  # over that of an earlier run
+            checkpointer.save(
+                folder.resolve(), self.state, force=True
+            )  # over that of an earlier run
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint, bit for bit."""
         with ocp.StandardCheckpointer() as checkpointer:
-            self.state = checkpointer.restore(folder, self.state)
+            self.state = checkpointer.restore(folder.resolve(), self.state)
 
     def train(self, data: Data) -> None:
         """Train up to `options.steps`."""
@@ -203,14 +205,14 @@ def picture(run: Run, path: Path) -> None:
     shapes = jax.eval_shape(functools.partial(init, loss_fn, options.width))
     lines: dict[str, list[float]] = {
         "weights and Adam, whole": [],
-        "weights and Adam, in shards": [],
+        "in shards": [],
         "cache": [],
     }
     for count in counts:
         mesh = AbstractMesh((count,), ("data",), axis_types=(AxisType.Auto,))
         for name, whole in (
             ("weights and Adam, whole", True),
-            ("weights and Adam, in shards", False),
+            ("in shards", False),
         ):
             places = shardings(loss_fn, options.width, mesh, whole=whole)
             lines[name].append(megabytes(shapes[:2], places[:2]))
@@ -243,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> Run:
     options = parser.parse_args(arguments)
     data, run = as_data(mine_pairs(options.max_pairs)), Run(options)
     if options.resume:
-        run.load(options.resume.resolve())
+        run.load(options.resume)
     run.train(data)
     path = options.picture or options.out / "curves.svg"
     picture(run, path)
