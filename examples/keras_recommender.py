@@ -1,7 +1,7 @@
 """Recommend modules to Python files: a two-tower model, trained by Keras's `fit` against a cache.
 
     python examples/keras_recommender.py
-    python examples/keras_recommender.py --epochs 2 --max-files 500
+    KERAS_BACKEND=jax python examples/keras_recommender.py --epochs 2 --max-files 500
 
 The "users" are the Python files of the standard library and of NumPy, Keras, TensorFlow, JAX and
 PyTorch, as far as these are installed; the "items" are the modules that they import. Nothing is
@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
-import negcache_tensorflow as negcache
 import numpy as np
-import tensorflow as tf
 from installed_source import source_files
-from negcache_keras import CacheLayer
+from keras import ops
+from negcache_keras import CacheLayer, FieldSpec, NegativeCacheLoss
 
 KNOWN = 24  # imports of a file that its query has at most
 WORDS, BUCKETS = 8, 4_096  # words of a module's dotted name, hashed
@@ -35,7 +34,7 @@ SCALE = 20.0
 _IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t]+([A-Za-z_][\w.]*)", re.MULTILINE)
 _PACKAGES = ("numpy", "keras", "tensorflow", "jax", "torch")
 
-Features = Mapping[str, tf.Tensor]
+Features = Mapping[str, Any]
 
 
 class Imports(NamedTuple):
@@ -87,15 +86,13 @@ def mine(max_files: int | None = None) -> Imports:
     return Imports(modules, known, held_out, features)
 
 
-def dataset(data: Imports, batch_size: int) -> tf.data.Dataset:
-    """Return batches {"known": (B, KNOWN), "item": features}: each known import, from the rest."""
+def pairs_of(data: Imports) -> dict[str, Any]:
+    """Return rows {"known": (n, KNOWN), "item": features}: each known import, from the rest."""
     files, places = np.nonzero(data.known)
     item = data.known[files, places]
     known = data.known[files]
     known[np.arange(len(files)), places] = 0
-    rows = {"known": known, "item": {key: value[item] for key, value in data.features.items()}}
-    batches = tf.data.Dataset.from_tensor_slices(rows).shuffle(len(files), seed=0)
-    return batches.batch(batch_size).prefetch(2)
+    return {"known": known, "item": {key: value[item] for key, value in data.features.items()}}
 
 
 @keras.saving.register_keras_serializable("negcache")
@@ -124,12 +121,12 @@ class TwoTower(keras.Model):
         self.normalize = layers.UnitNormalization()
         self.cache = CacheLayer(make_loss(cache_size)) if cache_size else None
 
-    def item_network(self, features: Features) -> tf.Tensor:
+    def item_network(self, features: Features) -> Any:
         """Return (n, WIDTH), of modules that the features item_id and words are of."""
         own = self.module_embedding(features["item_id"])
         return self.normalize(own + self.word_tower(features["words"]))
 
-    def call(self, x: Mapping[str, Any]) -> tuple[tf.Tensor, tf.Tensor]:
+    def call(self, x: Mapping[str, Any]) -> tuple[Any, Any]:
         """Return the embeddings of files and of the modules that belong to them."""
         return self.file_tower(x["known"]), self.item_network(x["item"])
 
@@ -137,15 +134,15 @@ class TwoTower(keras.Model):
         self,
         x: Mapping[str, Any],
         y: None,
-        y_pred: tuple[tf.Tensor, tf.Tensor],
-        sample_weight: tf.Tensor | None = None,
+        y_pred: tuple[Any, Any],
+        sample_weight: Any = None,
         training: bool = True,
-    ) -> tf.Tensor:
+    ) -> Any:
         """Return the loss of a batch; the cache is updated where it is training."""
         del y, sample_weight
         # What else the file imports is no wrong answer: the names stand in for absent ones.
         own = x["item"]["item_id"][:, None]
-        ids = tf.concat([own, tf.where(x["known"] > 0, x["known"], own)], axis=1)
+        ids = ops.concatenate([own, ops.where(x["known"] > 0, x["known"], own)], axis=1)
         if self.cache is None:
             return in_batch_loss(*y_pred, ids, x["item"])
         return self.cache.compute_loss(
@@ -153,29 +150,29 @@ class TwoTower(keras.Model):
         )
 
 
-def make_loss(cache_size: int) -> negcache.NegativeCacheLoss:
+def make_loss(cache_size: int) -> NegativeCacheLoss:
     """Return a cache of modules with both features, their embedding, and how popular they are."""
-    number = negcache.FieldSpec((), "int32")
-    return negcache.NegativeCacheLoss(
+    number = FieldSpec((), "int32")
+    return NegativeCacheLoss(
         cache_size,
-        features={"item_id": number, "words": negcache.FieldSpec((WORDS,), "int32")},
-        embedding=negcache.FieldSpec((WIDTH,), "bfloat16"),
+        features={"item_id": number, "words": FieldSpec((WORDS,), "int32")},
+        embedding=FieldSpec((WIDTH,), "bfloat16"),
         scale=SCALE,
-        labels={"log_q": negcache.FieldSpec((), "float32")},
+        labels={"log_q": FieldSpec((), "float32")},
         id_keys=("item_id",),
         log_frequency_key="log_q",  # the cache has popular modules many times over
         generator=0,
     )
 
 
-def in_batch_loss(query: tf.Tensor, item: tf.Tensor, ids: tf.Tensor, features: Features) -> Any:
+def in_batch_loss(query: Any, item: Any, ids: Any, features: Features) -> Any:
     """Return the same cross-entropy, with the same corrections, over the batch's items alone."""
-    scores = SCALE * tf.matmul(query, item, transpose_b=True)
-    diagonal = tf.eye(tf.shape(scores)[0], dtype=tf.bool)
-    right = tf.reduce_any(ids[:, :, None] == features["item_id"], axis=1)
-    others = tf.where(right, -np.inf, scores - features["log_q"])
-    logits = tf.where(diagonal, scores, others)
-    return tf.reduce_mean(tf.reduce_logsumexp(logits, axis=1) - tf.linalg.diag_part(scores))
+    scores = SCALE * ops.matmul(query, ops.transpose(item))
+    diagonal = ops.eye(ops.shape(scores)[0], dtype="bool")
+    right = ops.any(ids[:, :, None] == features["item_id"], axis=1)
+    others = ops.where(right, -np.inf, scores - features["log_q"])
+    logits = ops.where(diagonal, scores, others)
+    return ops.mean(ops.logsumexp(logits, axis=1) - ops.diagonal(scores))
 
 
 def recall_at_10(scores: np.ndarray, data: Imports) -> float:
@@ -189,10 +186,9 @@ def recall_at_10(scores: np.ndarray, data: Imports) -> float:
 
 def scores_of(model: TwoTower, data: Imports) -> np.ndarray:
     """Return (files, modules), the products of all with all."""
-    items = model.item_network(
-        {key: tf.constant(data.features[key]) for key in ("item_id", "words")}
-    )
-    return (model.file_tower(tf.constant(data.known)) @ tf.transpose(items)).numpy()
+    items = model.item_network({key: data.features[key] for key in ("item_id", "words")})
+    files = model.file_tower(data.known)
+    return np.asarray(ops.convert_to_numpy(ops.matmul(files, ops.transpose(items))))
 
 
 def _imports_of_files() -> Iterator[set[str]]:
@@ -229,8 +225,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 keras.callbacks.ModelCheckpoint(weights, save_weights_only=True),
                 keras.callbacks.TensorBoard(options.out / "tensorboard"),
             ]
-        batches = dataset(data, options.batch_size)
-        model.fit(batches, epochs=options.epochs, verbose=2, shuffle=False, callbacks=callbacks)
+        model.fit(
+            pairs_of(data),
+            batch_size=options.batch_size,
+            epochs=options.epochs,
+            verbose=2,
+            callbacks=callbacks,
+        )
         print(f"recall@10, {name}: {recall_at_10(scores_of(model, data), data):.3f}")
 
 

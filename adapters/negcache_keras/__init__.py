@@ -3,7 +3,9 @@
 >>> from negcache_keras import CacheLayer, NegativeCacheLoss
 """
 
+from negcache_core import FieldSpec
+
 from ._chosen import NegativeCacheLoss
 from .layer import CacheLayer
 
-__all__ = ["CacheLayer", "NegativeCacheLoss"]
+__all__ = ["CacheLayer", "FieldSpec", "NegativeCacheLoss"]

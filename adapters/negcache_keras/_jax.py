@@ -45,8 +45,8 @@ class VariableStore(Store):
         """Make variables that hold `caches`."""
         self._tables = {
             name: NegativeCache(
-                {key: _variable(f"{name}_{key}", rows) for key, rows in cache.data.items()},
-                _variable(f"{name}_age", cache.age),
+                {key: _variable(key, rows) for key, rows in cache.data.items()},
+                _variable("age", cache.age),
             )
             for name, cache in caches.items()
         }
@@ -61,10 +61,10 @@ class VariableStore(Store):
                 f"{keras.distribution.distribution()} is set now: set it before the model is made."
             )
         caches = {
-            name: NegativeCache({key: rows.value for key, rows in data.items()}, age.value)
+            name: NegativeCache({key: _value(rows) for key, rows in data.items()}, _value(age))
             for name, (data, age) in self._tables.items()
         }
-        return Caches(caches, None if self._window is None else self._window.value)
+        return Caches(caches, None if self._window is None else _value(self._window))
 
     def write(self, caches: Caches) -> None:
         """Assign to the variables."""
@@ -96,6 +96,17 @@ def _variable(name: str, value: Array) -> Any:
     )
 
 
+def _value(variable: Any) -> Array:
+    try:
+        return variable.value
+    except TypeError as error:  # Keras calls the initializer that it no longer has
+        raise OptionError(
+            "the cache is in the middle of a fit, which keeps the values of all variables to "
+            "itself: a callback's self.model gives them back, so reach the layer through it. After "
+            "a fit that raised they may be lost: make the model again, and load its file."
+        ) from error
+
+
 class _FrontDoor:
     """Cross-entropy of each query's item against everything in a cache, in Keras variables.
 
@@ -124,7 +135,7 @@ class _FrontDoor:
 
 def _keys(seed: Any) -> VariableKeys:
     if seed is None:
-        seed = keras.random.SeedGenerator().get_config()["seed"]
+        seed = int(keras.random.SeedGenerator().state.numpy()[0])
     if isinstance(seed, int) and not isinstance(seed, bool):
         return VariableKeys(jax.random.key(seed))
     if isinstance(seed, Array):

@@ -19,6 +19,7 @@ FENCE = re.compile(
     r"^(?:<!-- from (?P<source>\S+) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+RUNS_ON = {"negcache_keras": "negcache_tensorflow"}  # Keras's own choice
 IMPORT = re.compile(r"^(?:import|from) (negcache_\w+)\b(?!\.)", re.MULTILINE)  # not of a module
 
 
@@ -35,14 +36,15 @@ class Block(NamedTuple):
 def blocks_of(page):
     """Return the Python blocks of a page, in order."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    framework = IMPORT.findall(text)[:1]
+    framework = [RUNS_ON.get(each, each) for each in IMPORT.findall(text)[:1]]
     blocks = []
     for fence in FENCE.finditer(text):
         if fence["kind"] == "text" and blocks and blocks[-1].prints is None:
             blocks[-1] = blocks[-1]._replace(prints=fence["text"])
         if fence["kind"] != "python":
             continue
-        framework = IMPORT.findall(fence["text"])[:1] or framework
+        found = IMPORT.findall(fence["text"])[:1]
+        framework = [RUNS_ON.get(each, each) for each in found] or framework
         if not framework and not fence["source"]:
             raise ValueError(f"{page}: no block imports negcache, so none can be run")
         line = text.count("\n", 0, fence.start("text"))
