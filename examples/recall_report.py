@@ -33,7 +33,7 @@ def reported(rows: Iterable[Row]) -> list[Row]:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Return a Markdown table: a line for each backend and method, of means over the seeds."""
+    """Return a Markdown table, a line for each backend and method: means of recall, median time."""
     lines = [
         "| backend | method | rate | seeds | recall@10 | recall@20 | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -42,7 +42,7 @@ def table(rows: Iterable[Row]) -> str:
         at_10, at_20 = (
             _spread([run["curve"][f"test_recall@{k}"][-1] for run in runs]) for k in (10, 20)
         )
-        seconds = statistics.mean(run["seconds"] for run in runs)
+        seconds = statistics.median(run["seconds"] for run in runs)
         first = f"{backend} | {method} | {runs[0]['rate']:g} | {len(runs)}"
         lines.append(f"| {first} | {at_10} | {at_20} | {seconds:.0f} |")
     return "\n".join(lines)

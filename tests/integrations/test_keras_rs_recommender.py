@@ -52,7 +52,7 @@ def test_it_trains_each_way_and_runs_nothing_twice(tmp_path, capsys):
 
 
 def test_it_trains_on_jax(tmp_path):
-    sizes = ("--max-users", "500", "--epochs", "1", "--batch-size", "64", "--cache-size", "64")
+    sizes = ("--max-users", "1000", "--epochs", "1", "--batch-size", "64", "--cache-size", "64")
     kept = tmp_path / "runs.jsonl"
     once = ("--methods", "cache", "--rates", "0.01", "--seeds", "0", "--results", str(kept))
     out = subprocess.run(
