@@ -2,13 +2,15 @@ import json
 import os
 import re
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported
+# Before any library is imported. Each worker has one core, and threads would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Most of the time goes into compiling programs that run once. TensorFlow 2.19 knows not all of
 # these flags: `make test-lowest` sets none.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    " --xla_cpu_use_fusion_emitters=false",
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
 )
 
 import jax
@@ -21,7 +23,7 @@ LONG = re.compile(r"(_shards|_pages|_demo|_types|_example)\.py")  # most of them
 
 # Timings say nothing here: the first example of a backend pays for its tracing.
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("ci", derandomize=True, max_examples=60, **COMMON)
+settings.register_profile("ci", derandomize=True, max_examples=40, **COMMON)
 settings.register_profile("deep", max_examples=1000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

@@ -8,6 +8,7 @@ import numpy as np
 from negcache_core.retrieval.tiled_scores import BLOCK
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
+COMPILING = ("tf.function", "tf.function+xla", "jax", "jax.jit")
 
 
 def chi_square_is_plausible(counts, probabilities):
@@ -58,6 +59,24 @@ def law_of_scores(scores):
     """Return the softmax (B, C) of scores, 0 for -inf."""
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
     return weights / weights.sum(axis=1, keepdims=True)
+
+
+def expected_gradients(backend, value, arrays, outcomes):
+    """Return the gradients by arrays of the sum of probability * value(*arrays, noise).
+
+    A library that compiles has one program for all outcomes: one of their sum takes far longer.
+    """
+    if backend.name not in COMPILING:
+
+        def total(*arrays):
+            return sum((share * value(*arrays, noise) for noise, share in outcomes), 0.0)
+
+        return backend.gradients(total, arrays)
+    found = [0.0] * len(arrays)
+    for noise, share in outcomes:
+        gradients = backend.gradients(value, arrays, noise)
+        found = [a + share * np.asarray(b) for a, b in zip(found, gradients, strict=True)]
+    return found
 
 
 def results_of(loss, W, query, positive, cache, outcomes, **arguments):

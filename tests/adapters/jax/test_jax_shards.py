@@ -475,6 +475,7 @@ def run(devices, *cases, warnings="error"):
         "--xla_backend_optimization_level=0",  # nearly all of the time goes into compiling
         "--xla_llvm_disable_expensive_passes=true",
         "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
     ]
     done = programs.run(
         *("-W", warnings, __file__, *programs.words_of(cases)),

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from ranks import run
+from ranks import run, run_program
 
 RANKS = 2
 
@@ -118,6 +118,14 @@ def fails(rank):
 def test_a_failing_rank_fails_the_suite(tmp_path):
     with pytest.raises(mp.ProcessRaisedException, match="rank 1 fails on purpose"):
         run(tmp_path, fails, ranks=RANKS)
+
+
+@pytest.mark.parametrize("last", ["assert rank != 1", "sys.exit(rank)"])
+def test_a_program_that_fails_on_a_rank_fails_the_suite(tmp_path, last):
+    program = tmp_path / "program.py"
+    program.write_text(f"import os, sys\nrank = int(os.environ['RANK'])\n{last}")
+    with pytest.raises(mp.ProcessRaisedException, match="Process 1 terminated"):
+        run_program(program, ranks=RANKS)
 
 
 def test_one_process_without_a_group_is_told_what_to_do():

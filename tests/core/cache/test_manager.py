@@ -120,7 +120,7 @@ def leaves(cache):
 @pytest.mark.parametrize("name", [*EAGER, "jax"])
 def test_manager_is_a_dict_of_rows(name):
     machine = type("Machine", (ManagerMachine,), {"backend": BACKENDS[name]})
-    part = {"jax": 20, "tensorflow": 3, "array-api-strict": 3}.get(name, 1)  # the slow ones
+    part = {"jax": 13, "tensorflow": 3, "array-api-strict": 3}.get(name, 1)  # the slow ones
     examples = settings.default.max_examples // part
     machine.TestCase.settings = settings(max_examples=examples, stateful_step_count=12)
     machine.TestCase().runTest()
