@@ -49,7 +49,9 @@ add_module_names = False
 
 html_theme = "furo"
 templates_path = ["_templates"]
-html_context = {"version_folder": version_folder}
+# Only the workflow that publishes the site knows where its sources are.
+repository = "/".join(os.environ.get(f"GITHUB_{key}", "") for key in ("SERVER_URL", "REPOSITORY"))
+html_context = {"version_folder": version_folder, "repository": repository.strip("/")}
 html_sidebars = {
     "**": [
         "sidebar/brand.html",
