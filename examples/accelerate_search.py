@@ -1,10 +1,10 @@
-"""Train the docstring search by a loop of your own on Accelerate; the model is trainer_search.py's.
+"""Train docstring search with your own loop on Accelerate; the model is that of trainer_search.py.
 
     python examples/accelerate_search.py
     python examples/accelerate_search.py --resume runs/accelerate_search/step_200
     torchrun --nproc-per-node 2 examples/accelerate_search.py
 
-Several processes keep equal caches, and a checkpoint has one of them: it goes on with any number.
+Processes keep equal caches, and a checkpoint holds one of them: any number of processes can resume.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 OUT = Path(__file__).resolve().parents[1] / "runs" / "accelerate_search"
-ACCUMULATE = 2  # batches for each step of the optimizer; each is a step of the cache
+ACCUMULATE = 2  # batches per optimizer step; each is a step of the cache
 
 
 class Progress:
-    """How far a run is, and what it has logged: saved with the rest, as it has a state_dict."""
+    """Batches done and metrics logged; Accelerate saves it because it has a state_dict."""
 
     def __init__(self) -> None:
         self.batches, self.history = 0, []
@@ -36,23 +36,23 @@ class Progress:
         return vars(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on there."""
+        """Restore it."""
         vars(self).update(state)
 
 
 class Run:
-    """A model, an optimizer and loaders, prepared by Accelerate, and how far they are."""
+    """A model, an optimizer and loaders, prepared by Accelerate, and the progress."""
 
     def __init__(self, data: Data, options: argparse.Namespace) -> None:
-        # A seedable sampler shuffles an epoch alike whenever it comes to it.
+        # A seedable sampler shuffles an epoch the same way after a resume.
         seedable = DataLoaderConfiguration(use_seedable_sampler=True)
         self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),  # or processes on CPUs do not find each other
+            cpu=not torch.cuda.is_available(),  # else processes on CPUs do not find each other
             gradient_accumulation_steps=ACCUMULATE,
             dataloader_config=seedable,
         )
         set_seed(0)
-        # The accelerator starts torch.distributed, so the model comes after it.
+        # The accelerator starts torch.distributed, so create the model after it.
         replicated = self.accelerator.num_processes > 1
         model = DualEncoder(options.width, options.cache_size, replicated=replicated)
         train, held_out = Pairs(data, data.train), Pairs(data, data.held_out)
@@ -68,7 +68,7 @@ class Run:
             self.accelerator.load_state(str(options.resume))
 
     def train(self) -> None:
-        """Train up to `options.steps` of the optimizer."""
+        """Train for up to `options.steps` optimizer steps."""
         options, progress = self.options, self.progress
         if not progress.batches:
             self.log(self.evaluate())
@@ -95,7 +95,7 @@ class Run:
         bar.close()
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield batches, epoch after epoch, from where the run is."""
+        """Yield batches epoch after epoch, starting where the run left off."""
         epoch, done = divmod(self.progress.batches, len(self.train_loader))
         while True:
             self.train_loader.set_epoch(epoch)
@@ -120,12 +120,12 @@ class Run:
         return {f"eval_{name}": value for name, value in figures.items()}
 
     def log(self, figures: dict[str, float]) -> None:
-        """Keep figures of this step."""
+        """Record figures of this step."""
         self.progress.history.append({"step": self.progress.batches // ACCUMULATE, **figures})
 
 
 def main(arguments: Sequence[str] | None = None) -> Run:
-    """Mine, train, evaluate, draw."""
+    """Mine, train, evaluate, plot."""
     options = parse(str(__doc__), OUT, arguments)
     run = Run(as_data(mine_pairs(options.max_pairs)), options)
     run.train()

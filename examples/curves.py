@@ -1,4 +1,4 @@
-"""How the examples draw what they measured: panels of lines, on white, legible in the dark too."""
+"""Plots for the examples: panels of lines on white, legible in dark mode too."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,12 +17,12 @@ _STYLE = {
     "axes.labelcolor": INK,
     "xtick.color": INK,
     "ytick.color": INK,
-    "svg.hashsalt": "negcache",  # the same picture is the same file
+    "svg.hashsalt": "negcache",  # equal plots give equal files
 }
 
 
 class Panel(NamedTuple):
-    """Lines (x, y) by their names, and what is drawn: title, what x and y are, levels by names."""
+    """Lines (x, y) by name, and the panel's title, axis labels and horizontal levels by name."""
 
     title: str
     lines: Mapping[str, tuple[Iterable[float], Iterable[float]]]
@@ -32,7 +32,7 @@ class Panel(NamedTuple):
 
 
 def draw(panels: Iterable[Panel], path: Path) -> None:
-    """Save a picture of panels, as its file's name ends: .svg or .png."""
+    """Save the panels as one picture, .svg or .png by the file's suffix."""
     panels = list(panels)
     with rc_context(_STYLE):
         figure = Figure(figsize=(9, 3.2), layout="constrained")

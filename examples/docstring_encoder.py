@@ -1,7 +1,7 @@
-"""A small BERT for the docstring search, whose forward pass is a step of the cache.
+"""A small BERT for docstring search, whose forward pass is one step of the cache.
 
-Batches are dicts, as transformers has them: query_input_ids, query_attention_mask, and the same of
-items. The weights are random at first: nothing is downloaded.
+Batches are dicts, as usual in transformers: query_input_ids, query_attention_mask, and the same for
+items. The weights start random: nothing is downloaded.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import BertConfig, BertModel
 
-ITEM_TOKENS = 48  # of the 128 that there are: a name and the first lines say most
+ITEM_TOKENS = 48  # of 128: the name and the first lines say most
 LEARNING_RATE = 1e-3
 
 
@@ -29,7 +29,7 @@ class DualEncoder(nn.Module):
 
     width:      of the embeddings
     slots:      of the cache
-    replicated: whether several processes keep equal caches, of which any checkpoint has one
+    replicated: whether several processes keep equal caches; a checkpoint holds one of them
     """
 
     def __init__(self, width: int, slots: int, *, replicated: bool = False) -> None:
@@ -60,12 +60,12 @@ class DualEncoder(nn.Module):
         )
 
     def embed(self, tokens: Mapping[str, Tensor]) -> Tensor:
-        """Map input_ids and attention_mask (n, tokens) to embeddings (n, width) of length 1."""
+        """Map input_ids and attention_mask (n, tokens) to unit embeddings (n, width)."""
         states = self.encoder(**tokens).last_hidden_state
         mask = tokens["attention_mask"].unsqueeze(-1)
         return functional.normalize((states * mask).sum(dim=1), dim=1)
 
-    # The trainer drops the columns of a batch that are no arguments here.
+    # The Trainer drops columns of a batch that are not arguments here.
     def forward(
         self,
         query_input_ids: Tensor,
@@ -74,7 +74,7 @@ class DualEncoder(nn.Module):
         item_attention_mask: Tensor,
         item_id: Tensor,
     ) -> dict[str, Tensor]:
-        """Return the loss, in training by a step of the cache, and the queries' embeddings."""
+        """Return the loss and the query embeddings; in training, this is one step of the cache."""
         query = {"input_ids": query_input_ids, "attention_mask": query_attention_mask}
         item = {"input_ids": item_input_ids, "attention_mask": item_attention_mask}
         embeddings = self.embed(query)
@@ -83,7 +83,7 @@ class DualEncoder(nn.Module):
 
 
 class Pairs(Dataset[dict[str, Any]]):
-    """The pairs of some rows, each a dict of arrays, as transformers' collator takes them."""
+    """The pairs of the given rows, as dicts of arrays for transformers' collator."""
 
     def __init__(self, data: Data, rows: np.ndarray) -> None:
         self.data, self.rows = data, rows
@@ -108,7 +108,7 @@ class Pairs(Dataset[dict[str, Any]]):
 def search_metrics(
     model: DualEncoder, data: Data, queries: Tensor, item_ids: Tensor
 ) -> dict[str, float]:
-    """Return MRR and recall@10 of queries, given by their embeddings, among all items."""
+    """Return MRR and recall@10 of the embedded queries, among all items."""
     tokens = torch.from_numpy(data.items[:, :ITEM_TOKENS]).to(queries.device)
     parts = tokens.split(256)
     items = torch.cat(
@@ -119,7 +119,7 @@ def search_metrics(
 
 
 def report(data: Data, history: list[dict[str, float]], path: Path) -> None:
-    """Print the last evaluation, and draw what was logged, by steps."""
+    """Print the first and last evaluation, and plot what was logged by step."""
     first, *_, last = [row for row in history if "eval_mrr" in row]
     print(f"{len(data.held_out)} held-out queries among {len(data.items):,} items:")
     for row in (first, last):
@@ -133,28 +133,28 @@ def report(data: Data, history: list[dict[str, float]], path: Path) -> None:
         Panel("effective negatives", {"": _points(history, "cache/effective_negatives")}),
     ]
     draw(panels, path)
-    print(f"drawn in {path}")
+    print(f"plot saved to {path}")
 
 
 def _points(history: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
-    """Return the steps at which a figure was logged, and the figures."""
+    """Return the steps at which a value was logged, and the values."""
     found = [(row["step"], row[key]) for row in history if key in row]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def parse(description: str, out: Path, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line, of either program."""
+    """Parse the command line of either program."""
     parser = argparse.ArgumentParser(description=description.split("\n", maxsplit=1)[0])
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch-size", type=int, default=32, help="pairs of a process")
+    parser.add_argument("--batch-size", type=int, default=32, help="pairs per process")
     parser.add_argument("--cache-size", type=int, default=2_048)
     parser.add_argument("--width", type=int, default=64, help="of the embeddings")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
-    parser.add_argument("--max-pairs", type=int, default=4_000, help="stop mining at so many pairs")
+    parser.add_argument("--max-pairs", type=int, default=4_000, help="stop mining after this many")
     parser.add_argument("--eval-every", type=int, default=100, help="steps")
     parser.add_argument("--save-every", type=int, default=200, help="steps")
     parser.add_argument("--log-every", type=int, default=20, help="steps")
-    parser.add_argument("--resume", type=Path, help="a checkpoint to go on from")
+    parser.add_argument("--resume", type=Path, help="a checkpoint to resume from")
     parser.add_argument("--out", type=Path, default=out, help="for checkpoints")
     parser.add_argument("--picture", type=Path, help="default: curves.svg in --out")
     options = parser.parse_args(arguments)

@@ -1,12 +1,12 @@
-"""Retrieval over item numbers: a table of embeddings for them, and a cache with a number a slot.
+"""Retrieval over item ids: a table of embeddings, and a cache that keeps one id per slot.
 
     python examples/item_ids.py
     python examples/item_ids.py --items 1000000 --cache-size 65536 --eval-every 200
     python examples/item_ids.py --items 1000000 --cache-size 65536 --costs
 
-The data is made up, with a structure that is known: items have a category, a place near its centre,
-and a popularity (Zipf's law); a query is a noisy look at the place of the item that it asks for. So
-the best recall that any model can have is known too. Nothing is downloaded.
+The data is synthetic: an item has a category, a position near the category's centre, and a
+popularity (Zipf's law); a query is a noisy observation of the position of the item it asks for. So
+the best recall that any model can reach is known. Nothing is downloaded.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from tqdm import tqdm
 OUT = Path(__file__).resolve().parents[1] / "runs" / "item_ids"
 FEATURES, WIDTH = 16, 32  # of a query, and of an embedding
 NOISE = 0.2  # standard deviation of a query's numbers
-QUERIES = 1_000  # to evaluate with
-UPKEEP = 16  # steps, after which one part in so many of the cache is seen to
-MOST_EXACT = 100_000  # items up to which the softmax over all of them is trained, to compare
+QUERIES = 1_000  # for evaluation
+UPKEEP = 16  # every 16 steps, 1/16 of the cache is replaced and 1/16 refreshed
+MOST_EXACT = 100_000  # up to so many items, the softmax over all of them is trained too
 EXACT, CORRECTED, PLAIN = "softmax over all items", "cache, corrected", "cache, not corrected"
 
 Optimizers = list[torch.optim.Optimizer]
@@ -37,10 +37,10 @@ Optimizers = list[torch.optim.Optimizer]
 class Catalogue(NamedTuple):
     """Items 0, 1, 2, …, the most popular first.
 
-    places:   (n, FEATURES), of length 1; no model gets to see them
+    places:   (n, FEATURES), unit vectors; no model sees them
     category: (n,) integers
-    share:    (n,) of all queries
-    bounds:   (n,) float64, the shares of an item and of all before it
+    share:    (n,) the item's share of all queries
+    bounds:   (n,) float64, the cumulative shares
     """
 
     places: Tensor
@@ -50,7 +50,7 @@ class Catalogue(NamedTuple):
 
 
 def make_catalogue(items: int) -> Catalogue:
-    """Make up items, 100 to a category on average."""
+    """Generate items, 100 per category on average."""
     pick = torch.Generator().manual_seed(0)
     categories = max(2, items // 100)
     category = torch.randint(categories, (items,), generator=pick)
@@ -63,7 +63,7 @@ def make_catalogue(items: int) -> Catalogue:
 
 
 def draw_queries(catalogue: Catalogue, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return queries (count, FEATURES), and the numbers (count,) of the items they ask for."""
+    """Return queries (count, FEATURES), and the ids (count,) of the items they ask for."""
     pick = torch.Generator().manual_seed(seed)
     where = torch.rand(count, generator=pick, dtype=torch.float64)
     ids = torch.searchsorted(catalogue.bounds, where).clamp(max=len(catalogue.share) - 1)
@@ -72,9 +72,9 @@ def draw_queries(catalogue: Catalogue, count: int, seed: int) -> tuple[Tensor, T
 
 
 class Towers(nn.Module):
-    """A tower of two layers for queries, and a table of items with a layer on it.
+    """A two-layer tower for queries, and an item table with a layer on top.
 
-    The item tower takes numbers. What else it needs of an item, its category, it looks up.
+    The item tower takes ids, and looks up the category of each.
     """
 
     def __init__(self, category: Tensor, *, sparse: bool) -> None:
@@ -93,7 +93,7 @@ class Towers(nn.Module):
         return self.layer(self.items(ids) + self.categories(self.category[ids]))
 
     def make_optimizers(self, rate: float) -> Optimizers:
-        """Return Adam for the layers, and for the tables one that only touches a batch's rows."""
+        """Return Adam for the layers; for the tables, one that touches only the batch's rows."""
         tables = [self.items.weight, self.categories.weight]
         layers = [*self.embed_queries.parameters(), *self.layer.parameters()]
         if not self.items.sparse:
@@ -107,18 +107,18 @@ class Cached:
     def __init__(
         self, towers: Towers, catalogue: Catalogue, slots: int, batch: int, *, corrected: bool
     ) -> None:
-        number = negcache.FieldSpec((), torch.int32)
+        item_id = negcache.FieldSpec((), torch.int32)
         self.towers, self.catalogue, self.slots = towers, catalogue, slots
-        self.steps, self.rows = 0, slots + batch  # those that compete
+        self.steps, self.rows = 0, slots + batch  # rows that compete
         self.loss_fn = negcache.NegativeCacheLoss(
             slots,
-            features={"item_id": number},
+            features={"item_id": item_id},
             embedding=WIDTH,
             scale=1.0,
             labels={"log_count": negcache.FieldSpec((), torch.float32)},
             id_keys=("item_id",),
             log_frequency_key="log_count" if corrected else None,
-            use_lru=False,  # rows that are drawn do not stay longer than others
+            use_lru=False,  # drawn rows do not stay longer than others
             generator=0,
         )
         self.pick = torch.Generator().manual_seed(1)
@@ -136,12 +136,12 @@ class Cached:
             self.towers.embed_queries(query),
             self.towers.embed_items(features),
             features,
-            # A batch's items come as often as they are asked for.
+            # A batch's items come in proportion to their share of the queries.
             labels={"log_count": torch.log(self.rows * self.catalogue.share[ids])},
         )
 
     def fill(self, count: int) -> None:
-        """Put in items that are drawn evenly: else those that nobody asks for never compete."""
+        """Add items drawn uniformly: otherwise those that nobody asks for never compete."""
         items = len(self.catalogue.share)
         ids = torch.randint(items, (count,), generator=self.pick, dtype=torch.int32)
         log_count = torch.full((count,), math.log(self.rows / items))
@@ -151,11 +151,11 @@ class Cached:
 
 
 class Result(NamedTuple):
-    """A training.
+    """The result of one training run.
 
-    curve:     (step, recall@10, recall@10 of the 1 % of items that are most popular)
-    staleness: of each step; none without a cache
-    ms:        processor time of a step
+    curve:     (step, recall@10, recall@10 of the most popular 1 % of items)
+    staleness: of each step; empty without a cache
+    ms:        CPU time per step
     """
 
     curve: list[tuple[int, float, float]]
@@ -164,7 +164,7 @@ class Result(NamedTuple):
 
 
 def train(method: str, catalogue: Catalogue, options: argparse.Namespace) -> Result:
-    """Train by one of the methods: the same first weights and the same queries for each."""
+    """Train by one method; all of them start from the same weights and see the same queries."""
     torch.manual_seed(0)
     exact = method == EXACT
     towers = Towers(catalogue.category, sparse=not exact)
@@ -214,7 +214,7 @@ def train_step(
 
 @torch.no_grad()
 def evaluate(towers: Towers | None, catalogue: Catalogue) -> tuple[float, float]:
-    """Return recall@10 of fresh queries among all items, and of popular items; None: the best."""
+    """Return recall@10 of new queries, for all and for popular items; for None, the best."""
     given, ids = draw_queries(catalogue, QUERIES, seed=2**40)
     if towers is None:  # the posterior of a normal distribution, with the shares as prior
         queries, items = given / NOISE**2, catalogue.places
@@ -233,9 +233,9 @@ def evaluate(towers: Towers | None, catalogue: Catalogue) -> tuple[float, float]
 
 
 def costs(catalogue: Catalogue, options: argparse.Namespace, steps: int = 5) -> None:
-    """Print what a step takes, and what the tables do."""
+    """Print the time of a step and the size of the tables."""
     items = len(catalogue.share)
-    print(f"{items:,} items, batches of {options.batch_size}; processor ms of a step:")
+    print(f"{items:,} items, batches of {options.batch_size}; CPU ms per step:")
     for name, method, sparse, slots in (
         (f"cache of {options.cache_size:,} slots, SparseAdam", CORRECTED, True, options.cache_size),
         (f"cache of {items:,} slots, SparseAdam", CORRECTED, True, items),
@@ -273,7 +273,7 @@ def costs(catalogue: Catalogue, options: argparse.Namespace, steps: int = 5) -> 
 
 
 def picture(results: dict[str, Result], best: tuple[float, float], path: Path) -> None:
-    """Draw recall by steps, of all queries and of those for popular items."""
+    """Plot recall by step, for all queries and for those about popular items."""
     panels = []
     for number, title in enumerate(("recall@10", "recall@10, the most popular 1 % of items")):
         lines = {
@@ -285,7 +285,7 @@ def picture(results: dict[str, Result], best: tuple[float, float], path: Path) -
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
-    """Train by each method, compare, draw."""
+    """Train by each method, compare, plot."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
     parser.add_argument("--items", type=int, default=20_000)
     parser.add_argument("--steps", type=int, default=400)
@@ -293,8 +293,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
     parser.add_argument("--cache-size", type=int, default=4_096)
     parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--eval-every", type=int, default=50, help="steps")
-    parser.add_argument("--costs", action="store_true", help="time a few steps, and leave it there")
-    parser.add_argument("--out", type=Path, default=OUT, help="for the picture")
+    parser.add_argument("--costs", action="store_true", help="only time a few steps")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the picture")
     parser.add_argument("--picture", type=Path, help="default: recall.svg in --out")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -305,10 +305,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
     methods = (EXACT, CORRECTED, PLAIN) if options.items <= MOST_EXACT else (CORRECTED, PLAIN)
     results = {method: train(method, catalogue, options) for method in methods}
     best = evaluate(None, catalogue)
-    print(f"recall@10 among {options.items:,} items; at best {best[0]:.3f}")
+    print(f"recall@10 among {options.items:,} items; best possible {best[0]:.3f}")
     for method, result in results.items():
         _, recall, popular = result.curve[-1]
-        print(f"{method:<24}{recall:.3f}, popular items {popular:.3f}; {result.ms:.1f} ms a step")
+        print(f"{method:<24}{recall:.3f}, popular items {popular:.3f}; {result.ms:.1f} ms per step")
     picture(results, best, options.picture or options.out / "recall.svg")
     return results
 

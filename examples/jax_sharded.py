@@ -1,11 +1,11 @@
-"""Train the docstring search in plain JAX on a mesh: batch, cache and weights in shards.
+"""Train docstring search in plain JAX on a mesh, with sharded batch, cache and weights.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python examples/jax_sharded.py
     … python examples/jax_sharded.py --whole-weights
     … python examples/jax_sharded.py --resume runs/jax_sharded/step_200
 
-It takes all devices that JAX finds: two virtual ones here. Weights and the state of Adam lie in
-shards as well, and come together for the step; --whole-weights leaves them on every device.
+It uses all devices that JAX finds: two virtual ones here. Weights and Adam's state are sharded too,
+and gathered for each step; --whole-weights keeps them whole on every device.
 """
 
 import argparse
@@ -35,14 +35,14 @@ Weights = dict[str, Array]
 
 
 def embed(weights: Weights, tower: str, tokens: Array) -> Array:
-    """Map token ids (n, words) to embeddings (n, width) of length 1, by "query" or "item"."""
+    """Map token ids (n, words) to unit embeddings (n, width), with the "query" or "item" tower."""
     factors = jnp.exp(weights[tower][tokens]) * (tokens != PADDING)
     total = jnp.einsum("nt,ntd->nd", factors, weights["vectors"][tokens])
     return total / jnp.linalg.norm(total, axis=1, keepdims=True)
 
 
 def make_loss(cache_size: int, width: int) -> negcache.NegativeCacheLoss:
-    """Return the loss, whose cache the devices of the mesh's axis share."""
+    """Return the loss; its cache is sharded over the mesh's axis "data"."""
     return negcache.NegativeCacheLoss(
         cache_size,
         features={"tokens": negcache.FieldSpec((ITEM_WORDS,), jnp.int32)},
@@ -55,7 +55,7 @@ def make_loss(cache_size: int, width: int) -> negcache.NegativeCacheLoss:
 
 
 class State(NamedTuple):
-    """All that a run goes on from, as a pytree; or where each array of it lies."""
+    """All that a run needs to resume, as a pytree; or the sharding of each array in it."""
 
     weights: Any
     optimizer: Any
@@ -64,7 +64,7 @@ class State(NamedTuple):
 
 
 def init(loss_fn: negcache.NegativeCacheLoss, width: int) -> State:
-    """Return the first state."""
+    """Return the initial state."""
     first, second = jax.random.split(jax.random.PRNGKey(0))
     weights = {
         "vectors": 0.1 * jax.random.normal(first, (BUCKETS, width)),
@@ -77,7 +77,7 @@ def init(loss_fn: negcache.NegativeCacheLoss, width: int) -> State:
 def shardings(
     loss_fn: negcache.NegativeCacheLoss, width: int, mesh: Mesh | AbstractMesh, *, whole: bool
 ) -> State:
-    """Return where each array of a state lies: the weights' rows on all devices, unless `whole`."""
+    """Return the sharding of each array of a state: weights are split by rows, unless `whole`."""
     shapes = jax.eval_shape(functools.partial(init, loss_fn, width))
 
     def place(array: Any) -> NamedSharding:
@@ -90,7 +90,7 @@ def shardings(
 def make_train_step(
     loss_fn: negcache.NegativeCacheLoss, places: State, mesh: Mesh
 ) -> Callable[..., tuple[State, dict[str, Array]]]:
-    """Return the compiled step, which takes a state and a batch, and returns what became of it."""
+    """Return the compiled step, from a state and a batch to the next state and the metrics."""
 
     # One device: its part of the batch, its shard of the cache, and all weights.
     def loss_of(
@@ -106,7 +106,7 @@ def make_train_step(
         metrics = {key: jax.lax.pmean(value, "data") for key, value in result.metrics.items()}
         return jax.lax.pmean(result.loss, "data"), (bound.state, metrics)
 
-    # The gradient of the mean over devices: JAX adds up what each has.
+    # The gradient of the mean over devices: JAX sums each device's part.
     on_mesh = jax.shard_map(
         jax.value_and_grad(loss_of, has_aux=True),
         mesh=mesh,
@@ -114,7 +114,7 @@ def make_train_step(
         out_specs=((P(), (loss_fn.specs(), P())), P()),
     )
 
-    # All devices: weights in shards are gathered for the step, and each shard updated where it is.
+    # All devices: sharded weights are gathered for the step, and each shard is updated in place.
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(places, None))
     def train_step(
         state: State, query: Array, features: dict[str, Array]
@@ -129,7 +129,7 @@ def make_train_step(
 
 @jax.jit
 def embeddings(weights: Weights, data: Data) -> tuple[Array, Array]:
-    """Return those of the held-out queries, and of all items."""
+    """Return the embeddings of the held-out queries, and of all items."""
     item = functools.partial(embed, weights, "item")
     items = jax.lax.map(lambda row: item(row[None])[0], data.items, batch_size=256)
     return embed(weights, "query", data.queries[data.held_out]), items
@@ -165,12 +165,12 @@ class Run:
             )  # over that of an earlier run
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint, bit for bit."""
+        """Resume from a checkpoint, bit for bit."""
         with ocp.StandardCheckpointer() as checkpointer:
             self.state = checkpointer.restore(folder.resolve(), self.state)
 
     def train(self, data: Data) -> None:
-        """Train up to `options.steps`."""
+        """Train until step `options.steps`."""
         options, begun = self.options, int(self.state.step)
         rows = batches(data.train, options.steps, options.batch_size)
         bar = tqdm(range(begun + 1, options.steps + 1), unit="step")
@@ -188,7 +188,7 @@ class Run:
 
 
 def megabytes(shapes: Any, places: Any) -> float:
-    """Return what one device holds of arrays that lie so."""
+    """Return how much one device holds of arrays with these shardings."""
     sizes = jax.tree.map(
         lambda array, place: math.prod(place.shard_shape(array.shape)) * array.dtype.itemsize,
         shapes,
@@ -198,7 +198,7 @@ def megabytes(shapes: Any, places: Any) -> float:
 
 
 def picture(run: Run, path: Path) -> None:
-    """Draw how the search learned, and what a device holds as their number grows."""
+    """Plot the search quality by step, and the memory per device by the number of devices."""
     steps, mrr, recall = zip(*run.curve, strict=True)
     options, counts = run.options, (1, 2, 4, 8)
     loss_fn = make_loss(options.cache_size, options.width)
@@ -229,17 +229,17 @@ def picture(run: Run, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> Run:
-    """Mine, train, evaluate, draw."""
+    """Mine, train, evaluate, plot."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch-size", type=int, default=64, help="of all devices together")
-    parser.add_argument("--cache-size", type=int, default=4_096, help="of all devices together")
+    parser.add_argument("--batch-size", type=int, default=64, help="over all devices")
+    parser.add_argument("--cache-size", type=int, default=4_096, help="over all devices")
     parser.add_argument("--width", type=int, default=64, help="of the embeddings")
     parser.add_argument("--whole-weights", action="store_true", help="on every device")
-    parser.add_argument("--max-pairs", type=int, default=6_000, help="stop mining at so many pairs")
+    parser.add_argument("--max-pairs", type=int, default=6_000, help="stop mining after this many")
     parser.add_argument("--eval-every", type=int, default=50, help="steps")
     parser.add_argument("--save-every", type=int, default=200, help="steps")
-    parser.add_argument("--resume", type=Path, help="a checkpoint to go on from")
+    parser.add_argument("--resume", type=Path, help="a checkpoint to resume from")
     parser.add_argument("--out", type=Path, default=OUT, help="for checkpoints")
     parser.add_argument("--picture", type=Path, help="default: curves.svg in --out")
     options = parser.parse_args(arguments)
@@ -253,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> Run:
     print(f"{jax.device_count()} devices:")
     for step, mrr, recall in (run.curve[0], run.curve[-1]):
         print(f"step {step}: MRR {mrr:.3f}, recall@10 {recall:.3f}")
-    print(f"drawn in {path}")
+    print(f"plot saved to {path}")
     return run
 
 

@@ -1,10 +1,10 @@
-"""Train the docstring search by transformers.Trainer: a small BERT, and the cache in its model.
+"""Train docstring search with transformers.Trainer: a small BERT, with the cache in the model.
 
     python examples/trainer_search.py
     python examples/trainer_search.py --resume runs/trainer_search/checkpoint-200
     torchrun --nproc-per-node 2 examples/trainer_search.py
 
-Several processes keep equal caches, and a checkpoint has one of them: it goes on with any number.
+Processes keep equal caches, and a checkpoint holds one of them: any number of processes can resume.
 """
 
 import argparse
@@ -22,10 +22,10 @@ OUT = Path(__file__).resolve().parents[1] / "runs" / "trainer_search"
 
 
 class CacheTrainer(Trainer):
-    """A trainer that logs what the cache says, besides the loss."""
+    """A trainer that logs the cache's metrics along with the loss."""
 
     def log(self, logs: dict[str, float], *arguments: Any) -> None:
-        """Add the cache's metrics to those of a training step; they go to all loggers."""
+        """Add the cache's metrics to those of a training step; all loggers get them."""
         if "loss" in logs:
             metrics = self.model.loss_fn.metrics
             logs |= {f"cache/{name}": value.item() for name, value in metrics.items()}
@@ -33,7 +33,7 @@ class CacheTrainer(Trainer):
 
 
 def make_trainer(data: Data, options: argparse.Namespace, **more: Any) -> CacheTrainer:
-    """Return the trainer; `more` goes to its arguments."""
+    """Return the trainer; `more` is passed to TrainingArguments."""
     settings = {
         "per_device_train_batch_size": options.batch_size,
         "per_device_eval_batch_size": 128,
@@ -44,14 +44,14 @@ def make_trainer(data: Data, options: argparse.Namespace, **more: Any) -> CacheT
         "eval_steps": options.eval_every,
         "eval_on_start": not options.resume,
         "save_steps": options.save_every,
-        "use_cpu": not torch.cuda.is_available(),  # or processes on CPUs do not find each other
+        "use_cpu": not torch.cuda.is_available(),  # else processes on CPUs do not find each other
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "label_names": ["item_id"],  # so that evaluation asks for the loss, and keeps the ids
+        "label_names": ["item_id"],  # so that evaluation computes the loss and keeps the ids
         "ddp_find_unused_parameters": False,
         "report_to": "none",
         "seed": 0,
     }
-    # These start torch.distributed, so the model comes after them.
+    # TrainingArguments starts torch.distributed, so create the model after it.
     arguments = TrainingArguments(str(options.out), **{**settings, **more})
     set_seed(0)
     replicated = arguments.world_size > 1
@@ -71,7 +71,7 @@ def make_trainer(data: Data, options: argparse.Namespace, **more: Any) -> CacheT
 
 
 def main(arguments: Sequence[str] | None = None, **more: Any) -> CacheTrainer:
-    """Mine, train, evaluate, draw."""
+    """Mine, train, evaluate, plot."""
     options = parse(str(__doc__), OUT, arguments)
     data = as_data(mine_pairs(options.max_pairs))
     trainer = make_trainer(data, options, **more)
