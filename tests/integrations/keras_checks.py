@@ -213,7 +213,9 @@ def test_the_handler_has_its_own_methods():
     assert isinstance(repr(handler), str)
     if BACKEND == "jax":
         handler.resize(12)
-        assert {variable.shape[0] for variable in model.non_trainable_variables} == {2, 5, 12}
+        slots = {variable.shape[0] for variable in model.non_trainable_variables}
+        assert 12 in slots
+        assert 16 not in slots
     handler.reset()
     assert (state_of(model)[0] == negcache.EMPTY).all()
 
