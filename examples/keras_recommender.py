@@ -14,6 +14,7 @@ It trains twice for the same number of steps: with in-batch negatives, and again
 """
 
 import argparse
+import math
 import re
 import sys
 import zlib
@@ -88,6 +89,28 @@ def mine(max_files: int | None = None) -> Imports:
         "log_q": np.log(share).astype(np.float32),
     }
     return Imports(modules, known, held_out, features)
+
+
+class Pairs(keras.utils.PyDataset):
+    """Batches {"known": (B, KNOWN), "item": features}, in another order in each epoch."""
+
+    def __init__(self, rows: Mapping[str, Any], batch_size: int) -> None:
+        super().__init__()
+        self.rows, self.batch_size = rows, batch_size
+        self.random = np.random.default_rng(0)
+        self.on_epoch_end()
+
+    def on_epoch_end(self) -> None:
+        """Shuffle."""
+        self.order = self.random.permutation(len(self.rows["known"]))
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.order) / self.batch_size)
+
+    def __getitem__(self, batch: int) -> tuple[dict[str, Any]]:
+        chosen = self.order[batch * self.batch_size :][: self.batch_size]
+        item = {key: value[chosen] for key, value in self.rows["item"].items()}
+        return ({"known": self.rows["known"][chosen], "item": item},)
 
 
 def pairs_of(data: Imports) -> dict[str, Any]:
@@ -245,12 +268,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 keras.callbacks.ModelCheckpoint(weights, save_weights_only=True),
                 keras.callbacks.TensorBoard(options.out / "tensorboard"),
             ]
+        batches = Pairs(pairs_of(data), options.batch_size)
         model.fit(
-            pairs_of(data),
-            batch_size=options.batch_size,
-            epochs=options.epochs,
-            verbose=progress,
-            callbacks=callbacks,
+            batches, epochs=options.epochs, verbose=progress, shuffle=False, callbacks=callbacks
         )
         print(f"recall@10, {name}: {curve[options.epochs]:.3f}")
     if options.out is not None:

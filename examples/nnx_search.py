@@ -128,7 +128,7 @@ class Run:
     def save(self, folder: Path) -> None:
         """Write a checkpoint; if the process dies, it is complete or absent."""
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder, self.arrays())
+            checkpointer.save(folder, self.arrays(), force=True)  # in place of an older run's
 
     def load(self, folder: Path) -> None:
         """Resume from a checkpoint, bit for bit."""

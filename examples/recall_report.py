@@ -10,9 +10,15 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-COLORS = ("#94a3b8", "#334155", "#ea580c", "#2563eb", "#a855f7")
-MARKERS = ("x", "o", "s", "D", "v")
+LOOKS = {
+    "in-batch, KerasRS 0.4": ("#94a3b8", "x"),
+    "in-batch": ("#334155", "o"),
+    "hard negatives": ("#ea580c", "s"),
+    "cache": ("#2563eb", "D"),
+    "full softmax": ("#a855f7", "v"),
+}
 
 Row = dict[str, Any]
 
@@ -52,26 +58,25 @@ def picture(rows: Iterable[Row]) -> Figure:
     """Return a panel for each backend: recall@10 by epoch, the mean of the seeds and their band."""
     found = _together(rows)
     backends = list(dict.fromkeys(backend for backend, _ in found))
-    methods = list(dict.fromkeys(method for _, method in found))
     figure = Figure(figsize=(4.5 * len(backends), 3.6), layout="constrained")
     panels = figure.subplots(1, len(backends), sharey=True, squeeze=False)[0]
     for axes, backend in zip(panels, backends, strict=True):
-        for number, method in enumerate(methods):
+        for method, look in LOOKS.items():
             if (backend, method) in found:
-                _line(axes, found[backend, method], method, number)
+                _line(axes, found[backend, method], method, *look)
         axes.set_title(backend, loc="left")
         axes.set_xlabel("epochs")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(color="#cbd5e1", linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("test recall@10")
-    panels[0].legend(frameon=False, fontsize=8)
+    panels[0].legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
 
-def _line(axes: Axes, runs: list[Row], method: str, number: int) -> None:
+def _line(axes: Axes, runs: list[Row], method: str, color: str, marker: str) -> None:
     epochs = list(zip(*(run["curve"]["test_recall@10"] for run in runs), strict=True))
     where = range(1, len(epochs) + 1)
-    color, marker = (of[number % len(of)] for of in (COLORS, MARKERS))
     axes.fill_between(
         where, list(map(min, epochs)), list(map(max, epochs)), color=color, alpha=0.2, linewidth=0
     )

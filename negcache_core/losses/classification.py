@@ -56,10 +56,10 @@ class CacheClassificationLoss(CacheLoss):
     margin:          leave out rows that score higher than the positive plus this, as they may well
                      be right. For cached rows the stale score counts, after scale and
                      score_transform; for in-batch and hard negatives the fresh one.
-    log_frequency_key: a floating field (scalar per row), the log of how often an item occurs in the
-                     stream. It is subtracted from the scores of cached rows and in-batch negatives,
-                     which are there in proportion to it, but not from the positive's (the logQ
-                     correction).
+    log_frequency_key: a floating field (scalar per row), the log of the number of rows to expect of
+                     the item among the cache's C and the batch's B: (C + B) times its probability.
+                     It is subtracted from the scores of cached rows and in-batch negatives, but not
+                     from the positive's, which is there once (the logQ correction).
     max_staleness:   None: rows of every age compete. A number above 0: only rows in a window of
                      ages, which a handler keeps. It reaches to the age at which rows are expected
                      to be this much staler (|stale - fresh|^2 / |fresh|^2) than a row just

