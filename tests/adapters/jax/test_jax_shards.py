@@ -351,7 +351,7 @@ def mistakes():
         jax.eval_shape(step, weights, handler.init(jax.random.key(0)), batch)
     _, step = sharded_step(mesh, {})
     other = handler_of(weights, {}, 8).init(jax.random.key(0))
-    with pytest.raises(negcache.ShapeError, match=r"2 slots on each of 4 devices .* 24 in all"):
+    with pytest.raises(negcache.ShapeError, match=r"2 slots on each of 4 devices .* 24 in total"):
         jax.eval_shape(step, weights, other, batch)
 
 
