@@ -102,7 +102,7 @@ def _value(variable: Any) -> Array:
     except TypeError as error:  # Keras calls an initializer that it has dropped
         raise OptionError(
             "the cache is in the middle of a fit, which keeps the values of all variables to "
-            "itself: a callback's self.model gives them back, so reach the layer through it. After "
+            "itself: a callback's self.model restores them, so reach the layer through it. After "
             "a fit that raised they may be lost: make the model again, and load its file."
         ) from error
 
