@@ -4,11 +4,11 @@
     KERAS_BACKEND=jax python examples/keras_recommender.py --epochs 2 --max-files 500
 
 The "users" are the Python files of the standard library and of NumPy, Keras, TensorFlow, JAX and
-PyTorch, as far as these are installed; the "items" are the modules that they import. Nothing is
-downloaded. One import of each file is held out; a file's other imports are what is known of it, and
-recall@10 is the share of files whose held-out import is among the ten modules recommended, its
-known imports left out. It is real data with real popularity (a few modules are everywhere), though
-no person chose anything: how well it goes says nothing about your shop.
+PyTorch, where these are installed; the "items" are the modules that they import. Nothing is
+downloaded. One import of each file is held out, and its other imports are known. Recall@10 is the
+share of files whose held-out import is among the ten modules recommended, excluding known imports.
+The data is real, and so is the popularity (a few modules are everywhere), but no person chose
+anything: the results say nothing about your shop.
 
 It trains twice for the same number of steps: with in-batch negatives, and against a cache.
 """
@@ -41,12 +41,13 @@ Features = Mapping[str, Any]
 
 
 class Imports(NamedTuple):
-    """Who imports what; module number 0 means none, and pads rows.
+    """Files and the modules that they import. Module number 0 means none, and pads rows.
 
     modules:  names, by number
-    known:    int32 (files, KNOWN), the imports that a file's query may have
-    held_out: int32 (files,), the one that is not in its row of `known`
-    features: field -> (modules, …): item_id, words, log_q, the log of a module's share of imports
+    known:    int32 (files, KNOWN), the imports that a file's query may contain
+    held_out: int32 (files,), the import that is not in its row of `known`
+    features: field -> (modules, …): item_id, words, and log_q, the log of a module's share of
+              imports
     """
 
     modules: list[str]
@@ -56,9 +57,9 @@ class Imports(NamedTuple):
 
 
 def mine(max_files: int | None = None) -> Imports:
-    """Read the imports of installed files: the first module of each import line, relative ones not.
+    """Read the imports of installed files: the first module of each line, no relative imports.
 
-    Files with fewer than 4 imports are left out, and so are modules that only one file imports.
+    Files with fewer than 4 imports are skipped, and so are modules that only one file imports.
     """
     files = []
     for found in _imports_of_files():
@@ -70,9 +71,8 @@ def mine(max_files: int | None = None) -> Imports:
     modules = ["", *sorted(name for name, count in counts.items() if count > 1)]
     numbers = {name: number for number, name in enumerate(modules)}
     kept = [[numbers[name] for name in sorted(found) if name in numbers] for found in files]
-    kept = [
-        ids for ids in kept if len(ids) > 2
-    ]  # one is held out, and one must be found from another
+    # One is held out, and one of the others is to be found from the rest.
+    kept = [ids for ids in kept if len(ids) > 2]
     known, held_out = np.zeros((len(kept), KNOWN), np.int32), np.zeros(len(kept), np.int32)
     for row, ids in enumerate(kept):
         held_out[row] = ids.pop(row % len(ids))
@@ -92,7 +92,7 @@ def mine(max_files: int | None = None) -> Imports:
 
 
 class Pairs(keras.utils.PyDataset):
-    """Batches {"known": (B, KNOWN), "item": features}, in another order in each epoch."""
+    """Batches {"known": (B, KNOWN), "item": features}, shuffled in each epoch."""
 
     def __init__(self, rows: Mapping[str, Any], batch_size: int) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Pairs(keras.utils.PyDataset):
 
 
 def pairs_of(data: Imports) -> dict[str, Any]:
-    """Return rows {"known": (n, KNOWN), "item": features}: each known import, from the rest."""
+    """Return rows {"known": (n, KNOWN), "item": features}: each known import and the others."""
     files, places = np.nonzero(data.known)
     item = data.known[files, places]
     known = data.known[files]
@@ -126,8 +126,8 @@ def pairs_of(data: Imports) -> dict[str, Any]:
 class TwoTower(keras.Model):
     """A tower for files, one for modules, and a loss between them.
 
-    modules:    how many there are, including the one that means none
-    cache_size: slots of the cache; 0 for in-batch negatives alone
+    modules:    the number of modules, including the one that means none
+    cache_size: slots of the cache; 0 for in-batch negatives only
     """
 
     def __init__(self, modules: int, cache_size: int, **options: Any) -> None:
@@ -149,7 +149,7 @@ class TwoTower(keras.Model):
         self.cache = CacheLayer(make_loss(cache_size)) if cache_size else None
 
     def item_network(self, features: Features) -> Any:
-        """Return (n, WIDTH) for modules, from the features item_id and words."""
+        """Return embeddings (n, WIDTH) of modules, from their features item_id and words."""
         own = self.module_embedding(features["item_id"])
         return self.normalize(own + self.word_tower(features["words"]))
 
@@ -165,9 +165,9 @@ class TwoTower(keras.Model):
         sample_weight: Any = None,
         training: bool = True,
     ) -> Any:
-        """Return the loss of a batch; update the cache in training."""
+        """Return the loss of a batch; in training, update the cache."""
         del y, sample_weight
-        # The file's other imports are not wrong answers; its own module replaces absent ones.
+        # The file's other imports are not wrong answers; its own module replaces padding.
         own = x["item"]["item_id"][:, None]
         ids = ops.concatenate([own, ops.where(x["known"] > 0, x["known"], own)], axis=1)
         if self.cache is None:
@@ -178,7 +178,7 @@ class TwoTower(keras.Model):
 
 
 def make_loss(cache_size: int) -> NegativeCacheLoss:
-    """Return a cache of modules with both features, their embedding, and how popular they are."""
+    """Return a loss with a cache of modules: their features, embedding and popularity."""
     number = FieldSpec((), "int32")
     return NegativeCacheLoss(
         cache_size,
@@ -193,7 +193,7 @@ def make_loss(cache_size: int) -> NegativeCacheLoss:
 
 
 def in_batch_loss(query: Any, item: Any, ids: Any, features: Features) -> Any:
-    """Return the same cross-entropy, with the same corrections, over the batch's items only."""
+    """Return the same cross-entropy with the same corrections, over the batch's items only."""
     scores = SCALE * ops.matmul(query, ops.transpose(item))
     diagonal = ops.eye(ops.shape(scores)[0], dtype="bool")
     right = ops.any(ids[:, :, None] == features["item_id"], axis=1)
@@ -203,7 +203,7 @@ def in_batch_loss(query: Any, item: Any, ids: Any, features: Features) -> Any:
 
 
 def recall_at_10(scores: np.ndarray, data: Imports) -> float:
-    """Return the share of files whose held-out import is among the ten best of `scores`."""
+    """Return the share of files whose held-out import is among their ten highest `scores`."""
     scores = np.array(np.broadcast_to(scores, (len(data.known), len(data.modules))))
     scores[:, 0] = -np.inf
     np.put_along_axis(scores, data.known, -np.inf, axis=1)  # already known
@@ -212,21 +212,21 @@ def recall_at_10(scores: np.ndarray, data: Imports) -> float:
 
 
 def scores_of(model: TwoTower, data: Imports) -> np.ndarray:
-    """Return (files, modules), the products of all pairs."""
+    """Return the scores (files, modules) of all pairs."""
     items = model.item_network({key: data.features[key] for key in ("item_id", "words")})
     files = model.file_tower(data.known)
     return np.asarray(ops.convert_to_numpy(ops.matmul(files, ops.transpose(items))))
 
 
 class Recall(keras.callbacks.Callback):
-    """Keeps recall@10 by epoch in `curve`."""
+    """Record recall@10 after each epoch in `curve`."""
 
     def __init__(self, data: Imports, curve: dict[int, float]) -> None:
         super().__init__()
         self.data, self.curve = data, curve
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        """Evaluate; `logs` are as Keras gives them."""
+        """Evaluate; `logs` are not used."""
         del logs
         self.curve[epoch + 1] = recall_at_10(scores_of(self.model, self.data), self.data)
 
@@ -237,11 +237,11 @@ def _imports_of_files() -> Iterator[set[str]]:
 
 
 def _hash(text: str) -> int:
-    return zlib.crc32(text.encode())  # the same in all processes
+    return zlib.crc32(text.encode())  # the same in every process, unlike hash()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Mine, train without and with a cache, and print what each recommends."""
+    """Mine, train without and with a cache, and print the recall of each."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -262,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model.compile(keras.optimizers.Adam(options.learning_rate))
         curve = curves[name] = {}
         callbacks = [Recall(data, curve)]
-        if options.out is not None and cache_size:  # the weights have the cache in them
+        if options.out is not None and cache_size:  # the weights include the cache
             weights = str(options.out / "model.weights.h5")
             callbacks += [
                 keras.callbacks.ModelCheckpoint(weights, save_weights_only=True),

@@ -3,11 +3,11 @@
     KERAS_BACKEND=jax python examples/keras_rs_recommender.py
     KERAS_BACKEND=tensorflow python examples/keras_rs_recommender.py --methods in-batch cache
 
-The "users" are functions of installed packages, the "items" the names that these use: see
-used_names.py. One name of each held-out function is to be found by the others. Each way of training
-runs at each rate with the first seed; the rate with the best recall@10 on validation users is then
-run with the other seeds, and other users are reported. What has been run is kept in --results, and
-not run again.
+The "users" are functions of installed packages, the "items" the names that they use: see
+used_names.py. The task is to find one name of each held-out function from its other names. Each
+method runs at each rate with the first seed; the rate with the best recall@10 on validation users
+then runs with the other seeds, and recall is reported on test users. Finished runs are stored in
+--results, and not repeated.
 """
 
 import argparse
@@ -27,35 +27,35 @@ from used_names import BUCKETS, KNOWN, WORDS, Interactions, Users, mine
 
 WIDTH = 64
 SCALE = 20.0
-DROPPED = 0.5  # share of a user's known items that a training step does without
-TINY = 1e-6  # of weights: EmbedReduce's mean of nothing has no gradient in JAX
-HARD = 32  # negatives that HardNegativeMining leaves of a batch's
+DROPPED = 0.5  # share of a user's known items that a training step drops
+TINY = 1e-6  # smallest weight: in JAX, UnitNormalization of a zero mean has a NaN gradient
+HARD = 32  # negatives of a batch that HardNegativeMining keeps
 MOST = 20  # items recommended
 METHODS = {
     "in-batch, KerasRS 0.4": "in-batch negatives, KerasRS's own RemoveAccidentalHits",
     "in-batch": "the same, with accidental hits masked",
     "hard negatives": f"the {HARD} of these with the highest scores",
     "cache": "everything in a negative cache",
-    "full softmax": "all items, all of which are embedded at each step",
+    "full softmax": "all items, embedded at each step",
 }
 
 Features = Mapping[str, Any]
 
 
 class WithoutAccidentalHits(keras_rs.layers.RemoveAccidentalHits):
-    """KerasRS's layer, and it removes them: that of 0.4 adds 1e-40, which float32 rounds away.
+    """KerasRS's layer, but it does remove hits: KerasRS 0.4 adds 1e-40, which float32 rounds away.
 
     See https://github.com/keras-team/keras-rs/pull/206.
     """
 
     def call(self, logits: Any, labels: Any, candidate_ids: Any) -> Any:
-        """Return logits (B, B), where those of other pairs with a query's own item are very low."""
+        """Return logits (B, B), with -1e9 for the other pairs with a query's own item."""
         same = ops.equal(candidate_ids[:, None], candidate_ids[None, :])
         return ops.where(ops.logical_and(same, labels == 0), -1e9, logits)
 
 
 class TwoTower(keras.Model):
-    """A tower for users, one for items, and one of METHODS as the loss between them."""
+    """A tower for users, one for items, and the loss of one of METHODS."""
 
     def __init__(self, data: Interactions, method: str, cache_size: int, seed: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class TwoTower(keras.Model):
                     embedding=WIDTH,
                     scale=SCALE,
                     id_keys=("item",),
-                    # Each item counts once: a batch has popular ones several times over.
+                    # Each item counts once: a batch contains popular ones several times.
                     unique_key="item",
                     in_batch_negatives=False,
                     generator=seed,
@@ -91,7 +91,7 @@ class TwoTower(keras.Model):
             )
 
     def build(self, input_shape: Any) -> None:
-        """Make the weights of the towers."""
+        """Create the weights of the towers."""
         del input_shape
         self.known.build((None, KNOWN))
         self.own.build((None,))
@@ -100,20 +100,20 @@ class TwoTower(keras.Model):
         self.item_layers.build((None, WIDTH))
 
     def user_network(self, known: Any, training: bool = False) -> Any:
-        """Return (n, WIDTH) of users, from the numbers (n, KNOWN) of the items that they have."""
+        """Return embeddings (n, WIDTH) of users, from the numbers (n, KNOWN) of their items."""
         weights = self.dropped(weights_of(known), training=training)
         return self.user_layers(self.known(known, weights=ops.maximum(weights, TINY)))
 
     def item_network(self, features: Features) -> Any:
-        """Return (n, WIDTH) of items, from their features item and words."""
+        """Return embeddings (n, WIDTH) of items, from their features item and words."""
         named = self.words(features["words"], weights=weights_of(features["words"]))
         return self.item_layers(self.own(features["item"]) + named)
 
     def call(self, x: Mapping[str, Any], training: bool = False) -> tuple[Any, Any]:
-        """Return the embeddings of users and of the items that are looked for."""
+        """Return the embeddings of users and of the items to find."""
         return self.user_network(x["known"], training), self.item_network(x["item"])
 
-    def compute_loss(  # what Keras's own train_step calls
+    def compute_loss(  # called by Keras's own train_step
         self,
         x: Mapping[str, Any],
         y: None,
@@ -121,7 +121,7 @@ class TwoTower(keras.Model):
         sample_weight: Any = None,
         training: bool = True,
     ) -> Any:
-        """Return the cross-entropy of each user's item, against the negatives of the method."""
+        """Return the cross-entropy of each user's item against the method's negatives."""
         del y, sample_weight
         users, items = y_pred
         features = {key: x["item"][key] for key in self.catalogue}
@@ -146,7 +146,7 @@ class TwoTower(keras.Model):
 
 
 class Recall(keras.callbacks.Callback):
-    """Adds recall@10 and @20 of both held-out parts to the figures of each epoch.
+    """Add recall@10 and @20 on validation and test users to the metrics of each epoch.
 
     An item that a user is known to have is not recommended.
     """
@@ -157,9 +157,9 @@ class Recall(keras.callbacks.Callback):
         self.search: keras_rs.layers.BruteForceRetrieval | None = None
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Search the items as they are now."""
+        """Search the items with their current embeddings."""
         del epoch
-        items = self.model.item_network(self.model.catalogue)[1:]  # not the one that is none
+        items = self.model.item_network(self.model.catalogue)[1:]  # item 0 is padding
         if self.search is None:
             numbers = self.data.items["item"][1:]
             most = min(MOST + KNOWN, len(numbers))
@@ -171,7 +171,7 @@ class Recall(keras.callbacks.Callback):
                 (logs if logs is not None else {})[f"{part}_recall@{cutoff}"] = value
 
     def of(self, users: Users) -> dict[int, float]:
-        """Return recall at 10 and at MOST."""
+        """Return recall at 10 and at MOST, by cutoff."""
         metrics = {k: keras_rs.metrics.RecallAtK(k=k) for k in (10, MOST)}
         for start in range(0, len(users.answer), 512):
             known, answer = (part[start : start + 512] for part in users)
@@ -185,12 +185,12 @@ class Recall(keras.callbacks.Callback):
 
 
 def weights_of(numbers: Any) -> Any:
-    """Return 1 where a number is one, and next to nothing where it is 0."""
+    """Return 1 for each item number, and TINY for 0, which is padding."""
     return ops.maximum(ops.cast(numbers > 0, "float32"), TINY)
 
 
 class Residual(keras.layers.Layer):
-    """x -> (x + a layer of x) of length 1: with it, each step moves the embeddings of all items."""
+    """x + dense(x), normalized to length 1: so each step moves the embeddings of all items."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ class Residual(keras.layers.Layer):
         self.normalize = keras.layers.UnitNormalization()
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Make the weights."""
+        """Create the weights."""
         self.dense.build(input_shape)
 
     def call(self, x: Any) -> Any:
@@ -209,10 +209,10 @@ class Residual(keras.layers.Layer):
 def train(
     data: Interactions, method: str, rate: float, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Train once; return what names the run, recall after each epoch, and the seconds it took.
+    """Train once; return the run's settings, its metrics after each epoch, and processor seconds.
 
-    The rate falls to zero by half of a cosine. First weights and the order of users are those of
-    the seed, whatever the method.
+    The rate falls to zero along half a cosine. Initial weights and the order of users depend on
+    the seed alone, not on the method.
     """
     keras.utils.set_random_seed(seed)
     model = TwoTower(data, method, options.cache_size, seed)
@@ -235,7 +235,7 @@ def train(
 
 
 def rows_of(data: Interactions, batch_size: int) -> dict[str, Any]:
-    """Return training rows {"known": …, "item": features}, as many as fill batches."""
+    """Return training rows {"known": …, "item": features}, cut to whole batches."""
     known, answer = data.train
     kept = len(answer) // batch_size * batch_size
     if not kept:
@@ -248,7 +248,7 @@ def rows_of(data: Interactions, batch_size: int) -> dict[str, Any]:
 
 
 def name_of(method: str, rate: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Return what tells a run from all others."""
+    """Return the settings that identify a run."""
     names = ("batch_size", "cache_size", "epochs", "max_users")
     given = {name: getattr(options, name) for name in names}
     return {
@@ -261,7 +261,7 @@ def name_of(method: str, rate: float, seed: int, options: argparse.Namespace) ->
 
 
 def compare(data: Interactions, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the runs of each method at its best rate, one for each seed."""
+    """Return the runs of each method at its best rate, one per seed."""
     kept = []
     if options.results is not None and options.results.exists():
         kept = [json.loads(line) for line in options.results.read_text().splitlines()]
@@ -288,7 +288,7 @@ def compare(data: Interactions, options: argparse.Namespace) -> list[dict[str, A
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Mine, train, and write the table and the picture."""
+    """Mine, train, print the table and save the picture."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rates", nargs="+", type=float, default=[0.003, 0.01, 0.03])
@@ -296,10 +296,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--cache-size", type=int, default=2_048)
-    parser.add_argument("--max-users", type=int, help="stop mining at so many functions")
-    parser.add_argument("--results", type=Path, help="a file, to which each run is added")
+    parser.add_argument("--max-users", type=int, help="stop mining at this many functions")
+    parser.add_argument("--results", type=Path, help="a file that each run is appended to")
     parser.add_argument("--picture", type=Path, default=Path("keras_rs_recall.png"))
-    parser.add_argument("--verbose", type=int, default=1, help="of Keras's fit: 1 is a bar")
+    parser.add_argument("--verbose", type=int, default=1, help="of Keras's fit: 1 shows a bar")
     options = parser.parse_args(arguments)
 
     data = mine(options.max_users)

@@ -1,7 +1,7 @@
-"""What keras_rs_recommender.py shows of its runs: a table, and a picture of recall by epoch.
+"""The report of keras_rs_recommender.py: a table, and a plot of recall by epoch.
 
-A run is a dict: "backend", "method", "rate", "seed", processor "seconds", and "curve", the values
-of each figure by epoch.
+A run is a dict with "backend", "method", "rate", "seed", processor "seconds", and "curve", the
+values of each metric by epoch.
 """
 
 import statistics
@@ -24,12 +24,12 @@ Row = dict[str, Any]
 
 
 def best(rows: Iterable[Row]) -> Row:
-    """Return the run with the best recall@10 of validation users at its end."""
+    """Return the run with the best final recall@10 on validation users."""
     return max(rows, key=lambda row: row["curve"]["validation_recall@10"][-1])
 
 
 def reported(rows: Iterable[Row]) -> list[Row]:
-    """Return the runs of each backend's methods at the rate that is best for the first seed."""
+    """Return the runs of each backend and method at the rate that is best with the first seed."""
     found = []
     for runs in _together(rows).values():
         first = min(row["seed"] for row in runs)
@@ -39,7 +39,7 @@ def reported(rows: Iterable[Row]) -> list[Row]:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Return a Markdown table, a line for each backend and method: means of recall, median time."""
+    """Return a Markdown table with a row per backend and method: mean recall, median time."""
     lines = [
         "| backend | method | rate | seeds | recall@10 | recall@20 | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -55,7 +55,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def picture(rows: Iterable[Row]) -> Figure:
-    """Return a panel for each backend: recall@10 by epoch, the mean of the seeds and their band."""
+    """Return a panel per backend: recall@10 by epoch, as the mean and the range of the seeds."""
     found = _together(rows)
     backends = list(dict.fromkeys(backend for backend, _ in found))
     figure = Figure(figsize=(4.5 * len(backends), 3.6), layout="constrained")

@@ -1,6 +1,6 @@
-"""Recommender data from Python source that is already installed: functions, and the names they use.
+"""Recommender data from installed Python source: functions, and the names that they use.
 
-A user is a function. Its items are the attributes that it looks up and the names that it calls.
+A user is a function. Its items are the attributes that it reads and the names that it calls.
 """
 
 import re
@@ -12,16 +12,16 @@ from typing import NamedTuple
 import numpy as np
 from installed_source import source_files
 
-KNOWN = 32  # names of a user that its query has at most
+KNOWN = 32  # the most names in a user's query
 WORDS, BUCKETS = 6, 4_096  # words of a name, hashed
 ROWS_PER_USER = 3
-LEAST_USERS = 5  # of a name that is an item
-HELD_OUT = 2_000  # users to choose by, and users to report
+LEAST_USERS = 5  # fewest users of a name that counts as an item
+HELD_OUT = 2_000  # at most: users for validation, and as many for the test
 
 _PACKAGES = ("numpy", "keras")
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "testing"}
 
-# What says nothing about code, or upsets the count of brackets: a docstring, a string, a comment.
+# Docstrings, strings and comments: they are not code, and their brackets would mislead.
 _TEXT = re.compile(
     r"('''|\"\"\").*?\1|'(?:\\.|[^'\\\n])*'|\"(?:\\.|[^\"\\\n])*\"|#[^\n]*", re.DOTALL
 )
@@ -32,10 +32,10 @@ _USED = re.compile(r"\.([^\W\d]\w{2,})|\b([^\W\d]\w{2,})\(")
 
 
 class Users(NamedTuple):
-    """What is known of n users, and one more item that each has.
+    """The known items of n users, and one more item of each, which is to be found.
 
-    known:  int32 (n, KNOWN), the numbers of items, 0 where there are no more
-    answer: int32 (n,), the number of the item that is looked for; it is not in its row of `known`
+    known:  int32 (n, KNOWN), item numbers, padded with 0
+    answer: int32 (n,), the number of the item to find; it is not in its row of `known`
     """
 
     known: np.ndarray
@@ -43,12 +43,12 @@ class Users(NamedTuple):
 
 
 class Interactions(NamedTuple):
-    """Users with their items. Item number 0 is none, and fills up rows.
+    """Users with their items. Item number 0 means none, and pads rows.
 
     items:    field -> (items, …): "item", their numbers; "words", int32 (items, WORDS), hashed; and
               "log_q", the log of an item's share of the training answers
-    train:    up to ROWS_PER_USER rows of each user
-    validation, test: one row a user; their functions stand in files that are not trained on
+    train:    up to ROWS_PER_USER rows per user
+    validation, test: one row per user; their functions are in files that are not used in training
     """
 
     names: list[str]
@@ -59,11 +59,11 @@ class Interactions(NamedTuple):
 
 
 def mine(max_users: int | None = None) -> Interactions:
-    """Read functions of the standard library, NumPy and Keras, but not of their tests.
+    """Read the functions of the standard library, NumPy and Keras, without their tests.
 
-    Of every ten files, one is to choose by and one to report. Stops reading at `max_users`.
+    Of every ten files, one is for validation and one for the test. Stops reading at `max_users`.
     """
-    users: dict[frozenset[str], int] = {}  # what a function uses, and the place of its file
+    users: dict[frozenset[str], int] = {}  # the names in a function -> hash of its file's path
     for path, base in source_files(_PACKAGES, _SKIPPED):
         if path.stem.endswith("_test"):
             continue
@@ -99,7 +99,7 @@ def mine(max_users: int | None = None) -> Interactions:
 
 
 def code_of(text: str) -> str:
-    """Return source without comments and docstrings, and with the words of strings alone.
+    """Return source without comments and docstrings, and with only the words of strings.
 
     >>> code_of("f('one two', 1)  # why")
     'f("one two", 1)  '
@@ -108,7 +108,7 @@ def code_of(text: str) -> str:
 
 
 def used_names(code: str) -> Iterator[frozenset[str]]:
-    """Yield the names that each function uses, where these are four or more.
+    """Yield the names that each function uses, if there are at least four.
 
     >>> [sorted(names) for names in used_names("def f(a): a.one.two(len(a), max(a.three))")]
     [['len', 'max', 'one', 'three', 'two']]

@@ -1,4 +1,4 @@
-"""The parts for the backend that Keras runs on; no other framework is imported."""
+"""Imports the parts for the backend that Keras runs on, and no other framework."""
 
 from importlib import import_module
 from typing import Any
@@ -15,7 +15,7 @@ else:
     HOST = None
 
     class NegativeCacheLoss:
-        """Refuse: the backend has no gradients."""
+        """Raises OptionError: the backend has no gradients."""
 
         def __init__(self, *arguments: Any, **options: Any) -> None:
             del arguments, options

@@ -1,4 +1,4 @@
-"""What differs between Keras's backends: here, what most of them have alike."""
+"""Host, the differences between Keras's backends, with the behavior that most of them share."""
 
 import contextlib
 from typing import Any, ClassVar
@@ -12,25 +12,25 @@ SUPPORTED = ("tensorflow", "jax", "torch")
 
 
 class Host:
-    """One backend of Keras: what a layer asks of it."""
+    """One backend of Keras: everything that a layer needs from it."""
 
-    package: ClassVar[str]  # the adapter
+    package: ClassVar[str]  # of the adapter
 
     def adopt(self, handler: CacheLossHandler) -> CacheLossHandler:
-        """Return a handler that holds its state itself, as that of most libraries does."""
+        """Return a handler that holds its own state; most adapters' handlers already do."""
         return handler
 
     def attach(self, layer: Any, handler: CacheLossHandler) -> None:
-        """Make the handler the layer's, unseen by what tracks attributes: files have its state."""
+        """Set layer.handler without attribute tracking: the layer saves its state itself."""
         vars(layer)["handler"] = handler
 
     def variables(self, handler: CacheLossHandler) -> list[Any]:
-        """Return the Keras variables that hold the handler's state; none where others do."""
+        """Return the Keras variables that hold the handler's state, if any."""
         del handler
         return []
 
     def check_placement(self) -> None:
-        """Raise OptionError where a file of Keras's could not hold all of the state."""
+        """Raise OptionError where a Keras file could not hold the whole state."""
         if keras.distribution.distribution() is not None:
             raise OptionError(
                 f"a keras.distribution is set, and Keras runs on {keras.config.backend()}: a cache "
@@ -39,12 +39,12 @@ class Host:
             )
 
     def quiet(self) -> contextlib.AbstractContextManager[Any]:
-        """Keep a step from logging by itself: Keras writes the figures."""
+        """Stop a step from logging: Keras writes the metrics."""
         return contextlib.nullcontext()
 
 
 def refuse() -> OptionError:
-    """Return what to raise on a backend of Keras without gradients."""
+    """Return the error for a Keras backend without gradients."""
     return OptionError(
         f"Keras runs on {keras.config.backend()}, and negcache_keras on {', '.join(SUPPORTED)}: "
         "set KERAS_BACKEND to one of these before Keras is imported."

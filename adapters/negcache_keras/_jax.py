@@ -1,4 +1,4 @@
-"""Keras on JAX: Keras variables hold a handler's state, which the trainer passes through jit."""
+"""Keras on JAX: a handler's state is in Keras variables, which the trainer passes through jit."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from ._host import Host
 
 
 class VariableKeys(KeyStream):
-    """Keys for draws, from one in a Keras variable: its numbers, as none holds a typed key."""
+    """Keys for draws, split from one stored as raw data: Keras variables hold no typed keys."""
 
     def __init__(self, key: Array) -> None:
         self._kind = jax.random.key_impl(key)
@@ -26,7 +26,7 @@ class VariableKeys(KeyStream):
 
     @property
     def key(self) -> Array:
-        """The key that the next ones are split from."""
+        """The key from which the next ones are split."""
         return jax.random.wrap_key_data(self.variable.value, impl=self._kind)
 
     @key.setter
@@ -35,14 +35,14 @@ class VariableKeys(KeyStream):
 
 
 class VariableStore(Store):
-    """The caches of a handler in Keras variables: a stateless scope makes them a function's."""
+    """A handler's caches in Keras variables, which a stateless scope passes through a function."""
 
     def __init__(self, setup: Setup) -> None:
         self._distribution = keras.distribution.distribution()
         self.replace(setup.init_caches(HERE))
 
     def replace(self, caches: Caches) -> None:
-        """Make variables that hold `caches`."""
+        """Create variables that hold `caches`."""
         self._tables = {
             name: NegativeCache(
                 {key: _variable(key, rows) for key, rows in cache.data.items()},
@@ -76,12 +76,12 @@ class VariableStore(Store):
             self._window.assign(caches.window)
 
     def generators(self, loss: Any) -> list[Any]:
-        """Return the one stream that all draws come from."""
+        """Return the one stream from which all draws come."""
         return [loss.generator]
 
     @property
     def variables(self) -> list[Any]:
-        """All of them, in one order."""
+        """All variables, in a fixed order."""
         found = [each for data, age in self._tables.values() for each in (*data.values(), age)]
         return found if self._window is None else [*found, self._window]
 
@@ -91,7 +91,7 @@ def _variable(name: str, value: Array) -> Any:
         value,
         dtype=value.dtype.name,
         trainable=False,
-        autocast=False,  # whatever the policy, rows stay as they are
+        autocast=False,  # rows keep their dtype under any policy
         name=f"negative_cache_{name}".replace("/", "_"),
     )
 
@@ -99,10 +99,10 @@ def _variable(name: str, value: Array) -> Any:
 def _value(variable: Any) -> Array:
     try:
         return variable.value
-    except TypeError as error:  # Keras calls the initializer that it no longer has
+    except TypeError as error:  # Keras calls an initializer that it has dropped
         raise OptionError(
             "the cache is in the middle of a fit, which keeps the values of all variables to "
-            "itself: a callback's self.model gives them back, so reach the layer through it. After "
+            "itself: a callback's self.model restores them, so reach the layer through it. After "
             "a fit that raised they may be lost: make the model again, and load its file."
         ) from error
 
@@ -110,10 +110,10 @@ def _value(variable: Any) -> Array:
 class _FrontDoor:
     """Cross-entropy of each query's item against everything in a cache, in Keras variables.
 
-    generator: an int, or a key of jax.random, that all draws come from; None: from the seed of
+    generator: an int seed, or a key of jax.random, for all draws; None seeds them from
                `keras.utils.set_random_seed`
 
-    The state is its own: no call takes or returns one. For the other arguments see
+    It holds its own state: no call takes or returns one. For the other arguments see
     `negcache_core.NegativeCacheLoss`.
     """
 
@@ -157,12 +157,12 @@ NegativeCacheLoss = _BOUND.NegativeCacheLoss
 
 
 class JaxHost(Host):
-    """JAX, under jit or not, on one device or many of one process."""
+    """JAX, with or without jit, on one or more devices of one process."""
 
     package = "negcache_jax"
 
     def adopt(self, handler: CacheLossHandler) -> CacheLossHandler:
-        """Return a handler in Keras variables for one of `negcache_jax`, which holds no state."""
+        """Return a handler with its state in Keras variables, for one of `negcache_jax`."""
         if isinstance(handler, _BOUND.CacheLossHandler):
             return handler
         setup: Setup = handler._setup  # noqa: SLF001 - of the same project
@@ -170,12 +170,12 @@ class JaxHost(Host):
         return _BOUND.CacheLossHandler.over(handler, loss, VariableStore(setup))
 
     def variables(self, handler: CacheLossHandler) -> list[Any]:
-        """Return what holds rows, ages, the window and the key."""
+        """Return the variables that hold rows, ages, the window and the key."""
         store: Any = handler._store  # noqa: SLF001 - of the same project
         return [*store.variables, handler.cache_loss.generator.variable]
 
     def check_placement(self) -> None:
-        """Refuse several processes: a distribution over the devices of one is fine."""
+        """Refuse several processes; a distribution over the devices of one process is fine."""
         if jax.process_count() > 1:
             raise OptionError(
                 f"{jax.process_count()} processes train, and Keras's files hold the cache of one: "

@@ -1,4 +1,4 @@
-"""Keras on TensorFlow: a handler's own variables hold its state, and are written in place."""
+"""Keras on TensorFlow: a handler holds its state in its own variables, written in place."""
 
 import contextlib
 from typing import Any
@@ -20,7 +20,7 @@ class TensorFlowHost(Host):
     package = "negcache_tensorflow"
 
     def attach(self, layer: Any, handler: CacheLossHandler) -> None:
-        """Let tf.train.Checkpoint find the handler too."""
+        """Set layer.handler so that tf.train.Checkpoint finds it too."""
         layer.handler = handler
 
     def check_placement(self) -> None:
@@ -33,7 +33,7 @@ class TensorFlowHost(Host):
             )
 
     def quiet(self) -> contextlib.AbstractContextManager[Any]:
-        """Record no summaries: those of a graph have one step for ever, and XLA has none."""
+        """Record no summaries: in a graph they never change their step, and XLA has none."""
         return tf.summary.record_if(False)  # noqa: FBT003 - TensorFlow's own signature
 
 

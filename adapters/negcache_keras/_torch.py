@@ -1,4 +1,4 @@
-"""Keras on PyTorch: a handler's own tensors hold its state, on the device that Keras uses."""
+"""Keras on PyTorch: a handler holds its state in its own tensors, on Keras's device."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ from ._host import Host
 class TorchHost(Host):
     """PyTorch, compiled or not.
 
-    The layer keeps the handler out of its modules: what is done to those by PyTorch is no matter
-    for it, and whether it learns is said by the call.
+    The handler is not a submodule of the layer: what PyTorch does to modules, such as `.eval()`,
+    does not affect it. The `training` argument of a call decides whether the cache is updated.
     """
 
     package = "negcache_torch"

@@ -1,4 +1,4 @@
-"""The layer: a handler's step for `compute_loss`, its figures for `fit`, its state for files."""
+"""CacheLayer: runs a handler's step in `compute_loss`, shows its metrics, saves its state."""
 
 import tempfile
 import warnings
@@ -18,32 +18,32 @@ from negcache_core.losses.network import embedded_by
 from ._chosen import HOST
 from ._host import Host, refuse
 
-_STATE = "negative_cache"  # under which a layer's variables in a file have the handler's state
+_STATE = "negative_cache"  # the key of the handler's state in a layer's saved variables
 SHOWN = ("effective_negatives", "staleness", "fill")
 
 
 class CacheLayer(keras.layers.Layer):
-    """A cache that is part of a Keras model: `fit` shows its figures, every file has its state.
+    """A cache as part of a Keras model: `fit` shows its metrics, model files hold its state.
 
-    handler: a `NegativeCacheLoss`, or another CacheLossHandler of the adapter of Keras's backend
+    handler: a `NegativeCacheLoss`, or another CacheLossHandler from the adapter for Keras's backend
              whose loss is a CacheClassificationLoss
-    shown:   which of its metrics `fit` shows and History has, as `cache_fill`, …: averages over
-             an epoch's steps, see `negcache_core.losses.metrics.step_metrics`
-    name:    of the layer, and what these names begin with
+    shown:   the metrics that `fit` shows and History records, as `cache_fill`, …, averaged over
+             an epoch's steps: see `negcache_core.losses.metrics.step_metrics`
+    name:    the layer's name, which is also the prefix of these metrics
 
-    Make it an attribute of the model, in its `__init__`, and call `compute_loss` in the model's
-    own. `save_weights`, `save`, and so `ModelCheckpoint` and `BackupAndRestore`, then keep rows,
-    ages and the state of the draws, as `handler.save` does: whatever dtypes the fields have,
-    training goes on bit for bit. Loading raises what `handler.load` raises, inside of Keras's own
-    ValueError. A file of another backend gives its rows and ages; the draws stay the handler's
-    own, of which a warning tells.
+    Create it in the model's `__init__` as an attribute, and call its `compute_loss` in the model's
+    own. `save_weights` and `save`, and so `ModelCheckpoint` and `BackupAndRestore`, then save rows,
+    ages and the random generator, as `handler.save` does. A resumed training matches an
+    uninterrupted one bit for bit, whatever the fields' dtypes. Loading raises the errors of
+    `handler.load`, inside Keras's own ValueError. From a file of another backend, rows and ages
+    are loaded; draws continue from the handler's own generator, and a warning says so.
 
-    `layer.handler` has the methods of `negcache_core.CacheLossHandler` on every backend, such as
-    `prefill`: it holds its state itself, in JAX too.
+    `layer.handler` has the methods of `negcache_core.CacheLossHandler`, such as `prefill`, on
+    every backend. It holds its own state, in JAX too.
 
-    Raises KindError or OptionError for another handler, where Keras runs on a backend without
-    gradients, for several replicas in TensorFlow, and for several processes: see docs/scaling.md
-    for these.
+    Raises KindError or OptionError for any other handler, on a Keras backend without gradients,
+    for several replicas in TensorFlow, and for several processes. For the last two see
+    docs/scaling.md.
 
     >>> import keras, numpy as np
     >>> from negcache_keras import CacheLayer, NegativeCacheLoss
@@ -51,7 +51,7 @@ class CacheLayer(keras.layers.Layer):
     ...     def __init__(self):
     ...         super().__init__()
     ...         self.tower = keras.layers.Dense(2)
-    ...         item = {"x": np.zeros((1, 2), "float32")}  # of a batch
+    ...         item = {"x": np.zeros((1, 2), "float32")}  # an example batch
     ...         self.cache = CacheLayer(NegativeCacheLoss(4, item, embedding=2))
     ...     def call(self, x):
     ...         return self.tower(x["query"]), self.tower(x["item"])
@@ -77,15 +77,15 @@ class CacheLayer(keras.layers.Layer):
         super().__init__(name=name)
         self._host.attach(self, self._host.adopt(handler))
         self.means = {each: keras.metrics.Mean(name=f"{name}_{each}") for each in shown}
-        self.built = True  # the handler has its variables
+        self.built = True  # the handler has created its variables
         self._refusal: Exception | None = None
 
     @property
     def variables(self) -> list[Any]:
-        """All state of the layer that Keras variables hold: in JAX the cache, elsewhere none.
+        """The layer's state in Keras variables; it includes the cache only in JAX.
 
-        They are no `weights`: `get_weights`, and so EarlyStopping's best weights, leave a cache
-        alone on every backend.
+        They are not `weights`: on every backend `get_weights`, and so EarlyStopping's best weights,
+        leave out the cache.
         """
         own: list[Any] = super().variables
         return own + self._host.variables(self.handler)
@@ -102,19 +102,19 @@ class CacheLayer(keras.layers.Layer):
         positive_ids: Any = None,
         **options: Any,
     ) -> Any:
-        """Return the loss of a batch; in training update the cache.
+        """Return the loss of a batch; in training, update the cache.
 
-        labels:   fields that the item network does not take; they may as well be among the features
-        training: False, as in `evaluate`: the loss against the cache as it is. Rows are chosen and
-                  embedded for the figures alone; rows, ages and the draws to come stay the same.
+        labels:   fields that the item network does not take; features may contain them instead
+        training: False, as in `evaluate`, gives the loss against the current cache. Rows are drawn
+                  and embedded for the metrics only; rows, ages and later draws do not change.
         options:  hard_negative_embeddings, hard_negative_features, competing_scores,
                   sample_weight, constant: see CacheClassificationLoss
 
-        The other arguments are those of `handler.update_cache_and_compute_loss`. Call it once in a
-        training step: twice is two steps of the cache, and what the first call put into it is
-        among the negatives of the second. Raises KeysError for a name in `shown` that is no metric
-        of the loss, OptionError where the layer is used by several replicas or under another
-        distribution than it was made for, and what the handler raises.
+        The other arguments are those of `handler.update_cache_and_compute_loss`. Call it once per
+        training step: a second call is a second step of the cache, and the items that the first
+        call wrote are among its negatives. Raises KeysError if `shown` has a name that is not a
+        metric of the loss, OptionError if several replicas use the layer or the distribution has
+        changed since it was created, and whatever the handler raises.
         """
         self._host.check_placement()
         handler = self.handler
@@ -138,7 +138,7 @@ class CacheLayer(keras.layers.Layer):
         positive_ids: Any,
         options: Mapping[str, Any],
     ) -> CacheLossReturn:
-        """Run a step by its phases; nothing is written if a name in `shown` is wrong."""
+        """Run the phases of a step; write nothing if a name in `shown` is wrong."""
         handler = self.handler
         with handler.cache_loss.undone_on_error():
             found = handler.retrieve(
@@ -166,14 +166,14 @@ class CacheLayer(keras.layers.Layer):
             raise KeysError(f"shown has {missing}: expected names among {sorted(known)}.")
 
     def save_own_variables(self, store: Any) -> None:
-        """Put the handler's file into `store` as bytes: HDF5 has no bfloat16, and no text."""
+        """Put the handler's file into `store` as bytes: HDF5 has no bfloat16 and no text."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, _STATE)
             self.handler.save(path)
             store[_STATE] = np.fromfile(path, np.uint8)
 
     def load_own_variables(self, store: Any) -> None:
-        """Take the handler's state out of `store`; all or nothing of it."""
+        """Load the handler's state from `store`, all of it or nothing."""
         refusal, self._refusal = self._refusal, None
         if _STATE not in store.keys():  # noqa: SIM118 - not every store of Keras is a mapping
             # After a refusal Keras looks for the layer elsewhere, and reports the last error.
@@ -192,11 +192,11 @@ class CacheLayer(keras.layers.Layer):
 
 
 def _load(handler: CacheLossHandler, path: Path) -> None:
-    """Load a file; of another backend's the rows and ages, as that draws in another way."""
+    """Load a file; if another backend saved it, only rows and ages, since its draws differ."""
     try:
         handler.load(path)
     except OptionError:
-        handler.load(path, draws=False)  # raises again if it is not for the draws
+        handler.load(path, draws=False)  # raises again if the draws were not the reason
         warnings.warn(
             "the file's cache was saved by another backend of Keras: its rows and ages are loaded, "
             "and the draws go on from this layer's own seed.",
@@ -237,7 +237,7 @@ def _check(handler: Any, host: Host) -> None:
 
 
 def _check_place_to_make() -> None:
-    """Raise where Keras finds out shapes, and forgets what is made meanwhile."""
+    """Raise while Keras infers shapes: it discards what is created meanwhile."""
     try:
         keras.Variable(np.zeros(()), trainable=False)
     except ValueError as error:
