@@ -146,6 +146,7 @@ class TwoTower(keras.Model):
             [layers.Embedding(BUCKETS, WIDTH, mask_zero=True), layers.GlobalAveragePooling1D()]
         )
         self.normalize = layers.UnitNormalization()
+        self.cache_size = cache_size
         self.cache = CacheLayer(make_loss(cache_size)) if cache_size else None
 
     def item_network(self, features: Features) -> Any:
@@ -170,10 +171,19 @@ class TwoTower(keras.Model):
         # The file's other imports are not wrong answers; its own module replaces padding.
         own = x["item"]["item_id"][:, None]
         ids = ops.concatenate([own, ops.where(x["known"] > 0, x["known"], own)], axis=1)
+        item = dict(x["item"])
+        # Popular modules are there many times: the log of the number of rows to expect of each.
+        rows = self.cache_size + ops.shape(own)[0]
+        log_rows = item.pop("log_q") + ops.log(ops.cast(rows, "float32"))
         if self.cache is None:
-            return in_batch_loss(*y_pred, ids, x["item"])
+            return in_batch_loss(*y_pred, ids, item["item_id"], log_rows)
         return self.cache.compute_loss(
-            self.item_network, *y_pred, x["item"], training=training, positive_ids=ids
+            self.item_network,
+            *y_pred,
+            item,
+            labels={"log_rows": log_rows},
+            training=training,
+            positive_ids=ids,
         )
 
 
@@ -185,19 +195,19 @@ def make_loss(cache_size: int) -> NegativeCacheLoss:
         features={"item_id": number, "words": FieldSpec((WORDS,), "int32")},
         embedding=FieldSpec((WIDTH,), "bfloat16"),
         scale=SCALE,
-        labels={"log_q": FieldSpec((), "float32")},
+        labels={"log_rows": FieldSpec((), "float32")},
         id_keys=("item_id",),
-        log_frequency_key="log_q",  # the cache holds popular modules many times
+        log_frequency_key="log_rows",
         generator=0,
     )
 
 
-def in_batch_loss(query: Any, item: Any, ids: Any, features: Features) -> Any:
+def in_batch_loss(query: Any, item: Any, ids: Any, item_ids: Any, log_rows: Any) -> Any:
     """Return the same cross-entropy with the same corrections, over the batch's items only."""
     scores = SCALE * ops.matmul(query, ops.transpose(item))
     diagonal = ops.eye(ops.shape(scores)[0], dtype="bool")
-    right = ops.any(ids[:, :, None] == features["item_id"], axis=1)
-    others = ops.where(right, -np.inf, scores - features["log_q"])
+    right = ops.any(ids[:, :, None] == item_ids, axis=1)
+    others = ops.where(right, -np.inf, scores - log_rows)
     logits = ops.where(diagonal, scores, others)
     return ops.mean(ops.logsumexp(logits, axis=1) - ops.diagonal(scores))
 
