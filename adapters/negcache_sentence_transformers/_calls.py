@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,10 +18,45 @@ from ._forms import MADE_WITH
 from ._tokens import TokenRows
 from ._wrappers import found_behind, parallel
 
-if TYPE_CHECKING:
-    from ._item_calls import ItemCalls
-
 Rows = dict[str, Tensor]
+
+
+class Unstored(Protocol):
+    """What the model takes for rows."""
+
+    def unstored(self, column: Mapping[str, Any]) -> Rows:
+        """Return a column of a batch as rows of the kind that a cache stores."""
+
+
+class RowCalls(Protocol):
+    """By which calls of the model rows are embedded."""
+
+    @property
+    def rows(self) -> Unstored:
+        """What the model takes for rows."""
+
+    @property
+    def size(self) -> int | None:
+        """The most rows of a call; None: all."""
+
+    @property
+    def joint(self) -> bool:
+        """Whether each process makes calls for the kinds of all processes."""
+
+    def of_anchors(self, anchors: Mapping[str, Any]) -> "RowCalls":
+        """Return the calls for a batch's anchors."""
+
+    def embed(
+        self,
+        embed: Callable[[dict[str, Any]], Tensor],
+        rows: Mapping[str, Tensor],
+        last: Callable[[dict[str, Any], list[Tensor]], Tensor] | None = None,
+    ) -> Tensor:
+        """Return embeddings (n, D) of rows; zeros for texts without content.
+
+        embed: features -> embeddings
+        last:  replaces the last call; also gets the embeddings of the others
+        """
 
 
 class Calls(NamedTuple):
@@ -141,7 +176,7 @@ class Embedder(NamedTuple):
 
     model: nn.Module
     wrapped: DistributedDataParallel | None
-    calls: "Calls | ItemCalls"
+    calls: RowCalls
     behind: bool
 
     @classmethod
