@@ -65,6 +65,7 @@ html_sidebars = {
 html_title = "negcache"
 html_static_path = ["_static"]
 html_css_files = ["site.css", "reference.css"]
+html_js_files = ["open_pictures.js"]
 html_math_renderer = "mathml"
 html_copy_source = False
 html_show_copyright = False
