@@ -19,6 +19,8 @@ from ._tokens import TokenRows
 from ._wrappers import found_behind, parallel
 
 Rows = dict[str, Tensor]
+Embed = Callable[[dict[str, Any]], Tensor]  # features -> embeddings
+Last = Callable[[dict[str, Any], list[Tensor]], Tensor]  # also gets those of the other calls
 
 
 class Unstored(Protocol):
@@ -46,16 +48,10 @@ class RowCalls(Protocol):
     def of_anchors(self, anchors: Mapping[str, Any]) -> "RowCalls":
         """Return the calls for a batch's anchors."""
 
-    def embed(
-        self,
-        embed: Callable[[dict[str, Any]], Tensor],
-        rows: Mapping[str, Tensor],
-        last: Callable[[dict[str, Any], list[Tensor]], Tensor] | None = None,
-    ) -> Tensor:
+    def embed(self, embed: Embed, rows: Mapping[str, Tensor], last: Last | None = None) -> Tensor:
         """Return embeddings (n, D) of rows; zeros for texts without content.
 
-        embed: features -> embeddings
-        last:  replaces the last call; also gets the embeddings of the others
+        last: replaces the last call
         """
 
 
@@ -74,17 +70,8 @@ class Calls(NamedTuple):
     joint: bool = False
     evenly: bool = False
 
-    def embed(
-        self,
-        embed: Callable[[dict[str, Any]], Tensor],
-        rows: Mapping[str, Tensor],
-        last: Callable[[dict[str, Any], list[Tensor]], Tensor] | None = None,
-    ) -> Tensor:
-        """Return embeddings (n, D) of rows; zeros for texts without content.
-
-        embed: features -> embeddings
-        last:  replaces the last call; also gets the embeddings of the others
-        """
+    def embed(self, embed: Embed, rows: Mapping[str, Tensor], last: Last | None = None) -> Tensor:
+        """Do what `RowCalls` says."""
         taken = {key: rows[key] for key in (*self.rows.dtypes, FACTS)}
         (live,) = torch.nonzero(rows[TEXT] != NO_TEXT, as_tuple=True)
         count = len(rows[TEXT])
@@ -141,17 +128,17 @@ class Calls(NamedTuple):
 
 
 def in_parts(
-    embed: Callable[[dict[str, Any]], Tensor],
+    embed: Embed,
     features: Callable[[Rows], dict[str, Any]],
     rows: Rows,
     size: int | None,
-    last: Callable[[dict[str, Any], list[Tensor]], Tensor] | None,
+    last: Last | None,
     before: Sequence[Tensor],
 ) -> list[Tensor]:
     """Return the embeddings of rows of one kind, in one or more parts.
 
     features:    what the model takes for rows
-    before:      embeddings of earlier calls; for the other arguments see `Calls`
+    before:      embeddings of earlier calls; for the other arguments see `RowCalls` and `Calls`
     """
 
     def network(rows: Rows) -> Tensor:

@@ -1,12 +1,12 @@
 """Which calls of the model embed items by number: a batch's columns, and drawn items."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ._calls import Embedder, in_parts
+from ._calls import Embed, Embedder, Last, in_parts
 from ._columns import count_of, some_of
 from ._contents import NO_TEXT, TEXT
 from ._facts import FACTS
@@ -48,17 +48,8 @@ class ItemCalls(NamedTuple):
         """Return how a batch's anchors are embedded."""
         return self._replace(columns=[anchors])
 
-    def embed(
-        self,
-        embed: Callable[[dict[str, Any]], Tensor],
-        rows: Mapping[str, Tensor],
-        last: Callable[[dict[str, Any], list[Tensor]], Tensor] | None = None,
-    ) -> Tensor:
-        """Return embeddings (n, D) of rows; zeros for a batch's texts without content.
-
-        embed: features -> embeddings
-        last:  replaces the last call; also gets the embeddings of the others
-        """
+    def embed(self, embed: Embed, rows: Mapping[str, Tensor], last: Last | None = None) -> Tensor:
+        """Do what `RowCalls` says."""
         calls = self._calls(rows)
         parts: list[Tensor] = []
         found: list[Tensor] = []

@@ -24,9 +24,8 @@ def map_chunks(function: Callable[..., Any], arrays: Sequence[Any], size: int) -
     heads = [cut.head(array) for array in cut.arrays]
     if eager and not record.could_possibly_record():
         return _forward(function, cut, function(*heads))
-    with _Watched(
-        heads
-    ) as watched:  # recorded, because otherwise a tf.function reports no variables
+    # Recorded, because otherwise a tf.function reports no variables.
+    with _Watched(heads) as watched:
         first = function(*heads)
     with record.stop_recording():
         first = tf.identity(first)  # and the tape forgets it together with the original tensor

@@ -122,7 +122,7 @@ def stale_rows(
     item_network: Callable[[dict[str, Any]], Array],
     count: int,
 ) -> Aged:
-    """Embed at most `count` written rows anew, evenly spread over the order of their ages.
+    """Embed at most `count` written rows again, evenly spread over the order of their ages.
 
     Rows whose fresh embedding is not finite are left out.
     """

@@ -12,7 +12,7 @@ SIZES = {"items": 400, "cache-size": 128, "batch-size": 32, "steps": 40, "eval-e
 @pytest.fixture
 def example(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
-    import item_ids  # noqa: PLC0415
+    import item_ids  # noqa: PLC0415 - a program, found once its folder is on the path
 
     return item_ids
 

@@ -20,7 +20,7 @@ def test_a_run_in_shards_is_that_with_whole_weights_and_goes_on(tmp_path):
 
 
 def main(folder):
-    import jax  # noqa: PLC0415
+    import jax  # noqa: PLC0415 - in the program alone: the test itself needs no JAX
     import jax_sharded  # noqa: PLC0415
     import numpy as np  # noqa: PLC0415
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning"
 @pytest.fixture(scope="module")
 def loops():
     """Import the examples late: whoever runs other tests need not wait for transformers."""
-    import loops_ranks  # noqa: PLC0415
+    import loops_ranks  # noqa: PLC0415 - late, as said above
 
     return loops_ranks
 
