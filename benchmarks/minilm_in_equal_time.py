@@ -187,19 +187,20 @@ def results_of(out: Path, setup: Setup, budgets: dict[int, float]) -> list[dict[
 
 def print_report(options: argparse.Namespace) -> None:
     """Print the tables in Markdown, and write them and the picture."""
-    # `run` does without matplotlib.
-    from _pictures_of_training import at_equal_device_time  # noqa: PLC0415
-    from _style import draw  # noqa: PLC0415
-
     rows = [row for row in read_lines(options.out) if "curve" in row]
     if not rows:
         raise SystemExit(f"{options.out} has no results.")
     RESULTS.mkdir(exist_ok=True)
     words = RESULTS / f"{options.out.stem}.md"
-    picture = words.with_suffix(f".{options.format}")
     words.write_text(report(rows) + "\n")
+    print(report(rows), f"written to {words}", sep="\n\n")
+    # Training does without matplotlib.
+    from _pictures_of_training import at_equal_device_time  # noqa: PLC0415
+    from _style import draw  # noqa: PLC0415
+
+    picture = words.with_suffix(f".{options.format}")
     draw(lambda: at_equal_device_time(rows), picture)
-    print(report(rows), f"written to {words} and {picture}", sep="\n\n")
+    print("written to", picture)
 
 
 def main() -> None:
