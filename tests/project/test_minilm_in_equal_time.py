@@ -10,14 +10,15 @@ import pytest
 import torch
 from transformers import AutoModel
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def minilm():
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     with pytest.MonkeyPatch.context() as patch, mpl.rc_context():
-        patch.syspath_prepend(BENCHMARKS)
+        patch.syspath_prepend(ROOT / "examples")  # as `tournament` does, when it is imported first
+        patch.syspath_prepend(ROOT / "benchmarks")
         import _minilm_data as data  # noqa: PLC0415 - found from here on
         import _minilm_plan as plan  # noqa: PLC0415
         import _minilm_training as training  # noqa: PLC0415
