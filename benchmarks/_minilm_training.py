@@ -278,4 +278,4 @@ def _means(metrics: list[dict[str, Any]]) -> dict[str, float | None]:
 
 def name_of(device: str) -> str:
     """Return the device's name, by which results are kept apart."""
-    return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
