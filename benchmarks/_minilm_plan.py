@@ -44,18 +44,27 @@ class Plan(NamedTuple):
 
     contests: the most telling first
     steps:    in-batch steps that take the budget
-    rate:     the first to be tried with the smallest batch
+    rate:     the first to be tried with `batch`
     """
 
     contests: tuple[Contest, ...]
     steps: int
+    batch: int
     rate: float
     seeds: tuple[int, ...]
 
     def first_rate(self, contest: Contest) -> float:
         """Return a climb's first rate: twice as high for a batch four times as large."""
-        times = contest.batch // min(each.batch for each in self.contests)
+        times = contest.batch // self.batch
         return self.rate * 2 ** ((times.bit_length() - 1) // 2)
+
+    def part(self, at_once: Sequence[int]) -> "Plan":
+        """Return the plan for some numbers of pairs at once."""
+        known = {each.at_once for each in self.contests}
+        if not set(at_once) <= known:
+            raise SystemExit(f"--at-once is {list(at_once)}: expected some of {sorted(known)}.")
+        contests = (each for each in self.contests if each.at_once in at_once)
+        return self._replace(contests=tuple(contests))
 
 
 class Left(NamedTuple):
@@ -87,6 +96,7 @@ FULL = Plan(
         ("gradient-caching", 1_024, 64),
     ),
     steps=2_000,
+    batch=64,
     rate=2e-4,
     seeds=(0, 1, 2),
 )
@@ -100,6 +110,7 @@ TINY = Plan(
         cache_size=64,
     ),
     steps=60,
+    batch=8,
     rate=4e-3,
     seeds=(0, 1),
 )

@@ -108,11 +108,9 @@ def say(this: dict[str, Any], point: dict[str, Any]) -> None:
 def run_plan(options: argparse.Namespace, setup: Setup) -> None:
     """Train what is left of the plan until the time is up, and print the report."""
     plan = TINY if options.tiny else FULL
-    contests = [
-        each for each in plan.contests if each.at_once in (options.at_once or [each.at_once])
-    ]
-    plan = plan._replace(contests=tuple(contests))
-    sizes = dict.fromkeys(contest.at_once for contest in contests)
+    if options.at_once:
+        plan = plan.part(options.at_once)
+    sizes = dict.fromkeys(contest.at_once for contest in plan.contests)
     budgets = {at_once: budget_of(at_once, plan, options.out, setup) for at_once in sizes}
     rows = results_of(options.out, setup, budgets)
     end = options.begun + 60 * options.minutes

@@ -149,6 +149,13 @@ def test_the_most_telling_runs_come_first(minilm):
     ]
 
 
+def test_a_part_of_a_plan_has_the_same_rates(minilm):
+    plan = minilm.plan.FULL.part([512])
+    assert [run.rate for run in minilm.plan.left(plan, [])] == [4e-4, 4e-4, 8e-4]
+    with pytest.raises(SystemExit, match=r"--at-once is \[32\]: expected some of \[64, 512\]"):
+        minilm.plan.FULL.part([32])
+
+
 def test_two_devices_have_tables_of_their_own(minilm):
     rows = [
         row
