@@ -4,6 +4,7 @@ step_cost:        a step and the published algorithm over the bare product, by f
 memory:           a step's memory beyond the tables against capacity, beside the score matrix
 results:          test MRR by batch, with a cache and without: the start page's
 training_quality: test MRR of each way of training against encoder calls and against time
+minilm_on_a_device: test MRR of each way of tuning MiniLM against seconds of a GPU
 gradient_noise:   noise and bias of each estimator's gradient on a trained model
 keras_rs:         recall of examples/keras_rs_recommender.py by epoch, by its kept results
 
@@ -18,9 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from _pictures_of_speed import memory, step_cost
-from _pictures_of_training import gradient_noise, keras_rs_recall, results, training_quality
-from _style import STYLE
-from matplotlib import rcParams
+from _pictures_of_training import (
+    gradient_noise,
+    keras_rs_recall,
+    minilm_on_a_device,
+    results,
+    training_quality,
+)
+from _style import draw
 from matplotlib.figure import Figure
 
 PICTURES: dict[str, Callable[[], Figure | None]] = {
@@ -28,6 +34,7 @@ PICTURES: dict[str, Callable[[], Figure | None]] = {
     "memory": memory,
     "results": results,
     "training_quality": training_quality,
+    "minilm_on_a_device": minilm_on_a_device,
     "gradient_noise": gradient_noise,
     "keras_rs": keras_rs_recall,
 }
@@ -40,16 +47,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=docs, help="folder, docs by default")
     parser.add_argument("--format", choices=("svg", "png"), default="svg")
     options = parser.parse_args()
-    rcParams.update(STYLE)
-    for name, draw in PICTURES.items():
-        figure = draw()
-        if figure is None:
-            print(f"{name}: no results; see make bench")
-            continue
+    for name, make in PICTURES.items():
         path = options.out / f"{name}.{options.format}"
-        stamp = {"Date": None} if options.format == "svg" else {}
-        figure.savefig(path, dpi=110, metadata=stamp)
-        print("written to", path)
+        drawn = draw(make, path)
+        print(f"written to {path}" if drawn else f"{name}: no results; see make bench")
 
 
 if __name__ == "__main__":
