@@ -109,6 +109,7 @@ def _run(
     scoring, reading = _types(queries, table)
     ieee = torch.get_float32_matmul_precision() == "highest"
     options = {
+        "D": width,
         "places": tuple([each.shape[1] for each in own_ids]),
         "EMPTY": EMPTY,
         "OPERAND": _triton_type(kernels.tl, scoring),
@@ -125,7 +126,6 @@ def _run(
                 weights,
                 count,
                 slots,
-                width,
                 **options,
                 BLOCK_B=plan.rows,
                 BLOCK_K=plan.columns,
@@ -146,7 +146,6 @@ def _run(
             means,
             count,
             slots,
-            width,
             stretch,
             **options,
             READ=_triton_type(kernels.tl, reading),
@@ -232,9 +231,8 @@ class Plan(NamedTuple):
 
 
 def plan_weights(count: int, width: int, scoring: torch.dtype, block: int) -> Plan:
-    """Return the plan for weights alone: a tile of up to 128 queries by a block."""
-    rows = min(128, max(16, _power(count)))
-    return Plan(rows, block, _columns(width, scoring), 8 if rows == 128 else 4, 3)
+    """Return the plan for weights alone: a tile of up to 64 queries by a block."""
+    return Plan(min(64, max(16, _power(count))), block, _columns(width, scoring), 4, 3)
 
 
 def plan_readout(
@@ -242,19 +240,17 @@ def plan_readout(
 ) -> Plan:
     """Return the plan for weights and the readout.
 
-    The accumulators of the mean row have 64 registers of each thread, or fewer, and the rows that
-    they read 64 KiB of shared memory.
+    The accumulators of the mean row have at most 64 registers of a thread, and the rows that they
+    read 32 KiB of shared memory, or 64 KiB for 16 of float32.
     """
     width = -(-width // -(-width // MOST_COLUMNS))
-    first = _power(width)
-    second = max(16, _power(width - first // 2))
-    first, second = (first // 2, second) if second < first // 2 else (first, 0)
-    first = max(16, first)
-    whole = first + second
-    rows = min(64, max(16, _power(count)), max(16, 16_384 // _power(whole)))
-    slots = min(block, max(16, _power(65_536 // (whole * reading.itemsize) + 1) // 2))
-    warps = 8 if rows * whole > 8192 else 4
-    return Plan(rows, slots, _columns(width, scoring), warps, 2, first, second)
+    first = max(16, _power(width) // 2)
+    second = max(16, _power(width - first))
+    if second >= first:
+        first, second = max(16, _power(width)), 0
+    rows = min(32 if first + second <= 512 else 16, max(16, _power(count)))
+    slots = min(block, 128 // reading.itemsize, max(16, 32_768 // (first * reading.itemsize)))
+    return Plan(rows, slots, _columns(width, scoring), 8, 2, first, second)
 
 
 MOST_COLUMNS = 1024

@@ -25,7 +25,7 @@ def weigh(
     weights,
     B,
     C,
-    D,
+    D: tl.constexpr,
     places: tl.constexpr,
     EMPTY: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -37,15 +37,15 @@ def weigh(
     """Write the log-sum-exp of one block of slots for one tile of queries: weights (blocks, B)."""
     tiles = tl.cdiv(B, BLOCK_B)
     at, block = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    rows = (at * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
-    slots = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    written = tl.load(age + slots, mask=slots < C, other=EMPTY) != EMPTY
+    row, slot = at.to(tl.int64) * BLOCK_B, block.to(tl.int64) * BLOCK
+    there = tl.arange(0, BLOCK_B) < B - row
+    written = _written(age, slot, C, EMPTY, BLOCK)
     scores = _scores(
         queries, table, query_scale, row_scale, bias, ids, own_ids, group, own_group, ceiling,
-        rows, slots, written, B, D, places, OPERAND, PRECISION, BLOCK_B, BLOCK, BLOCK_K,
+        row, slot, there, written, D, places, OPERAND, PRECISION, BLOCK_B, BLOCK, BLOCK_K,
     )  # fmt: skip
     top, total, _ = _reduce(scores)
-    tl.store(weights + block.to(tl.int64) * B + rows, _log(top, total), mask=rows < B)
+    _store(weights + block.to(tl.int64) * B + row, _log(top, total), there, BLOCK_B)
 
 
 @triton.jit(do_not_specialize=["B", "C", "stretch"])
@@ -66,8 +66,8 @@ def read(
     means,
     B,
     C,
-    D,
     stretch,
+    D: tl.constexpr,
     places: tl.constexpr,
     EMPTY: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -87,10 +87,12 @@ def read(
     SECOND columns of the mean, in two accumulators: 768 are 512 and 256, where one block would
     have 1,024.
     """
+    WHOLE: tl.constexpr = D % (FIRST + SECOND) == 0
     tiles, parts = tl.cdiv(B, BLOCK_B), tl.cdiv(D, FIRST + SECOND)
     at, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles % parts
     split = (tl.program_id(0) // tiles // parts).to(tl.int64)
-    rows = (at * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    row = at.to(tl.int64) * BLOCK_B
+    there = tl.arange(0, BLOCK_B) < B - row
     column = part * (FIRST + SECOND)
     top = tl.full((BLOCK_B,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_B,), tl.float32)
@@ -101,12 +103,12 @@ def read(
         block_top = tl.full((BLOCK_B,), -float("inf"), tl.float32)
         block_total = tl.zeros((BLOCK_B,), tl.float32)
         for offset in range(0, BLOCK, BLOCK_N):
-            slots = block * BLOCK + offset + tl.arange(0, BLOCK_N)
-            written = tl.load(age + slots, mask=slots < C, other=EMPTY) != EMPTY
+            slot = block * BLOCK + offset
+            written = _written(age, slot, C, EMPTY, BLOCK_N)
             scores = _scores(
                 queries, table, query_scale, row_scale, bias, ids, own_ids, group, own_group,
-                ceiling, rows, slots, written, B, D, places, OPERAND, PRECISION, BLOCK_B, BLOCK_N,
-                BLOCK_K,
+                ceiling, row, slot, there, written, D, places, OPERAND, PRECISION, BLOCK_B,
+                BLOCK_N, BLOCK_K,
             )  # fmt: skip
             new_top, new_total, shares = _reduce(scores)
             block_top, block_total, _, _ = _join(block_top, block_total, new_top, new_total)
@@ -115,29 +117,37 @@ def read(
             unit = 1.0
             if row_scale is not None:
                 # Rows stay integers; shares of at most 1 keep half types in their range.
-                scale = tl.load(row_scale + slots, mask=written, other=0.0)
+                scale = _load(row_scale + slot, written, BLOCK_N)
                 unit = tl.max(tl.abs(scale), 0)
                 unit = tl.where(unit == 0.0, 1.0, unit)
                 shares = shares * (scale / unit)[None, :]
             shares = shares.to(ROUNDED).to(READ)
+            some = table + slot * D + column
             first = _add_rows(
-                first, kept, shares, unit, table, slots, written, column, D, READ, PRECISION, FIRST
-            )
+                first, kept, shares, unit, some, written, D - column, D, WHOLE, READ,
+                PRECISION, BLOCK_N, FIRST,
+            )  # fmt: skip
             if SECOND:
                 second = _add_rows(
-                    second, kept, shares, unit, table, slots, written, column + FIRST, D, READ,
-                    PRECISION, SECOND,
+                    second, kept, shares, unit, some + FIRST, written, D - column - FIRST, D,
+                    WHOLE, READ, PRECISION, BLOCK_N, SECOND,
                 )  # fmt: skip
         if part == 0:
-            log = _log(block_top, block_total)
-            tl.store(weights + block * B + rows, log, mask=rows < B)
+            _store(weights + block * B + row, _log(block_top, block_total), there, BLOCK_B)
     if part == 0:
-        tl.store(logs + split * B + rows, _log(top, total), mask=rows < B)
+        _store(logs + split * B + row, _log(top, total), there, BLOCK_B)
     share = 1.0 / tl.where(total == 0.0, 1.0, total)[:, None]
-    means += split * B * D
-    _store_columns(means, first * share, rows, column, B, D, FIRST)
+    means += (split * B + row) * D + column
+    _store_columns(means, first * share, there, D - column, D, BLOCK_B, FIRST)
     if SECOND:
-        _store_columns(means, second * share, rows, column + FIRST, B, D, SECOND)
+        left = D - column - FIRST
+        _store_columns(means + FIRST, second * share, there, left, D, BLOCK_B, SECOND)
+
+
+@triton.jit
+def _written(age, slot, C, EMPTY: tl.constexpr, BLOCK_N: tl.constexpr):
+    n = tl.arange(0, BLOCK_N)
+    return tl.load(age + slot + n, mask=n < C - slot, other=EMPTY) != EMPTY
 
 
 @triton.jit
@@ -152,11 +162,11 @@ def _scores(
     group,
     own_group,
     ceiling,
-    rows,
-    slots,
+    row,
+    slot,
+    there,
     written,
-    B,
-    D,
+    D: tl.constexpr,
     places: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -166,17 +176,15 @@ def _scores(
 ):
     """Return the scores (BLOCK_B, BLOCK_N) of some queries and slots, -inf where one is left out.
 
-    rows and slots are int64: a table can have more than 2**31 numbers.
+    row and slot, the first of them, are int64: a table can have more than 2**31 numbers. From
+    there on offsets are int32, which takes half the registers.
     """
-    there = rows < B
+    WHOLE: tl.constexpr = D % BLOCK_K == 0
     ACCUMULATOR: tl.constexpr = tl.int32 if OPERAND == tl.int8 else tl.float32
     products = tl.zeros((BLOCK_B, BLOCK_N), ACCUMULATOR)
-    for start in range(0, D, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        mine = (rows * D)[:, None] + k[None, :]
-        left = tl.load(queries + mine, mask=there[:, None] & (k < D)[None, :], other=0)
-        theirs = (slots * D)[:, None] + k[None, :]
-        right = tl.load(table + theirs, mask=written[:, None] & (k < D)[None, :], other=0)
+    for k in range(0, D, BLOCK_K):
+        left = _tile(queries + row * D + k, there, D - k, D, WHOLE, BLOCK_B, BLOCK_K)
+        right = _tile(table + slot * D + k, written, D - k, D, WHOLE, BLOCK_N, BLOCK_K)
         products = tl.dot(
             left.to(OPERAND),
             tl.trans(right.to(OPERAND)),
@@ -186,25 +194,57 @@ def _scores(
         )
     scores = products.to(tl.float32)
     if query_scale is not None:
-        scores = scores * tl.load(query_scale + rows, mask=there, other=0.0)[:, None]
+        scores = scores * _load(query_scale + row, there, BLOCK_B)[:, None]
     if row_scale is not None:
-        scores = scores * tl.load(row_scale + slots, mask=written, other=0.0)[None, :]
-    counts = written[None, :] & there[:, None]
+        scores = scores * _load(row_scale + slot, written, BLOCK_N)[None, :]
+    counts = there[:, None] & written[None, :]
     for key in tl.static_range(len(places)):
-        label = tl.load(ids[key] + slots, mask=written, other=0).to(tl.int64)
+        label = _load(ids[key] + slot, written, BLOCK_N).to(tl.int64)
+        marks = own_ids[key] + row * places[key] + tl.arange(0, BLOCK_B) * places[key]
         for place in range(places[key]):
-            mark = tl.load(own_ids[key] + rows * places[key] + place, mask=there, other=0)
-            counts = counts & (label[None, :] != mark.to(tl.int64)[:, None])
+            mark = tl.load(marks + place, mask=there, other=0).to(tl.int64)
+            counts = counts & (mark[:, None] != label[None, :])
     if own_group is not None:
-        label = tl.load(group + slots, mask=written, other=0).to(tl.int64)
-        mark = tl.load(own_group + rows, mask=there, other=0).to(tl.int64)
-        counts = counts & (label[None, :] == mark[:, None])
+        label = _load(group + slot, written, BLOCK_N).to(tl.int64)
+        mark = _load(own_group + row, there, BLOCK_B).to(tl.int64)
+        counts = counts & (mark[:, None] == label[None, :])
     if ceiling is not None:
-        limit = tl.load(ceiling + rows, mask=there, other=0.0)[:, None]
+        limit = _load(ceiling + row, there, BLOCK_B)[:, None]
         counts = counts & ~(scores > limit)  # NaN is not above it, so it shows
     if bias is not None:
-        scores = scores - tl.load(bias + slots, mask=written, other=0.0)[None, :]
+        scores = scores - _load(bias + slot, written, BLOCK_N)[None, :]
     return tl.where(counts, scores, -float("inf"))
+
+
+@triton.jit
+def _load(first, mask, SIZE: tl.constexpr):
+    return tl.load(first + tl.arange(0, SIZE), mask=mask, other=0)
+
+
+@triton.jit
+def _store(first, values, mask, SIZE: tl.constexpr):
+    tl.store(first + tl.arange(0, SIZE), values, mask=mask)
+
+
+@triton.jit
+def _tile(
+    first,
+    mask,
+    left,
+    D: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Return (ROWS, COLUMNS) of a matrix with D columns, 0 outside; `left` columns are there.
+
+    WHOLE says that there are always COLUMNS.
+    """
+    place = tl.arange(0, ROWS)[:, None] * D + tl.arange(0, COLUMNS)[None, :]
+    mask = mask[:, None]
+    if not WHOLE:
+        mask = mask & (tl.arange(0, COLUMNS) < left)[None, :]
+    return tl.load(first + place, mask=mask, other=0)
 
 
 @triton.jit
@@ -242,24 +282,25 @@ def _add_rows(
     shares,
     unit,
     table,
-    slots,
     written,
-    column,
-    D,
+    left,
+    D: tl.constexpr,
+    WHOLE: tl.constexpr,
     READ: tl.constexpr,
     PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """Return mean (BLOCK_B, WIDTH) · kept + shares @ rows · unit. Empty slots' rows may be NaN."""
-    d = column + tl.arange(0, WIDTH)
-    place = (slots * D)[:, None] + d[None, :]
-    row = tl.load(table + place, mask=written[:, None] & (d < D)[None, :], other=0)
+    rows = _tile(table, written, left, D, WHOLE, BLOCK_N, WIDTH).to(READ)
     mean = mean * (kept / unit)[:, None]
-    return tl.dot(shares, row.to(READ), mean, input_precision=PRECISION) * unit
+    return tl.dot(shares, rows, mean, input_precision=PRECISION) * unit
 
 
 @triton.jit
-def _store_columns(means, values, rows, column, B, D, WIDTH: tl.constexpr):
-    d = column + tl.arange(0, WIDTH)
-    place = (rows * D)[:, None] + d[None, :]
-    tl.store(means + place, values, mask=(rows < B)[:, None] & (d < D)[None, :])
+def _store_columns(
+    first, values, mask, left, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    place = tl.arange(0, ROWS)[:, None] * D + tl.arange(0, COLUMNS)[None, :]
+    mask = mask[:, None] & (tl.arange(0, COLUMNS) < left)[None, :]
+    tl.store(first + place, values, mask=mask)
