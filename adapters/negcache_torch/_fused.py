@@ -112,7 +112,7 @@ def _run(
         "D": width,
         "places": tuple([each.shape[1] for each in own_ids]),
         "EMPTY": EMPTY,
-        "OPERAND": _triton_type(kernels.tl, scoring),
+        "OPERAND": _triton_type(scoring),
         "PRECISION": "ieee" if ieee else "tf32",
         "BLOCK": block,
     }
@@ -148,8 +148,8 @@ def _run(
             slots,
             stretch,
             **options,
-            READ=_triton_type(kernels.tl, reading),
-            ROUNDED=_triton_type(kernels.tl, reading, exact=True),
+            READ=_triton_type(reading),
+            ROUNDED=_triton_type(reading, exact=True),
             BLOCK_B=plan.rows,
             BLOCK_N=plan.slots,
             BLOCK_K=plan.columns,
@@ -165,21 +165,9 @@ def _run(
 
 
 @_run.register_fake
-def _run_fake(
-    queries: Tensor,
-    table: Tensor,
-    age: Tensor,
-    query_scale: Tensor | None,
-    row_scale: Tensor | None,
-    bias: Tensor | None,
-    ids: Sequence[Tensor],
-    own_ids: Sequence[Tensor],
-    group: Tensor | None,
-    own_group: Tensor | None,
-    ceiling: Tensor | None,
-    block: int,
-    readout: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes(queries: Tensor, table: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return arrays like those of `_run`, without values."""
+    block, readout = others[-2:]
     count, blocks = queries.shape[0], -(-table.shape[0] // block)
     weights = queries.new_empty((blocks, count), dtype=torch.float32)
     if not readout:
@@ -205,8 +193,10 @@ def _types(queries: Tensor, table: Tensor) -> tuple[torch.dtype, torch.dtype]:
     return queries.dtype, queries.dtype
 
 
-def _triton_type(language: Any, dtype: torch.dtype, *, exact: bool = False) -> Any:
+def _triton_type(dtype: torch.dtype, *, exact: bool = False) -> Any:
     """Return Triton's type of the same name. The interpreter cannot multiply bfloat16."""
+    from triton import language  # noqa: PLC0415 - Triton is optional
+
     if dtype == torch.bfloat16 and _interprets() and not exact:
         return language.float32
     return getattr(language, str(dtype).removeprefix("torch."))

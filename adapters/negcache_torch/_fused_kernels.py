@@ -98,7 +98,7 @@ def read(
     total = tl.zeros((BLOCK_B,), tl.float32)
     first = tl.zeros((BLOCK_B, FIRST), tl.float32)
     # Not used without a second part, but a name must have a value.
-    second = tl.zeros((BLOCK_B, SECOND if SECOND else 1), tl.float32)
+    second = tl.zeros((BLOCK_B, SECOND or 1), tl.float32)
     for block in range(split * stretch, tl.minimum((split + 1) * stretch, tl.cdiv(C, BLOCK))):
         block_top = tl.full((BLOCK_B,), -float("inf"), tl.float32)
         block_total = tl.zeros((BLOCK_B,), tl.float32)
@@ -180,7 +180,7 @@ def _scores(
     there on offsets are int32, which takes half the registers.
     """
     WHOLE: tl.constexpr = D % BLOCK_K == 0
-    ACCUMULATOR: tl.constexpr = tl.int32 if OPERAND == tl.int8 else tl.float32
+    ACCUMULATOR: tl.constexpr = tl.int32 if tl.int8 == OPERAND else tl.float32
     products = tl.zeros((BLOCK_B, BLOCK_N), ACCUMULATOR)
     for k in range(0, D, BLOCK_K):
         left = _tile(queries + row * D + k, there, D - k, D, WHOLE, BLOCK_B, BLOCK_K)
