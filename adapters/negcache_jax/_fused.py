@@ -23,7 +23,7 @@ are refused.
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -194,25 +194,28 @@ def _check_offsets(table: Array) -> None:
 PROGRAMS = 256
 """Programs to aim for: the largest GPUs run about as many at a time."""
 
-AHEAD = 2**16
-"""Bytes that a program may load ahead: every GPU has that much shared memory, with room for more.
-"""
+UNROLLED = 2
+"""Repetitions in the kernel that are written out; more are a loop."""
+
+SHARED = 96 * 2**10
+"""Bytes of operands that a program may hold: every GPU since 2020 has 99 KiB of shared memory."""
 
 
 def _plan(inputs: _Inputs, block: int, *, readout: bool) -> _Plan:
     """Return how to cut the work; only speed and memory depend on it."""
     (rows, width), slots = inputs.queries.shape, inputs.table.shape[0]
     number = _operand_dtype(inputs.queries, inputs.table).itemsize
-    units = number < 4  # matrix units multiply; else each thread holds its operands in registers
+    units = number < 4  # matrix units multiply; else threads hold the operands in registers
     chunk = min(128 if units else 32, max(32, pl.next_power_of_2(width)))
-    padded = -(-width // chunk) * chunk
+    chunks = -(-width // chunk)
     tile = min(64, max(16, pl.next_power_of_2(rows)))
-    while readout and tile > 16 and tile * padded > 2**14:  # sums that stay in registers
+    sums = 2**14 if units else 2**13  # that registers hold
+    while readout and tile > 16 and tile * chunk * chunks > sums:
         tile //= 2
-    step = block if units else min(block, 32 if readout else 64)
-    ahead = (tile + step) * chunk * number
-    if padded // chunk <= UNROLLED:
-        ahead = ((2 if readout else 1) * step + tile) * padded * number
+    step = min(block, 32 if readout and not units else 64)
+    held, ahead = 0, (tile + step) * chunk * number
+    if chunks <= UNROLLED:
+        held, ahead = tile * chunk * chunks * number, step * chunk * chunks * number
     blocks = -(-slots // block)
     splits = max(1, PROGRAMS // -(-rows // tile))
     return _Plan(
@@ -221,8 +224,8 @@ def _plan(inputs: _Inputs, block: int, *, readout: bool) -> _Plan:
         step=step,
         chunk=chunk,
         share=-(-blocks // splits),
-        warps=8 if readout and tile * padded > 2**12 else 4,
-        stages=max(1, min(3, AHEAD // ahead)),
+        warps=8 if readout and tile * chunk * chunks >= 2**12 else 4,
+        stages=max(1, min(3, (SHARED - held) // ahead)),
     )
 
 
@@ -260,7 +263,8 @@ def _kernel(inputs: _Inputs, weights: Any, *readout: Any, plan: _Plan) -> None:
         block, whole, sums = carry
         at, there = _stretch(index * plan.step, plan.step, inputs.table.shape[0])
         written = _load(inputs.age, at, there, EMPTY) != EMPTY
-        scores = tile.scores(at, there, written)
+        rows = tile.rows_of(at, written)
+        scores = tile.scores(rows, at, written)
         here = _Sum(jnp.max(scores, axis=1), zeros)
         shares = jnp.exp(scores - here.finite_top()[:, None])
         here = here._replace(total=jnp.sum(shares, axis=1))
@@ -271,7 +275,7 @@ def _kernel(inputs: _Inputs, weights: Any, *readout: Any, plan: _Plan) -> None:
         triton.store(weights.at[lax.div(index, steps), tile.at], block.log(), mask=tile.there)
         if readout:
             whole, before, now = whole.add(here)
-            sums = tile.add_rows(sums, before, shares * now[:, None], at, written)
+            sums = tile.add_rows(sums, before, shares * now[:, None], rows, at, written)
         return block, whole, sums
 
     chunks = tile.chunks if readout else ()
@@ -287,12 +291,16 @@ def _kernel(inputs: _Inputs, weights: Any, *readout: Any, plan: _Plan) -> None:
 
 
 class _Tile(NamedTuple):
-    """The queries of one program: where they are, which of those exist, and their facts."""
+    """The queries of one program: where they are, which of those exist, and their facts.
+
+    held: the chunks of the queries, if those are few; else they are loaded again for each step
+    """
 
     inputs: _Inputs
     plan: _Plan
     first: Array
     there: Array
+    held: tuple[Array, ...]
     query_scale: Array | None
     group: Array | None
     ceiling: Array | None
@@ -303,7 +311,11 @@ class _Tile(NamedTuple):
         first = pl.program_id(0) * plan.tile
         at, there = _stretch(first, plan.tile, inputs.queries.shape[0])
         facts = (inputs.query_scale, inputs.own_group, inputs.ceiling)
-        return _Tile(inputs, plan, first, there, *[_load(each, at, there) for each in facts])
+        tile = _Tile(inputs, plan, first, there, (), *[_load(each, at, there) for each in facts])
+        if len(tile.chunks) > UNROLLED:
+            return tile
+        held = [tile.chunk(inputs.queries, at, there, index) for index in tile.chunks]
+        return tile._replace(held=tuple(held))
 
     @property
     def at(self) -> Any:
@@ -315,49 +327,65 @@ class _Tile(NamedTuple):
         """The numbers of the chunks of a row."""
         return range(-(-self.inputs.table.shape[1] // self.plan.chunk))
 
-    def chunk(self, index: Any) -> tuple[Any, Array]:
+    def part(self, index: Any) -> tuple[Any, Array]:
         """Return the positions of a chunk in a row, and which of them exist."""
         # Not a constant: Pallas refuses constants for what goes past the end, masked or not.
         start = self.first * 0 + index * self.plan.chunk
         return _stretch(start, self.plan.chunk, self.inputs.table.shape[1])
 
-    def scores(self, at: Any, there: Array, written: Array) -> Array:
+    def chunk(self, ref: Any, at: Any, there: Array, index: Any) -> Array:
+        """Return a chunk of each of some rows."""
+        part, inside = self.part(index)
+        return cast("Array", _load(ref, (at, part), there[:, None] & inside[None, :]))
+
+    def rows_of(self, at: Any, written: Array) -> "Callable[[Any], Array]":
+        """Return a function of the number of a chunk, which returns that of some slots' rows.
+
+        It loads no rows of empty slots, which may be NaN; and few chunks only once.
+        """
+        load = functools.partial(self.chunk, self.inputs.table, at, written)
+        return [load(index) for index in self.chunks].__getitem__ if self.held else load
+
+    def scores(self, rows: Callable[[Any], Array], at: Any, written: Array) -> Array:
         """Return the scores (tile, step) with slots, -inf where one does not count."""
-        scores, inputs = self.products(at, there), self.inputs
+        scores, inputs = self.products(rows), self.inputs
         if self.query_scale is not None:
             scores *= self.query_scale[:, None]
         if inputs.row_scale is not None:
-            scores *= _load(inputs.row_scale, at, there)[None, :]
+            scores *= _load(inputs.row_scale, at, written)[None, :]
         counts = jnp.broadcast_to(written[None, :], scores.shape)
         for own_ids, ids in zip(inputs.own_ids, inputs.ids, strict=True):
-            counts = self.leave_out(counts, own_ids, _load(ids, at, there))
+            counts = self.leave_out(counts, own_ids, _load(ids, at, written))
         if self.group is not None:
-            counts &= _load(inputs.group, at, there)[None, :] == self.group[:, None]
+            counts &= _load(inputs.group, at, written)[None, :] == self.group[:, None]
         if self.ceiling is not None:
             counts &= ~(scores > self.ceiling[:, None])
         if inputs.bias is not None:
-            scores -= _load(inputs.bias, at, there)[None, :]
+            scores -= _load(inputs.bias, at, written)[None, :]
         return jnp.where(counts, scores, -jnp.inf)
 
-    def products(self, at: Any, there: Array) -> Array:
+    def products(self, rows: Callable[[Any], Array]) -> Array:
         """Return queries @ rows.T (tile, step), a chunk of both at a time."""
-        queries, table = self.inputs.queries, self.inputs.table
-        number = _operand_dtype(queries, table)
+        queries = self.inputs.queries
+        number = _operand_dtype(queries, self.inputs.table)
         total = jnp.int32 if number == jnp.int8 else jnp.float32
 
-        def add(index: Any, scores: Array) -> Array:
-            part, inside = self.chunk(index)
-            left = _load(queries, (self.at, part), self.there[:, None] & inside[None, :])
-            right = _load(table, (at, part), there[:, None] & inside[None, :])
+        def add(index: Any, scores: Array, left: Array | None = None) -> Array:
+            if left is None:
+                left = self.chunk(queries, self.at, self.there, index)
             return scores + lax.dot(
                 left.astype(number),
-                right.astype(number).T,
+                rows(index).astype(number).T,
                 precision=lax.Precision.HIGHEST,
                 preferred_element_type=total,
             )
 
         scores = jnp.zeros((self.plan.tile, self.plan.step), total)
-        return _repeat(len(self.chunks), add, scores).astype(jnp.float32)
+        if not self.held:
+            scores = lax.fori_loop(jnp.int32(0), jnp.int32(len(self.chunks)), add, scores)
+        for index, left in enumerate(self.held):
+            scores = add(index, scores, left)
+        return scores.astype(jnp.float32)
 
     def leave_out(self, counts: Array, own_ids: Any, ids: Array) -> Array:
         """Return counts (tile, step) without rows (step,) that have one of the query's ids."""
@@ -366,10 +394,21 @@ class _Tile(NamedTuple):
             own = _load(own_ids, (self.at, pl.ds(place, 1)), self.there[:, None])
             return counts & (own != ids[None, :])
 
-        return _repeat(own_ids.shape[1], compare, counts)
+        count = own_ids.shape[1]
+        if count > UNROLLED:
+            return cast("Array", lax.fori_loop(jnp.int32(0), jnp.int32(count), compare, counts))
+        for place in range(count):
+            counts = compare(place, counts)
+        return counts
 
     def add_rows(
-        self, sums: tuple[Array, ...], before: Array, shares: Array, at: Any, written: Array
+        self,
+        sums: tuple[Array, ...],
+        before: Array,
+        shares: Array,
+        rows: Callable[[Any], Array],
+        at: Any,
+        written: Array,
     ) -> tuple[Array, ...]:
         """Return sums (tile, chunk) of rows by chunk, times `before`, and shares @ rows."""
         inputs = self.inputs
@@ -382,12 +421,9 @@ class _Tile(NamedTuple):
             number, precision = jnp.dtype(jnp.float32), lax.Precision.HIGH
         added = []
         for index, each in zip(self.chunks, sums, strict=True):
-            part, inside = self.chunk(index)
-            # Not the rows of empty slots, which may be NaN. The others are still at hand.
-            rows = _load(inputs.table, (at, part), written[:, None] & inside[None, :])
             mixed = lax.dot(
                 shares.astype(number),
-                rows.astype(number),
+                rows(index).astype(number),
                 precision=precision,
                 preferred_element_type=jnp.float32,
             )
@@ -398,7 +434,7 @@ class _Tile(NamedTuple):
         """Write the mean of a split's rows."""
         some = jnp.where(total == 0, 1.0, total)
         for index, each in zip(self.chunks, sums, strict=True):
-            part, inside = self.chunk(index)
+            part, inside = self.part(index)
             kept = self.there[:, None] & inside[None, :]
             triton.store(mean.at[split, self.at, part], each / some[:, None], mask=kept)
 
@@ -413,20 +449,6 @@ def _load(ref: Any, at: Any, there: Array, other: int = 0) -> Any:
     if ref is None:
         return None
     return triton.load(ref.at[at], mask=there, other=jnp.asarray(other, ref.dtype))
-
-
-UNROLLED = 4
-"""Repetitions that are written out; more are a loop."""
-
-
-def _repeat(count: int, function: Callable[[Any, Array], Array], value: Array) -> Array:
-    """Return value = function(index, value) after indices 0 … count - 1."""
-    if count > UNROLLED:
-        last: Array = lax.fori_loop(jnp.int32(0), jnp.int32(count), function, value)
-        return last
-    for index in range(count):
-        value = function(index, value)
-    return value
 
 
 class _Sum(NamedTuple):
