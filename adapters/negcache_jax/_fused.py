@@ -112,15 +112,6 @@ def block_weights(
     readouts of a tile.
 
     Raises OptionError where the kernel cannot be compiled.
-
-    >>> import os; os.environ["NEGCACHE_PALLAS_INTERPRET"] = "1"
-    >>> options = dict(query_scale=None, row_scale=None, bias=None, own=None, block=128)
-    >>> weights, _ = block_weights(
-    ...     jnp.ones((1, 2), jnp.float32), jnp.zeros((256, 2), jnp.float32),
-    ...     jnp.zeros(256, jnp.int32), labels=Labels(), readout=False, **options)
-    >>> weights.round(3).tolist()  # log(128)
-    [[4.85..., 4.85...]]
-    >>> del os.environ["NEGCACHE_PALLAS_INTERPRET"]
     """
     interpret = _interpreted(queries)
     _check_offsets(table)
