@@ -51,7 +51,9 @@ class NegativeCacheLoss(nn.Module):
                         once
     max_length:         the most tokens of a text, or a dict of those by task, as in the training
                         arguments; by default the model's max_seq_length
-    dtype:              the dtype in which the cache stores embeddings
+    dtype:              the dtype in which the cache stores embeddings: a floating one, or int8
+    fused:              score the cache in one kernel; it needs an NVIDIA GPU, see
+                        CacheClassificationLoss
     generator:          where draws come from: None, an int seed, or a torch.Generator
     group_by_dataset:   let only texts of an anchor's own data set compete with it
     directions:         what competes besides an anchor's documents, as in
@@ -138,6 +140,7 @@ class NegativeCacheLoss(nn.Module):
         mini_batch_size: int | None = None,
         max_length: int | Mapping[str, int] | None = None,
         dtype: torch.dtype = torch.float32,
+        fused: bool = False,
         generator: Any = None,
         group_by_dataset: bool = False,
         directions: Iterable[str] = ("query_to_doc",),
@@ -177,13 +180,14 @@ class NegativeCacheLoss(nn.Module):
         kinds = self._directions.fields()
         more_ids, group_key = self._directions.keys(DATASET if group_by_dataset else None)
         specs = {**fields, **RING_FIELDS, **kinds, **groups, _EMBEDDING: embedding}
+        manager = negcache.CacheManager(specs, cache_size, unique_key=ID).storing(_EMBEDDING)
         if max_length is None and self.rows.length is not None:
-            tell_cost(specs, cache_size, self.rows.length)
-        self.slot_bytes = slot_bytes(specs)
+            tell_cost(manager.specs, cache_size, self.rows.length)
+        self.slot_bytes = slot_bytes(manager.specs)
         data_keys = tuple(key for key in fields if key != ID)
         kind = "DistributedCacheClassificationLoss" if self.sharded else "CacheClassificationLoss"
         self.handler = negcache.CacheLossHandler(
-            negcache.CacheManager(specs, cache_size, unique_key=ID),
+            manager,
             getattr(negcache, kind)(
                 _EMBEDDING,
                 data_keys,
@@ -199,6 +203,7 @@ class NegativeCacheLoss(nn.Module):
                 matryoshka_dims=matryoshka_dims,
                 matryoshka_weights=matryoshka_weights,
                 generator=generator,
+                fused=fused,
             ),
             _EMBEDDING,
             data_keys,
@@ -284,7 +289,7 @@ class NegativeCacheLoss(nn.Module):
         loss = self.handler.cache_loss
         names = (
             *("scale", "estimator", "num_samples", "max_staleness", "staleness_correction"),
-            *("matryoshka_dims", "matryoshka_weights"),
+            *("matryoshka_dims", "matryoshka_weights", "fused"),
         )
         return {
             "cache_size": self.handler.cache_manager.cache_size,

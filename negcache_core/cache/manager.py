@@ -102,7 +102,7 @@ class CacheManager:
 
     def storing(self, embedding_key: str) -> Self:
         """Return this manager with a field for the scales of embeddings, if those are int8."""
-        specs = with_scales(self.specs, embedding_key)
+        specs = with_scales(self.specs, embedding_key, self.backend.xp.float32)
         if len(specs) == len(self.specs):
             return self
         manager = copy.copy(self)

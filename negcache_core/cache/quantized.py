@@ -37,8 +37,12 @@ def stores_embeddings(dtype: Any) -> bool:
     return dtype_kind(dtype) == "floating" or dtype_name(dtype) == "int8"
 
 
-def with_scales(specs: Mapping[str, FieldSpec], key: str) -> dict[str, FieldSpec]:
+def with_scales(
+    specs: Mapping[str, FieldSpec], key: str, dtype: Any = "float32"
+) -> dict[str, FieldSpec]:
     """Return specs in which an int8 embedding has its scales; raise DTypeError if they cannot be.
+
+    dtype: the library's float32
 
     >>> list(with_scales({"embedding": FieldSpec((4,), "int8")}, "embedding"))
     ['embedding', 'embedding_scale']
@@ -46,7 +50,7 @@ def with_scales(specs: Mapping[str, FieldSpec], key: str) -> dict[str, FieldSpec
     found, scale = dict(specs), key + SUFFIX
     if dtype_name(specs[key].dtype) != "int8":
         return found
-    spec = found.setdefault(scale, FieldSpec((), "float32"))
+    spec = found.setdefault(scale, FieldSpec((), dtype))
     if spec.shape != () or dtype_name(spec.dtype) != "float32":
         raise DTypeError(
             f"field {scale!r} is {spec}, but it must hold the scales of the int8 embeddings in "

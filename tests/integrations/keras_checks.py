@@ -192,7 +192,7 @@ def test_weights_leave_the_cache_alone():
     assert any((mine != other).any() for mine, other in zip(after, state, strict=True))
     model.set_weights(weights)
     assert_equal(state_of(model), after)
-    held = {"jax": 8}.get(BACKEND, 0)  # rows of five fields, ages, the window and the key
+    held = {"jax": 9}.get(BACKEND, 0)  # rows of five fields, scales, ages, the window and the key
     assert len(model.non_trainable_variables) == held
 
 

@@ -36,7 +36,7 @@ def loss_of(capacity, seed=0, stored="bfloat16", **options):
     return NegativeCacheLoss(
         capacity,
         {"x": negcache.FieldSpec((3,), stored)},
-        negcache.FieldSpec((WIDTH,), stored),
+        negcache.FieldSpec((WIDTH,), {"bfloat16": "int8"}.get(stored, stored)),
         scale=3.0,
         labels={
             "id": negcache.FieldSpec((), LONG),

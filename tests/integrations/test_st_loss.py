@@ -425,3 +425,13 @@ def test_streamed_data_and_mini_batches_log_to_tensorboard(model, tmp_path):
 
 def test_what_two_processes_know_is_what_one_would(tmp_path):
     run_program(Path(__file__).with_name("two_processes_know.py"), tmp_path, ranks=2)
+
+
+def test_int8_rows_take_a_quarter_of_the_memory_and_only_rounding_makes_them_stale(model):
+    loss, plain = own(model, dtype=torch.int8), own(model)
+    width, texts = model.get_embedding_dimension(), make_texts(BATCH)
+    assert plain.slot_bytes - loss.slot_bytes == 3 * width - 4
+    for _ in range(4):
+        loss(columns(model, texts, [text + " it" for text in texts]))
+        assert loss.handler.metrics["staleness"] < 1e-4
+    assert loss.handler.cache.data["embedding"].dtype == torch.int8

@@ -88,8 +88,8 @@ def trained(loss_fn, run=step):
 def rows_multiplied_as_stored():
     """A CPU has no product of halves that adds up in float32."""
     with (
-        mock.patch.object(_backend.TorchBackend, "multiplies_as_stored", lambda self, table: True),
-        mock.patch.object(_backend, "_values_are_at_hand", lambda array: False),
+        mock.patch.object(_backend.TorchBackend, "multiplies_as_stored", return_value=True),
+        mock.patch.object(_backend, "_values_are_at_hand", return_value=False),
         mock.patch.object(_namespace, "product_of_halves", lambda a, b: a.float() @ b.float()),
     ):
         yield
