@@ -20,8 +20,8 @@ class AgainstCache:
 
     tower:   that of the cached side
     words:   token numbers per text of that side
-    options: refresh, drift, residual_mix and hard_weight, see `caching.cache`; all others are
-             NegativeCacheLoss's
+    options: refresh, drift, residual_mix, hard_weight and stored, see `caching.cache`; all others
+             are NegativeCacheLoss's
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class AgainstCache:
     ) -> None:
         self.tower, self.scale = tower, scale
         options = dict(options)
+        row = negcache.FieldSpec((WIDTH,), options.pop("stored", "float32"))
         self.refreshed: int = options.pop("refresh", 0)
         self.hard_weight: float = options.pop("hard_weight", 0.0)
         check_hard_weight(self.hard_weight)
@@ -46,7 +47,7 @@ class AgainstCache:
         self.loss_fn = negcache.NegativeCacheLoss(
             size,
             {"tokens": torch.zeros(1, words, dtype=torch.int32)},
-            embedding=WIDTH,
+            embedding=row,
             scale=scale,
             labels=self.labels(torch.zeros(1, dtype=torch.int64)),
             id_keys=("id",),  # a pair with the same item, cached earlier, is not a negative

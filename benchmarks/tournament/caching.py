@@ -21,6 +21,7 @@ def cache(setting: Setting) -> Training:
     late_draws:      draws a query in the second half of the budget, in place of `num_samples`
     drift:           True, or a ridge: the drawing queries are corrected for how the cached rows
                      have moved since, see `DriftMap`. "staleness" is then what remains.
+    stored:          the dtype in which the cache stores embeddings
     residual_mix:    whether cached scores are discounted by their measured error, see
                      `ScoreErrors`; with drift, by the error after correction
     hard_weight:     g: each query's loss is weighed by (1 - its item's probability)^g
