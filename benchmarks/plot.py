@@ -5,6 +5,8 @@ memory:           a step's memory beyond the tables against capacity, beside the
 results:          test MRR by batch, with a cache and without: the start page's
 training_quality: test MRR of each way of training against encoder calls and against time
 gradient_noise:   noise and bias of each estimator's gradient on a trained model
+device_step:      on a GPU, a step over the bare bfloat16 product; device_step_jax: in JAX
+device_memory:    on a GPU, a step's memory beyond the tables
 keras_rs:         recall of examples/keras_rs_recommender.py by epoch, by its kept results
 
     python benchmarks/plot.py
@@ -17,6 +19,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from _pictures_of_devices import step_memory, step_time
 from _pictures_of_speed import memory, step_cost
 from _pictures_of_training import gradient_noise, keras_rs_recall, results, training_quality
 from _style import STYLE
@@ -26,6 +29,9 @@ from matplotlib.figure import Figure
 PICTURES: dict[str, Callable[[], Figure | None]] = {
     "step_cost": step_cost,
     "memory": memory,
+    "device_step": step_time("torch"),
+    "device_step_jax": step_time("jax"),
+    "device_memory": step_memory,
     "results": results,
     "training_quality": training_quality,
     "gradient_noise": gradient_noise,
@@ -44,7 +50,7 @@ def main() -> None:
     for name, draw in PICTURES.items():
         figure = draw()
         if figure is None:
-            print(f"{name}: no results; see make bench")
+            print(f"{name}: no results; see make bench, make gpu")
             continue
         path = options.out / f"{name}.{options.format}"
         stamp = {"Date": None} if options.format == "svg" else {}
