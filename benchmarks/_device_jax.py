@@ -86,10 +86,12 @@ class Case:
 
     def __init__(self, size: Size, storage: str, *, fused: bool, **options: Any) -> None:
         keys = jax.random.split(jax.random.key(0), 4)
-        self.words = jax.random.normal(keys[0], (VOCABULARY, size.width)) / size.width**0.5
-        query = jax.random.normal(keys[1], (size.rows, size.width))
-        self.given = query, jnp.ones(size.width)
-        self.features = {"id": jax.random.randint(keys[2], (size.rows,), 0, VOCABULARY)}
+        self.words = (
+            jax.random.normal(keys[0], (VOCABULARY, size.width), jnp.float32) / size.width**0.5
+        )
+        query = jax.random.normal(keys[1], (size.rows, size.width), jnp.float32)
+        self.given = query, jnp.ones(size.width, jnp.float32)
+        self.features = {"id": jax.random.randint(keys[2], (size.rows,), 0, VOCABULARY, jnp.int32)}
         self.loss_fn = negcache.NegativeCacheLoss(
             size.slots,
             {"id": negcache.FieldSpec((), "int32")},

@@ -35,11 +35,10 @@ class Meter:
 
     def measure(self, job: Job) -> dict[str, Any]:
         """Return "ms", and of a step in eager code "MB" beyond the tables."""
-        with self.device:
-            if job.what == "read":
-                size = job.size.slots * job.size.width * BYTES[job.storage]
-                return {"ms": 1e3 * size / self.speed, "GB/s": self.speed / 1e9}
-            return self._product(job) if job.what == "product" else self._step(job)
+        if job.what == "read":
+            size = job.size.slots * job.size.width * BYTES[job.storage]
+            return {"ms": 1e3 * size / self.speed, "GB/s": self.speed / 1e9}
+        return self._product(job) if job.what == "product" else self._step(job)
 
     def clean(self) -> None:
         """Free what the last job held; raise if the device is beyond use."""
@@ -53,7 +52,7 @@ class Meter:
     def speed(self) -> float:
         """Bytes per second that a copy moves: it reads half of them, and writes half."""
         if self._speed is None:
-            source = torch.ones(COPIED if self.on_cuda else 2**20)
+            source = torch.ones(COPIED if self.on_cuda else 2**20, device=self.device)
             target = torch.empty_like(source)
             self._speed = 2e3 * source.nbytes / self.timed(lambda: target.copy_(source))
         return self._speed
@@ -78,8 +77,9 @@ class Meter:
 
     def _product(self, job: Job) -> dict[str, Any]:
         kind = torch.bfloat16 if job.storage == "bfloat16" else torch.float32
-        query = torch.randn(job.size.rows, job.size.width).to(kind)
-        table = torch.empty(job.size.slots, job.size.width, dtype=kind).normal_()
+        with self.device:
+            query = torch.randn(job.size.rows, job.size.width).to(kind)
+            table = torch.empty(job.size.slots, job.size.width, dtype=kind).normal_()
         torch.set_float32_matmul_precision("high" if job.storage == "tf32" else "highest")
         try:
             return {"ms": self.timed(lambda: query @ table.T)}
@@ -87,7 +87,8 @@ class Meter:
             torch.set_float32_matmul_precision("highest")
 
     def _step(self, job: Job) -> dict[str, Any]:
-        case = Case(job.size, job.storage, fused=job.fused, **LOSSES[job.loss])
+        with self.device:  # and not around what is timed, which it would slow down
+            case = Case(job.size, job.storage, fused=job.fused, **LOSSES[job.loss])
         if job.mode == "compiled":
             forward = torch.compile(case.forward, fullgraph=True)
             return {"ms": self.timed(lambda: forward().backward())}

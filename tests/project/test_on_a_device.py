@@ -1,6 +1,8 @@
 """What `make gpu` runs, at small size on the CPU; and that a step asks a device for no value."""
 
+import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,15 +13,24 @@ from torch.nn import functional
 ROOT = Path(__file__).parents[2]
 
 
+MODULES = {
+    "reads": "_host_reads",
+    "kinds": "_kinds_of_steps",
+    "asking": "a_step_asks_the_device_for_nothing",
+    "jobs": "_device_jobs",
+    "in_torch": "_device_torch",
+    "in_jax": "_device_jax",
+    "timing": "a_step_on_a_device",
+    "pictures": "_pictures_of_devices",
+    "summary": "gpu_summary",
+}
+
+
 @pytest.fixture(scope="module")
 def programs():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
-        import _host_reads as reads  # noqa: PLC0415 - found from here on
-        import _kinds_of_steps as kinds  # noqa: PLC0415
-        import a_step_asks_the_device_for_nothing as asking  # noqa: PLC0415
-
-        yield SimpleNamespace(reads=reads, kinds=kinds, asking=asking)
+        yield SimpleNamespace(**{key: import_module(name) for key, name in MODULES.items()})
 
 
 def test_a_step_asks_the_device_for_no_value(programs):
@@ -104,3 +115,117 @@ def test_what_cuda_says_is_noted_where_it_is_said(programs, monkeypatch):
     (read,) = found
     assert (read.operation, read.file) == ("CUDA", Path(__file__).name)
     assert "warnings.warn" in read.code
+
+
+def run(programs, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["a_step_on_a_device.py", *map(str, words)])
+    programs.timing.main()
+
+
+def of(records, **facts):
+    return [each for each in records if all(each[key] == facts[key] for key in facts)]
+
+
+SIZE = ("--slots", 256, "--width", 8, "--rows", 4, "--seconds", 0)
+
+
+def test_steps_are_timed_beside_products(programs, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "kept" / "results.jsonl"
+    modes = ("--modes", "eager", "graph")
+    run(programs, monkeypatch, "torch", "--device", "cpu", *SIZE, *modes, "--out", out)
+    records = programs.jobs.read(out)
+    assert len(records) == 24
+    assert len(of(records, what="product")) == len(of(records, what="read")) == 3
+    for loss in ("exact_query", "paper"):
+        facts = {"what": "step", "mode": "eager", "loss": loss, "fused": False}
+        for storage in ("float32", "bfloat16"):
+            (step,) = of(records, **facts, storage=storage)
+            assert step["ms"] > 0
+            assert step["MB"] > 0
+    graphs = of(records, mode="graph", fused=False, storage="float32")
+    assert {each["error"].partition(":")[0] for each in graphs} == {"not there"}
+    assert not [each for each in records if "failed" in each.get("error", "")]
+    # A second run adds lines, of which the later ones count; no time is left for more.
+    count = len(out.read_text().splitlines())
+    run(programs, monkeypatch, "torch", "--device", "cpu", *SIZE, "--minutes", 0, "--out", out)
+    assert len(out.read_text().splitlines()) == count
+    assert "measurements are left out" in capsys.readouterr().out
+    (said,) = programs.summary.of_steps(out)
+    assert said.startswith(f"cpu, PyTorch {torch.__version__}: milliseconds\n")
+    assert "there are no CUDA graphs on cpu" in said
+
+
+def test_jax_is_timed(programs):
+    meter = programs.in_jax.Meter("cpu", seconds=0)
+    size = programs.jobs.Size(64, 4, 2)
+    for job in (
+        programs.jobs.Job("product", size, "bfloat16"),
+        programs.jobs.Job("step", size, "float32", "paper", "jit"),
+    ):
+        found = programs.timing.attempt(meter, programs.in_jax, job)
+        assert found["ms"] > 0, found
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried\nto"),
+            "does not fit: CUDA out of memory",
+        ),
+        (ValueError("no\nluck"), "failed: ValueError: no"),
+        (TypeError("an unexpected keyword"), "not there: TypeError: an unexpected keyword"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(programs, raised, said):
+    class Broken:
+        def measure(self, job):
+            raise raised
+
+    found = programs.timing.attempt(Broken(), programs.in_torch, None)
+    assert found["error"].startswith(said)
+    assert "\n" not in found["error"]
+
+
+def test_the_most_telling_sizes_come_first(programs):
+    jobs = programs.jobs
+    every = jobs.sizes(jobs.SLOTS, jobs.WIDTHS, jobs.ROWS)
+    assert len(every) == 24
+    assert every[:5] == [
+        (1_048_576, 128, 64),
+        (1_048_576, 768, 64),
+        (131_072, 128, 64),
+        (131_072, 768, 64),
+        (1_048_576, 128, 512),
+    ]
+    assert {size.slots for size in every[16:]} == {8_388_608}
+    todo = jobs.jobs(every, jobs.MODES)
+    assert len(set(todo)) == len(todo)
+    compiled = [job.mode == "compiled" for job in todo]
+    assert compiled == sorted(compiled)  # they take longest
+
+
+def test_pictures_are_drawn_from_results(programs, monkeypatch, tmp_path):
+    """Of one device: the one with most figures; a size without its product has no ratio."""
+    jobs, path = programs.jobs, tmp_path / "results.jsonl"
+    monkeypatch.setattr(programs.pictures, "KEPT", path)
+    pictures = (
+        programs.pictures.step_time("torch"),
+        programs.pictures.step_time("jax"),
+        programs.pictures.step_memory,
+    )
+    assert [draw() for draw in pictures] == [None, None, None]
+    sizes = jobs.sizes([1_024, 4_096], [8], [4, 16])
+    for device, some in (("A", sizes), ("B", sizes[:1])):
+        for job in jobs.jobs(some, ("graph", "eager")):
+            figures = {"ms": 3.0, "MB": 7.0} if job.what == "step" else {"ms": 2.0}
+            if job.what == "product" and job.size == sizes[-1]:
+                figures = {"error": "does not fit"}
+            about = {"device": device, "framework": "torch", "version": "PyTorch 0"}
+            jobs.keep(path, {**about, **job.record(), **figures})
+    time, nothing, memory = (draw() for draw in pictures)
+    assert nothing is None
+    assert time.get_suptitle().endswith("\nA, PyTorch 0")
+    assert [len(figure.axes) for figure in (time, memory)] == [2, 2]
+    drawn = [line.get_ydata() for line in time.axes[0].lines]  # the smaller cache
+    assert [list(values) for values in drawn].count([1.5]) == 7  # six series, and eager code
