@@ -14,7 +14,7 @@ uint8, uint16, uint32, uint64 = tf.uint8, tf.uint16, tf.uint32, tf.uint64
 index_dtype = tf.int64
 
 abs, exp, log, log1p, isfinite = tf.abs, tf.exp, tf.math.log, tf.math.log1p, tf.math.is_finite
-sqrt = tf.sqrt
+sqrt, round = tf.sqrt, tf.round
 clip, maximum, minimum, reshape = tf.clip_by_value, tf.maximum, tf.minimum, tf.reshape
 astype, take_rows = tf.cast, tf.gather
 matmul, sort, zeros_like = tf.matmul, tf.sort, tf.zeros_like

@@ -21,7 +21,7 @@ int8, int16, int32, int64 = torch.int8, torch.int16, torch.int32, torch.int64
 uint8, uint16, uint32, uint64 = torch.uint8, torch.uint16, torch.uint32, torch.uint64
 
 abs, exp, log, log1p, isfinite = torch.abs, torch.exp, torch.log, torch.log1p, torch.isfinite
-sqrt = torch.sqrt
+sqrt, round = torch.sqrt, torch.round
 arange, zeros, full, full_like = torch.arange, torch.zeros, torch.full, torch.full_like
 ones_like, where, reshape = torch.ones_like, torch.where, torch.reshape
 broadcast_to, concat, cumulative_sum = torch.broadcast_to, torch.cat, torch.cumsum

@@ -18,6 +18,7 @@ from negcache_core.cache.plans import (
     plan_unique_insert,
     rows_to_write,
 )
+from negcache_core.cache.quantized import as_stored, with_scales
 from negcache_core.cache.row_checks import NewRows, Refresh, check_new_rows, check_refresh
 from negcache_core.cache.specs import FieldSpec, as_field_specs
 from negcache_core.cache.state import EMPTY, NegativeCache, check_cache
@@ -99,6 +100,15 @@ class CacheManager:
         manager.cache_size = _slots(cache_size, self.specs)
         return manager
 
+    def storing(self, embedding_key: str) -> Self:
+        """Return this manager with a field for the scales of embeddings, if those are int8."""
+        specs = with_scales(self.specs, embedding_key)
+        if len(specs) == len(self.specs):
+            return self
+        manager = copy.copy(self)
+        manager.specs = specs
+        return manager
+
     def init_cache(self) -> NegativeCache:
         """Return an empty cache: zero rows, every age EMPTY.
 
@@ -142,7 +152,9 @@ class CacheManager:
         instead. Of equal items in one batch the last unmasked one counts, and the others count as
         masked.
 
-        Floating rows are cast to the field's dtype; integers may only widen.
+        Floating rows are cast to the field's dtype; integers may only widen. If an int8 field has
+        a field of scales, float32 with row shape () and named `<field>_scale`, its rows are given
+        as floating ones, without scales, and stored as codes; see `quantize`.
 
         Raises KeysError, ShapeError, DTypeError or CapacityError for rows that do not fit.
         """
@@ -204,7 +216,7 @@ class CacheManager:
         for write in (plan.refresh, plan.new_items):
             if write is not None:
                 where, rows = write
-                for key, array in rows.items():
+                for key, array in as_stored(rows, data, self.backend.xp).items():
                     final = rows_to_write(where, data[key], array, xp=self.backend.xp)
                     data[key] = write_rows(data[key], where.slots, final)
         return data

@@ -6,6 +6,7 @@ from typing import Any
 from negcache_core.arrays._array import Array, cast, mask_rows
 from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.validation import check_device, shape_of
+from negcache_core.cache.quantized import dequantize, scales_in
 from negcache_core.cache.state import NegativeCache, check_cache, is_written
 from negcache_core.errors import KeysError, OptionError, ShapeError
 
@@ -83,12 +84,27 @@ def filled(caches: Caches, dtype: Any, xp: Any) -> Any:
 
 
 def gather(
-    caches: Caches, slots: Array, drawn: Array, fields: Iterable[str], xp: Any
+    caches: Caches, slots: Array, drawn: Array, embedding_key: str, others: Iterable[str], xp: Any
 ) -> dict[str, Any]:
     """Copy rows out of the caches: "fields", "ages", and by cache name "slots" and "owned".
 
     slots: (m, S) over all caches; drawn: bool (m, S), False where the row belongs to no cache
+
+    Embeddings come first among the fields, in float32 if they are stored as codes.
     """
+    scale = scales_in(caches.first().data).get(embedding_key)
+    keys = (embedding_key, *others) if scale is None else (embedding_key, *others, scale)
+    rows = copied(caches, slots, drawn, keys, xp)
+    if scale is not None:
+        fields = rows["fields"]
+        fields[embedding_key] = dequantize(fields[embedding_key], fields.pop(scale), xp=xp)
+    return rows
+
+
+def copied(
+    caches: Caches, slots: Array, drawn: Array, fields: Iterable[str], xp: Any
+) -> dict[str, Any]:
+    """Return what `gather` does, with fields as they are stored."""
     flat, drawn = xp.reshape(slots, (-1,)), xp.reshape(drawn, (-1,))
     if len(caches) == 1:
         ((name, cache),) = caches.items()

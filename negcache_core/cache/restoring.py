@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from negcache_core.arrays._array import cast, dtype_name, fill
+from negcache_core.arrays._array import cast, dtype_kind, dtype_name, fill
 from negcache_core.arrays.backend import NUMPY, Backend
 from negcache_core.arrays.numerics import finite_rows
 from negcache_core.arrays.validation import check_keys, check_mapping
+from negcache_core.cache.quantized import dequantize, quantize, scales_in
 from negcache_core.cache.state import EMPTY, NegativeCache, check_cache, data_of, is_written
 from negcache_core.errors import CapacityError, DTypeError, KindError, NonFiniteWarning, ShapeError
 
@@ -75,7 +76,11 @@ def resize_cache(cache: NegativeCache, capacity: int, backend: Backend = NUMPY) 
 def nonfinite_rows(cache: NegativeCache, embedding_key: str, backend: Backend) -> Any:
     """Return bool (C,): which slots hold a row with an embedding that is not finite."""
     xp = backend.xp
-    finite = finite_rows(cache.data[embedding_key], xp=xp)
+    scale = scales_in(cache.data).get(embedding_key)
+    if scale is None:
+        finite = finite_rows(cache.data[embedding_key], xp=xp)
+    else:
+        finite = xp.isfinite(cache.data[scale])
     return is_written(cast(cache.age, xp.int32, xp)) & ~finite
 
 
@@ -109,6 +114,19 @@ def on_host(cache: Any, backend: Backend, what: str) -> NegativeCache:
     if age.dtype.kind in "iu" and (age <= EMPTY).all():  # those from a plain list are int64
         age = age.astype(np.int32)
     return NegativeCache(data, age)
+
+
+def held_as(given: NegativeCache, own: NegativeCache, key: str) -> NegativeCache:
+    """Return a cache on the host with embeddings as codes, or in float32, if `own` holds such."""
+    data = dict(given.data)
+    had, has = scales_in(data).get(key), scales_in(own.data).get(key)
+    if key not in data or (had is None) == (has is None):
+        return given
+    if has is not None and dtype_kind(data[key].dtype) == "floating":
+        data[key], data[has] = quantize(data[key], xp=NUMPY.xp)
+    elif had is not None and dtype_name(own.data[key].dtype) == "float32":
+        data[key] = dequantize(data[key], data.pop(had), xp=NUMPY.xp)
+    return given._replace(data=data)
 
 
 def without_nonfinite(cache: NegativeCache, key: str) -> tuple[NegativeCache, int]:

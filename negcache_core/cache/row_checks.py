@@ -15,6 +15,7 @@ from negcache_core.arrays.validation import (
     shape_of,
 )
 from negcache_core.cache.plans import too_many_rows
+from negcache_core.cache.quantized import scales_in
 from negcache_core.cache.state import NegativeCache
 from negcache_core.errors import CapacityError, DTypeError, KeysError, ShapeError
 
@@ -34,6 +35,7 @@ def check_rows(
     counts: dict[str, int] = {}
     sized: Any = None
     alike = True
+    coded = [key for key, scale in scales_in(cache.data).items() if scale not in rows]
     for key, value in rows.items():
         table, name = cache.data[key], f"{what}[{key!r}]"
         expected = ("n", *shape_of(table, name)[1:])
@@ -45,10 +47,11 @@ def check_rows(
             array = as_array(value, name, backend)
         else:
             array = array_of(value, expected, name, backend, advice)
-        if not hasattr(value, "dtype") and _literal_fits(array, table.dtype):
-            array = backend.xp.astype(array, table.dtype)
-        if array.dtype != table.dtype:
-            check_castable(array.dtype, table.dtype, name)
+        stored = backend.xp.float32 if key in coded else table.dtype
+        if not hasattr(value, "dtype") and _literal_fits(array, stored):
+            array = backend.xp.astype(array, stored)
+        if array.dtype != stored:
+            check_castable(array.dtype, stored, name)
         arrays[key] = check_device(array, table, name, backend)
         if array.shape[0] is not None:
             alike = alike and (sized is None or array.shape[0] == sized.shape[0])
@@ -120,7 +123,8 @@ def check_new_rows(
 ) -> NewRows:
     """Check rows to insert: every field of the cache, with the same number of rows."""
     rows = check_mapping(new_items, "new_items")
-    check_keys(rows, cache.data, "new_items", exact=True)
+    implied = [scale for scale in scales_in(cache.data).values() if scale not in rows]
+    check_keys(rows, [key for key in cache.data if key not in implied], "new_items", exact=True)
     arrays, count = check_rows(rows, cache, "new_items", backend, too_many_rows)
     if mask is not None:
         mask = check_mask(mask, count, "new_items_mask", backend, like=cache.age)

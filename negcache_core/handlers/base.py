@@ -79,7 +79,9 @@ class BaseHandler:
         self.use_cross_replica = check_flag(use_cross_replica, "use_cross_replica")
         self.new_items_filter = new_items_filter
         self.group = group
-        self._managers = {name: cache_managers[name] for name in sorted(cache_managers)}
+        self._managers = {
+            name: cache_managers[name].storing(embedding_key) for name in sorted(cache_managers)
+        }
         check_sharing(
             self._managers,
             cache_loss,

@@ -13,6 +13,7 @@ from negcache_core.cache.manager import CacheManager
 from negcache_core.cache.named import SINGLE, Caches
 from negcache_core.cache.restoring import (
     check_layout,
+    held_as,
     nonfinite_rows,
     on_host,
     resize_cache,
@@ -132,7 +133,7 @@ def _take_over(
     fitting, count = {}, 0
     for name, cache in given.items():
         what = f"cache {name!r}"
-        host = on_host(cache, backend, what)
+        host = held_as(on_host(cache, backend, what), own[name], setup.embedding_key)
         check_layout(host, own[name], what, resize=resize)
         lowest = np.min(host.age)
         if lowest < 0:

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from negcache_core.arrays._array import dtype_kind, dtype_name
+from negcache_core.arrays._array import dtype_name
 from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.validation import as_array, as_whole, check_mapping, in_order, shape_of
+from negcache_core.cache.quantized import SUFFIX, stores_embeddings
 from negcache_core.cache.specs import FieldSpec, as_field_spec
 from negcache_core.errors import DTypeError, KeysError, KindError, ShapeError
 
@@ -53,7 +54,7 @@ def fields_of(
             "embedding, for each item."
         )
     key = EMBEDDING
-    while key in specs:
+    while key in specs or key + SUFFIX in specs:  # the second may hold its scales
         key = f"item_{key}"
     return Fields({**specs, key: row}, key, tuple(given))
 
@@ -94,9 +95,10 @@ def _embedding_spec(value: Any, sizes: dict[str, Any], backend: Backend) -> Fiel
             f"embedding has rows of shape {spec.shape}: expected an example of item embeddings, "
             "(B, D), or their width D."
         )
-    if dtype_kind(spec.dtype) != "floating":
+    if not stores_embeddings(spec.dtype):
         raise DTypeError(
-            f"embedding has dtype {dtype_name(spec.dtype)}: expected floating item embeddings."
+            f"embedding has dtype {dtype_name(spec.dtype)}: expected floating item embeddings, or "
+            "FieldSpec((D,), 'int8') to store them as int8."
         )
     return spec
 

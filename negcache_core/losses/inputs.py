@@ -16,6 +16,7 @@ from negcache_core.arrays.validation import (
     shape_of,
 )
 from negcache_core.cache.named import Caches
+from negcache_core.cache.quantized import SUFFIX, scales_in
 from negcache_core.cache.row_checks import check_castable, check_stand_in
 from negcache_core.cache.widths import check_widths, table_of
 from negcache_core.errors import DTypeError, KeysError, KindError, OptionError, ShapeError
@@ -46,7 +47,9 @@ def check_request(
     cache = caches.first()
     table = cache.data[wanted.embedding_key]
     what = f"field {wanted.embedding_key!r}"
-    check_floating(check_shape(table, ("C", "D"), what, "Embeddings are vectors."), what)
+    check_shape(table, ("C", "D"), what, "Embeddings are vectors.")
+    if wanted.embedding_key not in scales_in(cache.data):
+        _check_embeddings_dtype(table, wanted.embedding_key)
     if wanted.prefixes is not None:
         wanted.prefixes.check(table.shape[1])
     try:
@@ -85,6 +88,15 @@ def check_request(
         shape, what = (queries.shape[0], table.shape[1]), "pos_doc_embeddings"
         positives = embeddings_of(pos_doc_embeddings, shape, what, backend, like=table)
     return queries, batch, stand_in, noise, positives
+
+
+def _check_embeddings_dtype(table: Array, key: str) -> None:
+    if dtype_name(table.dtype) == "int8":
+        raise DTypeError(
+            f"field {key!r} is int8, but the cache has no scales for it: add FieldSpec((), "
+            f"'float32') to its specs, named {key + SUFFIX!r}. A handler does so by itself."
+        )
+    check_floating(table, f"field {key!r}")
 
 
 def check_embeddings(

@@ -90,8 +90,9 @@ class Placement:
         """Draw for one's own queries, and fetch the rows; `scores` are for everyone's queries."""
         del sizes
         slots = draw_slots(request, scores)
+        wanted, xp = request.wanted, request.backend.xp
         rows = gather(
-            request.caches, slots.slots, slots.drawn, request.wanted.fields, request.backend.xp
+            request.caches, slots.slots, slots.drawn, wanted.embedding_key, wanted.others, xp
         )
         flat = None
         if slots.candidates is not None:

@@ -5,7 +5,6 @@ from typing import Any
 from negcache_core.arrays._array import (
     Array,
     arange_like,
-    cast,
     fill,
     length,
     take_columns,
@@ -24,14 +23,14 @@ def weigh_blocks_by_width(
 
     readout: as in CacheScores.block_weights, but at the last width: (B,) and (B, w)
     """
-    backend, dtype, xp = cache.backend, cache.scorer.dtype, cache.scorer.xp
+    backend, xp = cache.backend, cache.scorer.xp
 
     def weigh(
         readout: tuple[Array, ...], start: Any, size: int
     ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         # Inside the loop: torch.compile does not take two views of one tensor into it.
         queries, factors = matryoshka.parted(cache.queries, prefixes)
-        rows = cast(backend.slice_rows(cache.table, start, size), dtype, xp)
+        rows = cache.rows(start, size)
         written = is_written(backend.slice_rows(cache.age, start, size))
         labels = cache.labels.each(lambda field: backend.slice_rows(field, start, size))
         bias: Any = None if cache.bias is None else backend.slice_rows(cache.bias, start, size)
@@ -76,8 +75,7 @@ def score_blocks_at_width(
     every = block[:, :, None] * BLOCK + arange_like(BLOCK, block, xp)[None, None, :]
     there = (every >= 0) & (every < cache.slots)
     flat = xp.reshape(xp.where(there, every, 0), (-1,))
-    rows = cast(xp.take_rows(cache.table, flat), cache.scorer.dtype, xp)
-    rows = xp.reshape(rows, (-1, draws * BLOCK, cache.table.shape[1]))
+    rows = xp.reshape(cache.rows_at(flat), (-1, draws * BLOCK, cache.table.shape[1]))
     scores: Any = None
     for place, part in enumerate(matryoshka.by_row(cache.queries, rows, prefixes, xp)):
         part_ = xp.reshape(part, (-1, draws, BLOCK))

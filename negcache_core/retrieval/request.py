@@ -36,10 +36,15 @@ class Wanted(NamedTuple):
     prefixes: Prefixes | None = None
 
     @property
-    def fields(self) -> tuple[str, ...]:
-        """The fields of the cache that retrieval reads."""
+    def others(self) -> tuple[str, ...]:
+        """The fields of the cache that retrieval reads besides embeddings."""
         told = filter(None, (*self.id_keys, self.group_key, self.bias_key))
-        return (self.embedding_key, *self.data_keys, *told)
+        return (*self.data_keys, *told)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All of them."""
+        return (self.embedding_key, *self.others)
 
 
 class Request(NamedTuple):

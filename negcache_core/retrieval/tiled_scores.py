@@ -20,6 +20,7 @@ from negcache_core.arrays.backend import CPU_TILE, Backend
 from negcache_core.arrays.budget import budget_of, itemsize
 from negcache_core.arrays.exclusion import Exclusions, Labels
 from negcache_core.arrays.numerics import log_sum_exp
+from negcache_core.cache.quantized import dequantize, scales_in
 from negcache_core.cache.state import NegativeCache, is_written
 from negcache_core.cache.window import recent
 from negcache_core.retrieval.scorer import Scorer
@@ -58,6 +59,7 @@ class CacheScores(NamedTuple):
     labels:       (C,) of the rows, which decide that
     bias:         (C,) subtracted from each row's scores, or None
     budget:       bytes for what is in memory at a time
+    row_scale:    (C,) of a table of codes, or None
     """
 
     queries: Array
@@ -71,6 +73,7 @@ class CacheScores(NamedTuple):
     labels: Labels = Labels()
     bias: Array | None = None
     budget: int = CPU_TILE
+    row_scale: Array | None = None
 
     @property
     def slots(self) -> int:
@@ -104,7 +107,6 @@ class CacheScores(NamedTuple):
                 written = xp.concat([written, fill((short,), value=False, like=written, xp=xp)])
             if not readout:
                 return readout, (self.backend.block_log_sum_exp(scores, written, BLOCK),)
-            rows = cast(rows, self.scorer.dtype, xp)
             weights, added, mean = self.backend.read_blocks(scores, rows, written, BLOCK)
             return join_readouts(readout, (added, mean), xp=xp), (weights,)
 
@@ -117,7 +119,7 @@ class CacheScores(NamedTuple):
         every = block[:, :, None] * BLOCK + arange_like(BLOCK, block, xp)[None, None, :]
         there = (every >= 0) & (every < self.slots)
         flat = xp.reshape(xp.where(there, every, 0), (-1,))
-        rows = xp.reshape(xp.take_rows(self.table, flat), (-1, draws * BLOCK, self.table.shape[1]))
+        rows = xp.reshape(self.rows_at(flat), (-1, draws * BLOCK, self.table.shape[1]))
         scores = xp.reshape(self.scorer.by_row(self.queries, rows), (-1, draws, BLOCK))
 
         def in_blocks(field: Array) -> Any:
@@ -144,8 +146,7 @@ class CacheScores(NamedTuple):
         One row of scores for each slot: products with a tall result, and reductions down its
         columns, were measured to be faster. `start` may be a traced integer.
         """
-        backend = self.backend
-        rows = backend.slice_rows(self.table, start, size)
+        backend, rows = self.backend, self.rows(start, size)
         age = backend.slice_rows(self.age, start, size)
         scores = self.scorer.by_item(self.queries, rows)
         if self.own is not None:
@@ -154,6 +155,22 @@ class CacheScores(NamedTuple):
         if self.bias is not None:
             scores = scores - backend.slice_rows(self.bias, start, size)[:, None]
         return scores, is_written(age), rows
+
+    def rows(self, start: Any, size: int) -> Array:
+        """Return the embeddings of slots start … start + size - 1 in the dtype to compute in."""
+        codes = self.backend.slice_rows(self.table, start, size)
+        if self.row_scale is not None:
+            scale = self.backend.slice_rows(self.row_scale, start, size)
+            codes = dequantize(codes, scale, xp=self.scorer.xp)
+        return cast(codes, self.scorer.dtype, self.scorer.xp)
+
+    def rows_at(self, slots: Array) -> Array:
+        """Return the embeddings at slots (n,) in the dtype to compute in."""
+        codes = self.scorer.xp.take_rows(self.table, slots)
+        if self.row_scale is not None:
+            scale = self.scorer.xp.take_rows(self.row_scale, slots)
+            codes = dequantize(codes, scale, xp=self.scorer.xp)
+        return cast(codes, self.scorer.dtype, self.scorer.xp)
 
     def mask(self, scores: Array, written: Array) -> Array:
         """Return `by_slot`'s scores with -inf where a slot is empty."""
@@ -240,10 +257,25 @@ def scores_of(
         width = table.shape[1] if copied or scorer.prefixes is not None else 0
         tile = tile_slots(backend.tile_rows(queries), width, number, budget)
         group = None if group_key is None else cache.data[group_key]
+        scales = scales_in(cache.data).get(embedding_key)
+        row_scale = None if scales is None else cache.data[scales]
         labels = Labels(tuple([cache.data[key] for key in id_keys]), group)
         bias = None if bias_key is None else cast(cache.data[bias_key], scorer.dtype, xp)
         scores.append(
-            CacheScores(scaled, table, age, first, tile, plain, backend, own, labels, bias, budget)
+            CacheScores(
+                scaled,
+                table,
+                age,
+                first,
+                tile,
+                plain,
+                backend,
+                own,
+                labels,
+                bias,
+                budget,
+                row_scale,
+            )
         )
         first += scores[-1].slots
     return scores

@@ -24,6 +24,7 @@ from negcache_core.testing._handler_checks import (
     check_steps,
 )
 from negcache_core.testing._loss_checks import check_half, check_loss
+from negcache_core.testing._quantized_checks import check_quantized
 from negcache_core.testing._replica_checks import check_replicas
 from negcache_core.testing._shard_checks import check_shards
 from negcache_core.testing._window_checks import check_drift, check_window
@@ -36,6 +37,7 @@ CHECKS: dict[str, Callable[[Adapter], None]] = {
     "filter": check_filter,
     "loss": check_loss,
     "half": check_half,
+    "quantized": check_quantized,
     "gradients": check_gradients,
     "estimators": check_estimators,
     "learning": check_learning,

@@ -11,6 +11,7 @@ from negcache_core.arrays.backend import NUMPY
 from negcache_core.arrays.exclusion import Exclusions
 from negcache_core.arrays.numerics import log_sum_exp
 from negcache_core.cache.named import SINGLE, Caches
+from negcache_core.cache.quantized import SUFFIX, dequantize, quantize
 from negcache_core.cache.state import EMPTY, NegativeCache
 from negcache_core.cache.window import new_window
 from negcache_core.errors import OptionError
@@ -64,19 +65,34 @@ def check_estimators(adapter: Adapter) -> None:
 
     On a fresh cache that is the gradient of the softmax cross-entropy; on a stale one, the gradient
     with stale probabilities and fresh items. In-batch negatives are items like any other. With a
-    window of ages the items are those inside it.
+    window of ages the items are those inside it. Rows stored as int8 are stale like any others.
     """
     rng, scale = np.random.default_rng(8), np.asarray(1.3)
     query, positive = rng.standard_normal((2, 2, WIDTH))
     ages = {False: np.asarray([1, EMPTY, 0], np.int32), True: np.asarray([1, 9, 0], np.int32)}
     fresh = rng.standard_normal((3, WIDTH))
     stale = fresh + 0.5 * rng.standard_normal(fresh.shape)
+    codes, scales = quantize(stale)
+    tables = {
+        "fresh": (fresh,),
+        "stale": (stale,),
+        "int8": (codes, scales),
+    }
+    plain = ("fresh", "stale")
+    cases = (
+        (False, False, plain),
+        (True, False, plain),
+        (True, True, plain),
+        (True, False, ("int8",)),
+    )
     for estimator in ESTIMATORS:
-        for in_batch, window in ((False, False), (True, False), (True, True)):
+        for in_batch, window, stored in cases:
             age = ages[window]
             gradients = _gradients_of(adapter, estimator, age, in_batch=in_batch, window=window)
             young = age <= 1
-            for what, table in (("fresh", fresh), ("stale", stale)):
+            for what in stored:
+                held = tables[what]
+                table = dequantize(*held).astype(np.float64) if what == "int8" else held[0]
                 items, now, counts = table, fresh, np.tile(young, (2, 1))
                 if in_batch:
                     items, now = (np.concatenate([each, positive]) for each in (table, fresh))
@@ -95,11 +111,11 @@ def check_estimators(adapter: Adapter) -> None:
                 )  # the middle of the stretch that draws a slot
 
                 def outcome(
-                    slots: list[list[int]], *, middle: Any = middle, table: Any = table
+                    slots: list[list[int]], *, middle: Any = middle, held: Any = held
                 ) -> tuple[Any, ...]:
                     second = np.take_along_axis(middle, np.asarray(slots), axis=1)
                     noise = np.stack([np.full_like(second, 0.5), second], axis=-1)
-                    return tuple(gradients(query, positive, fresh, scale, table, noise))  # noqa: B023
+                    return tuple(gradients(query, positive, fresh, scale, noise, *held))  # noqa: B023
 
                 given = exact.expectation(exact.enumerate_draws(proposal), outcome)
                 path = f"the expected gradient of {estimator}, {what}, {in_batch=}, {window=}"
@@ -112,6 +128,8 @@ def _gradients_of(
     """Return a function of NumPy arrays that returns a loss's gradients for one draw.
 
     window: whether rows compete only up to an age of four steps
+
+    The function takes query, positive, fresh, scale, noise, and the table, or its codes and scales.
     """
     xp = adapter.module.CacheManager.backend.xp
     one_hot = np.eye(len(age))
@@ -127,13 +145,14 @@ def _gradients_of(
     )
     state = new_window(xp) if window else None
 
-    def retrieve(query: Any, scale: Any, table: Any, noise: Any) -> Any:
+    def retrieve(query: Any, scale: Any, noise: Any, *held: Any) -> Any:
         now["scale"] = scale
-        cache = NegativeCache({"chosen": chosen, "embedding": table}, ages)
+        rows = dict(zip(("embedding", "embedding" + SUFFIX), held, strict=False))
+        cache = NegativeCache({"chosen": chosen, **rows}, ages)
         return loss.retrieve(query, Caches({SINGLE: cache}, state), noise=noise)
 
-    def value(query: Any, positive: Any, fresh: Any, scale: Any, table: Any, noise: Any) -> Any:
-        drawn = retrieve(query, scale, table, noise)
+    def value(query: Any, positive: Any, fresh: Any, scale: Any, *noise_and_rows: Any) -> Any:
+        drawn = retrieve(query, scale, *noise_and_rows)
         negatives = xp.matmul(drawn.features["chosen"], fresh)
         return loss.loss_from_negatives(query, positive, negatives, drawn).loss
 
