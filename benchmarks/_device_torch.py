@@ -42,9 +42,8 @@ class Meter:
 
     def clean(self) -> None:
         """Free what the last job held; raise if the device is beyond use."""
-        gc.collect()
-        torch.compiler.reset()
         if self.on_cuda:
+            gc.collect()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
 
@@ -90,6 +89,7 @@ class Meter:
         with self.device:  # and not around what is timed, which it would slow down
             case = Case(job.size, job.storage, fused=job.fused, **LOSSES[job.loss])
         if job.mode == "compiled":
+            torch.compiler.reset()
             forward = torch.compile(case.forward, fullgraph=True)
             return {"ms": self.timed(lambda: forward().backward())}
         if job.mode == "eager":

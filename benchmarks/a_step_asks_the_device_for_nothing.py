@@ -41,13 +41,13 @@ DOCUMENTED = {
     "a step of a cache in shards": "the host must know how many rows go where",
     "a step with use_cross_replica": "the host must know how many rows each rank has",
 }
-MAY_BE_MISSING = ("int8 rows", "fused=True")  # not for every device, or not there yet
+MAY_BE_MISSING = ("fused=True",)  # kernels are not for every device
 Found = list[Read] | str
 
 
-def of_steps(device: torch.device) -> Iterator[tuple[str, Found]]:
-    """Yield each kind of step, and what was found in two steps: reads, or why it does not run."""
-    ids = batches(2, device)
+def of_steps(device: torch.device, count: int = 2) -> Iterator[tuple[str, Found]]:
+    """Yield each kind of step, and what was found in `count` of them, or why it does not run."""
+    ids = batches(count, device)
 
     def run(name: str) -> list[Read]:
         step = STEPS[name](device)
