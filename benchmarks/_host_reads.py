@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from negcache_torch import _backend
+from negcache_torch import _backend, _namespace
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -55,12 +55,22 @@ def watched() -> Iterator[list[Read]]:
 
 @contextlib.contextmanager
 def as_on_a_device() -> Iterator[None]:
-    """Let PyTorch's adapter do on the CPU what it does on an accelerator."""
+    """Let PyTorch's adapter do on the CPU what it does on CUDA."""
     with (
         mock.patch.object(_backend, "_values_are_at_hand", return_value=False),
         mock.patch.object(_backend, "CPU_TILE", ACCELERATOR_TILE),
+        mock.patch.object(_backend.TorchBackend, "multiplies_as_stored", _is_narrow),
+        mock.patch.object(_namespace, "product_of_halves", _product_in_float32),
     ):
         yield
+
+
+def _is_narrow(_: Any, table: torch.Tensor) -> bool:
+    return table.dtype in (torch.int8, *_backend.HALVES)
+
+
+def _product_in_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return left.float() @ right.float()
 
 
 class _Operations(TorchDispatchMode):

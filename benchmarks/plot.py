@@ -4,6 +4,7 @@ step_cost:        a step and the published algorithm over the bare product, by f
 memory:           a step's memory beyond the tables against capacity, beside the score matrix
 results:          test MRR by batch, with a cache and without: the start page's
 training_quality: test MRR of each way of training against encoder calls and against time
+minilm_on_a_device: test MRR of each way of tuning MiniLM against seconds of a GPU
 gradient_noise:   noise and bias of each estimator's gradient on a trained model
 device_step:      on a GPU, a step over the bare bfloat16 product; device_step_jax: in JAX
 device_memory:    on a GPU, a step's memory beyond the tables
@@ -21,9 +22,14 @@ from pathlib import Path
 
 from _pictures_of_devices import step_memory, step_time
 from _pictures_of_speed import memory, step_cost
-from _pictures_of_training import gradient_noise, keras_rs_recall, results, training_quality
-from _style import STYLE
-from matplotlib import rcParams
+from _pictures_of_training import (
+    gradient_noise,
+    keras_rs_recall,
+    minilm_on_a_device,
+    results,
+    training_quality,
+)
+from _style import draw
 from matplotlib.figure import Figure
 
 PICTURES: dict[str, Callable[[], Figure | None]] = {
@@ -34,6 +40,7 @@ PICTURES: dict[str, Callable[[], Figure | None]] = {
     "device_memory": step_memory,
     "results": results,
     "training_quality": training_quality,
+    "minilm_on_a_device": minilm_on_a_device,
     "gradient_noise": gradient_noise,
     "keras_rs": keras_rs_recall,
 }
@@ -46,16 +53,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=docs, help="folder, docs by default")
     parser.add_argument("--format", choices=("svg", "png"), default="svg")
     options = parser.parse_args()
-    rcParams.update(STYLE)
-    for name, draw in PICTURES.items():
-        figure = draw()
-        if figure is None:
-            print(f"{name}: no results; see make bench, make gpu")
-            continue
+    for name, make in PICTURES.items():
         path = options.out / f"{name}.{options.format}"
-        stamp = {"Date": None} if options.format == "svg" else {}
-        figure.savefig(path, dpi=110, metadata=stamp)
-        print("written to", path)
+        drawn = draw(make, path)
+        print(f"written to {path}" if drawn else f"{name}: no results; see make bench, make gpu")
 
 
 if __name__ == "__main__":

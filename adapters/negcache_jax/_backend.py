@@ -103,6 +103,19 @@ class JaxBackend(Backend[Array]):
             parts.append(again(*[array[whole:] for array in arrays]))
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
+    def multiplies_as_stored(self, table: Array) -> bool:
+        return jax.default_backend() != "cpu"
+
+    def product_as_stored(self, rows: Array, queries: Array) -> Array:
+        wide = jnp.int32 if rows.dtype == jnp.int8 else jnp.float32
+        return _namespace.product_in(wide, rows, queries.T).astype(jnp.float32)
+
+    def sum_of_rows(self, weights: Array, rows: Array) -> Array:
+        if rows.dtype == weights.dtype:
+            return _namespace.matmul(weights, rows)
+        dtype = jnp.bfloat16 if rows.dtype == jnp.int8 else rows.dtype  # it holds every code
+        return _namespace.product_in(jnp.float32, weights.astype(dtype), rows.astype(dtype))
+
     def write_rows(self, table: Array, slots: Array, rows: Array) -> Array:
         return _namespace.put_rows(table, slots, rows)
 

@@ -51,6 +51,11 @@ def matmul(left: Array, right: Array) -> Array:  # type: ignore[no-redef]
     return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
+def product_in(dtype: Any, left: Array, right: Array) -> Array:
+    """Return left @ right, both of one smaller dtype, added up and returned in `dtype`."""
+    return jnp.matmul(left, right, preferred_element_type=dtype)
+
+
 def matmul_transposed(left: Array, right: Array) -> Array:
     """Return left @ right.T."""
     return matmul(left, right.T)

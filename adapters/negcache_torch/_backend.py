@@ -18,6 +18,11 @@ from . import _namespace
 from ._generator import BufferGenerator, refuse_recomputation
 from ._replicas import all_gather_rows
 
+HALVES = (torch.float16, torch.bfloat16)
+
+MULTIPLE = 8
+"""The int8 product takes widths that are multiples of this."""
+
 
 class TorchBackend(Backend[Tensor]):
     """PyTorch on any device; rows are written in place, gradients by autograd."""
@@ -154,6 +159,28 @@ class TorchBackend(Backend[Tensor]):
             if factors is not None:
                 factors = torch.where(written[: len(rows)], factors, 0.0)
         return block_log_sum_exp_in_place(scores, block, rows, factors, xp=self.xp)
+
+    def multiplies_as_stored(self, table: Tensor) -> bool:
+        if table.device.type != "cuda" or torch.version.cuda is None:
+            return False
+        if table.dtype == torch.int8:
+            return table.shape[1] % MULTIPLE == 0
+        return table.dtype in HALVES and _namespace.SUMS_HALVES_IN_FLOAT32
+
+    def product_as_stored(self, rows: Tensor, queries: Tensor) -> Tensor:
+        if rows.dtype in HALVES:
+            return _namespace.product_of_halves(rows, queries.mT)
+        # The kernel takes more than 16 rows, and a multiple of 8 queries.
+        count, size = rows.shape[0], queries.shape[0]
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, max(0, 32 - count)))
+        queries = torch.nn.functional.pad(queries, (0, 0, 0, -size % MULTIPLE))
+        return torch._int_mm(rows, queries.mT)[:count, :size].float()  # noqa: SLF001 - the only int8 product
+
+    def sum_of_rows(self, weights: Tensor, rows: Tensor) -> Tensor:
+        if rows.dtype == weights.dtype:
+            return _namespace.matmul(weights, rows)
+        dtype = torch.bfloat16 if rows.dtype == torch.int8 else rows.dtype  # it holds every code
+        return _namespace.product_of_halves(weights.to(dtype), rows.to(dtype))
 
     def exclude(self, scores: Tensor, rows: Labels, own: Exclusions) -> Tensor:
         if _values_are_at_hand(scores):

@@ -96,6 +96,14 @@ def matmul_transposed(left: Tensor, right: Tensor) -> Tensor:
     return matmul(left, right.mT)
 
 
+SUMS_HALVES_IN_FLOAT32 = "dtype" in torch.ops.aten.mm.overloads()
+
+
+def product_of_halves(left: Tensor, right: Tensor) -> Tensor:
+    """Return left @ right, of one half type, added up and returned in float32; on CUDA."""
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
 def as_wide_as_given(array: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which products keep their dtype, even inside the user's autocast."""
     return torch.autocast(array.device.type, enabled=False)

@@ -57,10 +57,15 @@ def _line(rows: list[Row], chosen: Row, strict: dict[float, Row | None]) -> tupl
         f"{chosen['batch']:,}",
         f"{chosen['rate']:g}" + "*" * _at_edge(rows, chosen),
         str(len(runs)),
-        *(_spread(runs, part) for part in SHOWN_PARTS),
+        *(spread(runs, part) for part in SHOWN_PARTS),
         f"{seconds:.0f}",
-        ", ".join(_ratio(rows, runs, strict[1.0], part) for part in SHOWN_PARTS),
-        ", ".join(_ratio(rows, runs, strict[part], part) for part in SHOWN_PARTS),
+        *(
+            ", ".join(
+                ratio(runs, all_seeds(rows, row) if row else [], part)
+                for part, row in baselines.items()
+            )
+            for baselines in (dict.fromkeys(SHOWN_PARTS, strict[1.0]), strict)
+        ),
     )
 
 
@@ -84,7 +89,8 @@ def test_mrr(runs: list[Row], part: float) -> dict[int, float]:
     return {seed: point["test MRR"] for seed, point in points.items() if point}
 
 
-def _spread(runs: list[Row], part: float) -> str:
+def spread(runs: list[Row], part: float) -> str:
+    """Return the mean test MRR at a part of the budget, and the lowest and highest of the seeds."""
     found = list(test_mrr(runs, part).values())
     if not found:
         return "-"
@@ -92,9 +98,9 @@ def _spread(runs: list[Row], part: float) -> str:
     return f"{mean} ({min(found):.3f} to {max(found):.3f})" if len(found) > 1 else mean
 
 
-def _ratio(rows: list[Row], runs: list[Row], baseline: Row | None, part: float) -> str:
-    ours = test_mrr(runs, part)
-    theirs = test_mrr(all_seeds(rows, baseline), part) if baseline else {}
+def ratio(runs: list[Row], others: list[Row], part: float) -> str:
+    """Return the test MRR at a part of the budget over that of others, of the seeds of both."""
+    ours, theirs = test_mrr(runs, part), test_mrr(others, part)
     # Runs with one seed share initial weights and the order of pairs: common effects cancel.
     both = ours.keys() & theirs.keys()
     if not both:

@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +46,17 @@ def _run_of(line: str, where: str) -> Run:
 
 
 def read(*paths: Path) -> list[dict[str, Any]]:
-    """Return every result, the last of each run; a truncated line is left out."""
-    found = {}
-    for path in paths:
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            found[name_of(row)] = row
-    return list(found.values())
+    """Return every result, the last of each run."""
+    return list({name_of(row): row for path in paths for row in read_lines(path)}.values())
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file that may be missing; a truncated line is left out."""
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
 
 
 def add(path: Path, result: dict[str, Any]) -> None:

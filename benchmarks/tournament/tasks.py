@@ -12,6 +12,7 @@ from .more_tasks import lines, recommender
 from .task import Questions, Task
 from .texts import BUCKETS, tokens_of
 
+PARTS = ("train", "dev", "test")  # to train on, to choose by, to report
 QUERY_TOKENS, CODE_TOKENS, COMMAND_TOKENS = 96, 256, 96
 # Flags and operators say as much in a command as names do.
 _COMMAND_WORD = re.compile(r"--?[A-Za-z][\w-]*|[A-Za-z]+|\d+|[|><&;$*?{}!\\]")
@@ -23,21 +24,27 @@ def docstrings(_: Path | None) -> Task:
     Half of these, by hash too, are for validation.
     """
     pairs = mine_pairs()
-    held_out = np.asarray([is_held_out(pair.query) for pair in pairs])
-    # The last digit decides what is held out; the one before it is unused.
-    digit = [zlib.crc32(" ".join(words(pair.query)).encode()) // 10 % 2 for pair in pairs]
-    validation, test = (np.flatnonzero(held_out & (np.asarray(digit) == half)) for half in (0, 1))
+    part = np.asarray([part_of(pair.query) for pair in pairs])
+    train, validation, test = (np.flatnonzero(part == name) for name in PARTS)
     code = ([*words(pair.name) * NAME_REPEATS, *dict.fromkeys(words(pair.code))] for pair in pairs)
     return Task(
         queries=tokens_of((dict.fromkeys(words(pair.query)) for pair in pairs), QUERY_TOKENS),
         items=tokens_of(code, CODE_TOKENS),
         item_of=np.arange(len(pairs)),
-        train=np.flatnonzero(~held_out),
+        train=train,
         validation=Questions(validation, validation[:, None]),
         test=Questions(test, test[:, None]),
         query_buckets=BUCKETS,
         item_buckets=BUCKETS,
     )
+
+
+def part_of(query: str) -> str:
+    """Return the part of the docstrings that a query belongs to."""
+    if not is_held_out(query):
+        return "train"
+    # The last digit decides what is held out; the one before it is unused.
+    return ("dev", "test")[zlib.crc32(" ".join(words(query)).encode()) // 10 % 2]
 
 
 def nl2bash(folder: Path | None) -> Task:
@@ -49,7 +56,7 @@ def nl2bash(folder: Path | None) -> Task:
     """
     if folder is None:
         raise SystemExit("nl2bash needs --nl2bash, the folder that holds its files.")
-    parts = {name: _read_pairs(folder / f"{name}.tsv") for name in ("train", "dev", "test")}
+    parts = read_nl2bash(folder)
     pairs = [pair for part in parts.values() for pair in part]
     commands = {command: row for row, command in enumerate(dict.fromkeys(c for _, c in pairs))}
     first = {request: row for row, (request, _) in reversed(list(enumerate(pairs)))}
@@ -69,7 +76,7 @@ def nl2bash(folder: Path | None) -> Task:
 
 
 def _questions(
-    pairs: list[list[str]], row_of: dict[str, int], commands: dict[str, int]
+    pairs: list[tuple[str, str]], row_of: dict[str, int], commands: dict[str, int]
 ) -> Questions:
     right: dict[str, list[int]] = {}
     for request, command in pairs:
@@ -81,9 +88,14 @@ def _questions(
     )
 
 
-def _read_pairs(path: Path) -> list[list[str]]:
-    with path.open(encoding="utf-8", newline="\n") as file:
-        return [line.rstrip("\n").split("\t") for line in file]
+def read_nl2bash(folder: Path) -> dict[str, list[tuple[str, str]]]:
+    """Return the requests and commands of the three files."""
+    parts: dict[str, list[tuple[str, str]]] = {}
+    for name in PARTS:
+        with (folder / f"{name}.tsv").open(encoding="utf-8", newline="\n") as file:
+            split = (line.rstrip("\n").split("\t") for line in file)
+            parts[name] = [(request, command) for request, command in split]
+    return parts
 
 
 TASKS: dict[str, Callable[[Path | None], Task]] = {

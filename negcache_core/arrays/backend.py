@@ -6,7 +6,15 @@ from typing import Any, Generic
 
 import numpy as np
 
-from negcache_core.arrays._array import Array, ArrayT, concat_rows, namespace, numpy_namespace
+from negcache_core.arrays._array import (
+    Array,
+    ArrayT,
+    cast,
+    concat_rows,
+    fill,
+    namespace,
+    numpy_namespace,
+)
 from negcache_core.arrays.exclusion import Exclusions, Labels, exclude_in_place, excluded
 from negcache_core.arrays.numerics import (
     block_log_sum_exp_in_place,
@@ -190,7 +198,8 @@ class Backend(Generic[ArrayT]):
     ) -> tuple[ArrayT, ArrayT, ArrayT]:
         """Return `block_log_sum_exp`, the log-sum-exp of all rows (B,), and a mean (B, D) of rows.
 
-        scores, written: as there; rows (m, D), m <= n; the mean is under each query's softmax
+        scores, written: as there; rows (m, D), m <= n; the mean is under each query's softmax.
+                         Rows may be of a smaller dtype than scores.
         factors:         (m,) multiply the rows, or None
 
         May overwrite `scores`.
@@ -200,11 +209,70 @@ class Backend(Generic[ArrayT]):
         # Rows of empty slots may hold anything, even values whose product with 0 is not 0.
         read: Any = read_out(
             xp.where(counts, scores[:count, ...], -float("inf")),
-            xp.where(counts, rows, 0.0),
+            xp.where(counts, rows, fill((1, 1), 0, rows, xp)),
             None if factors is None else xp.where(counts[:, 0], factors, 0.0),
+            product=self.sum_of_rows,
             xp=xp,
         )
         return self.block_log_sum_exp(scores, written, block), *read
+
+    def multiplies_as_stored(self, table: ArrayT) -> bool:
+        """Return whether the device has a fast product of rows in half types or int8.
+
+        Where it has one, queries are rounded to the rows' dtype. A table of float32 is never asked
+        about.
+        """
+        return False
+
+    def product_as_stored(self, rows: ArrayT, queries: ArrayT) -> ArrayT:
+        """Return rows (n, D) @ queries (B, D).T, both of one half type or int8: (n, B) float32.
+
+        Half types are added up in float32, int8 in int32.
+        """
+        xp = self.xp
+        wide = xp.int32 if rows.dtype == xp.int8 else xp.float32
+        product = xp.matmul_transposed(xp.astype(rows, wide), xp.astype(queries, wide))
+        found: ArrayT = xp.astype(product, xp.float32)
+        return found
+
+    def sum_of_rows(self, weights: ArrayT, rows: ArrayT) -> ArrayT:
+        """Return weights (B, n) @ rows (n, D), in the dtype of the weights.
+
+        Rows may be of a smaller dtype, where the device multiplies them as they are stored.
+        """
+        found: ArrayT = self.xp.matmul(weights, cast(rows, weights.dtype, self.xp))
+        return found
+
+    def check_fused(self) -> None:
+        """Raise OptionError if there is no kernel for `fused_block_weights`."""
+        raise OptionError(
+            f"fused=True needs a kernel, which {self.name} has not: leave it out, or use "
+            "negcache_torch or negcache_jax on a GPU."
+        )
+
+    def fused_block_weights(
+        self,
+        queries: ArrayT,
+        table: ArrayT,
+        age: ArrayT,
+        *,
+        query_scale: ArrayT | None,
+        row_scale: ArrayT | None,
+        bias: ArrayT | None,
+        labels: Labels,
+        own: Exclusions | None,
+        block: int,
+        readout: bool,
+    ) -> tuple[ArrayT, tuple[ArrayT, ArrayT] | None]:
+        """Return the log-sum-exp of each block's scores, (B, blocks); no score is in memory.
+
+        queries: (B, D) in float32, or of the table's dtype; query_scale: (B,) multiplies them
+        table:   (C, D); row_scale: (C,) multiplies its rows; age: (C,)
+        bias:    (C,) subtracted from a row's scores after `own` has left rows out by `labels`, (C,)
+        readout: whether also to return the log-sum-exp of all scores (B,), and the mean (B, D) of
+                 rows under each query's softmax, 0 for no rows; else None
+        """
+        raise NotImplementedError
 
     def exclude(self, scores: ArrayT, rows: Labels, own: Exclusions) -> ArrayT:
         """Return scores (n, B), -inf where a row, labels (n,), must not be a query's negative.

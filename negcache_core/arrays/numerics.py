@@ -1,5 +1,6 @@
 """The few numerically careful functions that everything else is built from."""
 
+from collections.abc import Callable
 from typing import Any
 
 from negcache_core.arrays._array import Array, ArrayT, namespace
@@ -26,11 +27,17 @@ def log_sum_exp(scores: ArrayT, axis: int = -1, *, xp: Any = None) -> ArrayT:
 
 
 def read_out(
-    scores: Array, rows: Array, factors: Array | None = None, *, xp: Any
+    scores: Array,
+    rows: Array,
+    factors: Array | None = None,
+    *,
+    product: Callable[[Any, Any], Any],
+    xp: Any,
 ) -> tuple[Array, Array]:
     """Return the log-sum-exp (B,) of scores (n, B), and the mean (B, D) of rows by their softmax.
 
     factors: (n,) multiply the rows, or None
+    product: (weights (B, n), rows) -> their product (B, D)
 
     This is attention in which keys and values are the same.
     """
@@ -42,7 +49,7 @@ def read_out(
     added = xp.where(total > 0, xp.log(some) + top, -float("inf"))
     if factors is not None:
         weights = weights * factors[:, None]
-    return added, xp.matmul(xp.matrix_transpose(weights), rows) / some[:, None]
+    return added, product(xp.matrix_transpose(weights), rows) / some[:, None]
 
 
 def block_log_sum_exp_in_place(

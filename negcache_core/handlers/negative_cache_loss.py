@@ -29,7 +29,8 @@ class NegativeCacheLoss(CacheLossHandler):
     features:   what the item network takes: an example batch, field -> (B, …), or field ->
                 FieldSpec of one row
     embedding:  an example batch of item embeddings (B, D), whose dtype the cache stores; or the
-                width D, stored as float32
+                width D, stored as float32; or FieldSpec((D,), dtype), where int8 stores each row
+                as codes and a scale
     scale:      factor on the dot products, the inverse of the temperature: a number, a trained
                 parameter, or a function of no arguments that returns one. 20 suits embeddings of
                 length 1.
@@ -103,6 +104,7 @@ class NegativeCacheLoss(CacheLossHandler):
         reducer: Callable[[Any], Array] | None = mean,
         generator: Any = None,
         tile_bytes: int | None = None,
+        fused: bool = False,
         use_lru: bool = True,
         unique_key: str | None = None,
         use_cross_replica: bool = False,
@@ -132,6 +134,7 @@ class NegativeCacheLoss(CacheLossHandler):
             matryoshka_weights=matryoshka_weights,
             generator=generator,
             tile_bytes=tile_bytes,
+            fused=fused,
             **({"group": group} if sharded else {}),
         )
         _check_named(loss.item_keys, unique_key, fields)

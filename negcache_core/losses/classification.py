@@ -80,6 +80,10 @@ class CacheClassificationLoss(CacheLoss):
     tile_bytes:      memory for scores in flight: the cache is scored in tiles that fit it. By
                      default 4 MB on a CPU and 64 MB elsewhere. It changes the speed, never the
                      result.
+    fused:           score the cache in one kernel, which keeps scores on the chip: a Triton kernel
+                     in PyTorch, a Pallas kernel in JAX, on NVIDIA GPUs. Half rows and int8 rows are
+                     multiplied as they are stored, by queries rounded to their dtype. Not for
+                     float64, score_transform, top_k, retrieval_fn and matryoshka_dims.
 
     Raises OptionError, KindError or CapacityError for an argument that cannot work.
 
@@ -124,6 +128,7 @@ class CacheClassificationLoss(CacheLoss):
         matryoshka_weights: Iterable[float] | None = None,
         generator: Any = None,
         tile_bytes: int | None = None,
+        fused: bool = False,
     ) -> None:
         super().__init__()
         self.embedding_key, self.data_keys = check_field_names(embedding_key, data_keys)
@@ -143,6 +148,14 @@ class CacheClassificationLoss(CacheLoss):
             top_k=top_k,
             retrieval_fn=retrieval_fn,
             score_transform=score_transform,
+        )
+        self.fused = options.check_fused(
+            fused,
+            self.backend,
+            top_k=self.top_k,
+            retrieval_fn=retrieval_fn,
+            score_transform=score_transform,
+            matryoshka_dims=self.prefixes,
         )
         self.scale = check_scale(scale, self.backend)
         self.staleness_correction = check_flag(staleness_correction, "staleness_correction")

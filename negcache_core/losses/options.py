@@ -3,7 +3,14 @@
 from collections.abc import Iterable
 from typing import Any
 
-from negcache_core.arrays.validation import as_whole, check_function, check_number, names_of
+from negcache_core.arrays.backend import Backend
+from negcache_core.arrays.validation import (
+    as_whole,
+    check_flag,
+    check_function,
+    check_number,
+    names_of,
+)
 from negcache_core.errors import KindError, OptionError
 from negcache_core.retrieval.prefixes import Prefixes
 
@@ -103,6 +110,23 @@ def check_matryoshka(dims: Any, weights: Any, estimator: Any, **others: Any) -> 
             )
     ordered = sorted(zip(widths, map(float, numbers), strict=True))
     return Prefixes(*map(tuple, zip(*ordered, strict=True)))
+
+
+def check_fused(fused: Any, backend: Backend, **others: Any) -> bool:
+    """Return the flag; raise OptionError if there is no kernel, or none for the other options.
+
+    others: options that the kernel does not know, by name
+    """
+    if not check_flag(fused, "fused"):
+        return False
+    for name, other in others.items():
+        if other is not None:
+            raise OptionError(
+                f"fused=True does not work with {name}: the kernel scores by dot products, and "
+                "weighs whole blocks. Leave one of the two out."
+            )
+    backend.check_fused()
+    return True
 
 
 def _listed(values: Any, what: str, example: str) -> list[Any]:

@@ -10,6 +10,7 @@ from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.numerics import mean
 from negcache_core.cache.named import SINGLE, check_window, named_caches
 from negcache_core.cache.state import NegativeCache
+from negcache_core.errors import DTypeError
 from negcache_core.losses.callbacks import reduced, scale_for, transformed
 from negcache_core.losses.estimators import ESTIMATORS
 from negcache_core.losses.inputs import (
@@ -54,6 +55,7 @@ class Phased(Protocol):
     max_staleness: float | None
     staleness_correction: bool
     prefixes: Prefixes | None
+    fused: bool
     generator: Any
 
     def guard(self, cache: Any) -> AbstractContextManager[None]:
@@ -93,6 +95,11 @@ def draw_negatives(
     with backend.no_gradient(), loss.guard(cache):
         queries = backend.stop_gradient(queries)
         scorer = _scorer(loss, queries, caches.first().data[loss.embedding_key])
+        if loss.fused and scorer.dtype == backend.xp.float64:
+            raise DTypeError(
+                "fused=True is for float32 and smaller, but the queries or the cache are float64: "
+                "leave it out, or use float32."
+            )
         if positives is not None:
             ceiling = scorer.pairs(queries, positives) + loss.margin
             if scorer.prefixes is not None:
@@ -207,6 +214,7 @@ def _wanted(loss: Phased) -> Wanted:
         estimator.reads_out,
         loss.tile_bytes,
         loss.prefixes,
+        loss.fused,
     )
 
 

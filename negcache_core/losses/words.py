@@ -7,7 +7,7 @@ from negcache_core.arrays.words import number_of
 OPTIONS = (
     *("num_samples", "top_k", "id_keys", "group_key", "margin", "log_frequency_key"),
     *("max_staleness", "staleness_correction", "retrieval_fn", "score_transform", "group"),
-    *("matryoshka_dims", "matryoshka_weights"),
+    *("matryoshka_dims", "matryoshka_weights", "fused"),
 )
 UNSAID = {"num_samples": 1, "id_keys": ()}
 """What these options are where nothing is asked for; of the others it is None or False."""

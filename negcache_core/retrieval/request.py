@@ -19,6 +19,7 @@ class Wanted(NamedTuple):
     shares_draws: whether every query needs to know what the others drew
     reads_out:    whether to return the mean embedding under a query's softmax
     prefixes:     the widths at which embeddings are compared, None for the full width
+    fused:        whether one kernel scores the cache
     """
 
     embedding_key: str
@@ -34,6 +35,7 @@ class Wanted(NamedTuple):
     reads_out: bool = False
     tile_bytes: int | None = None
     prefixes: Prefixes | None = None
+    fused: bool = False
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -80,4 +82,5 @@ class Request(NamedTuple):
             bias_key=wanted.bias_key,
             window=self.caches.window,
             first=first,
+            fused=wanted.fused,
         )

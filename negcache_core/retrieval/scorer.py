@@ -44,8 +44,12 @@ class Scorer(NamedTuple):
 
     def by_item(self, scaled_queries: Array, items: Array) -> Array:
         """Score items (C, D) with queries (B, D) that have the scale in them: (C, B)."""
-        items = cast(items, self.dtype, self.xp)
-        scores = self.xp.matmul_transposed(items, scaled_queries)
+        return self.of_products(
+            self.xp.matmul_transposed(cast(items, self.dtype, self.xp), scaled_queries)
+        )
+
+    def of_products(self, scores: Array) -> Array:
+        """Return the scores (C, B) of products with scaled queries."""
         if self.transform is None:
             return scores
         # The user's function sees (B, C), however it is computed.

@@ -23,6 +23,7 @@ from negcache_core.arrays.numerics import log_sum_exp
 from negcache_core.cache.quantized import dequantize, scales_in
 from negcache_core.cache.state import NegativeCache, is_written
 from negcache_core.cache.window import recent
+from negcache_core.retrieval.lowered import Lowered
 from negcache_core.retrieval.scorer import Scorer
 
 BLOCK = 128
@@ -60,6 +61,9 @@ class CacheScores(NamedTuple):
     bias:         (C,) subtracted from each row's scores, or None
     budget:       bytes for what is in memory at a time
     row_scale:    (C,) of a table of codes, or None
+    lowered:      the queries in the table's dtype, on a device that multiplies rows as they are
+                  stored; `queries` are then these, raised. None elsewhere
+    fused:        whether one kernel computes `block_weights`
     """
 
     queries: Array
@@ -74,6 +78,8 @@ class CacheScores(NamedTuple):
     bias: Array | None = None
     budget: int = CPU_TILE
     row_scale: Array | None = None
+    lowered: Lowered | None = None
+    fused: bool = False
 
     @property
     def slots(self) -> int:
@@ -95,6 +101,8 @@ class CacheScores(NamedTuple):
         readout: what `join_readouts` made of the caches so far; () if it is not needed
         """
         xp = self.scorer.xp
+        if self.fused:
+            return self._fused_weights(readout)
 
         def weigh(
             readout: tuple[Array, ...], start: Any, size: int
@@ -107,11 +115,32 @@ class CacheScores(NamedTuple):
                 written = xp.concat([written, fill((short,), value=False, like=written, xp=xp)])
             if not readout:
                 return readout, (self.backend.block_log_sum_exp(scores, written, BLOCK),)
-            weights, added, mean = self.backend.read_blocks(scores, rows, written, BLOCK)
+            factors = None
+            if self.lowered is not None and self.row_scale is not None:
+                factors = self.backend.slice_rows(self.row_scale, start, size)
+            weights, added, mean = self.backend.read_blocks(scores, rows, written, BLOCK, factors)
             return join_readouts(readout, (added, mean), xp=xp), (weights,)
 
         readout, (weights,) = self.scan_tiles(weigh, readout, self.slots, self.tile)
         return xp.matrix_transpose(weights), readout
+
+    def _fused_weights(self, readout: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+        queries, scale = (self.queries, None) if self.lowered is None else self.lowered
+        weights, added = self.backend.fused_block_weights(
+            queries,
+            self.table,
+            self.age,
+            query_scale=scale,
+            row_scale=self.row_scale,
+            bias=self.bias,
+            labels=self.labels,
+            own=self.own,
+            block=BLOCK,
+            readout=bool(readout),
+        )
+        if added is None:
+            return weights, readout
+        return weights, join_readouts(readout, added, xp=self.scorer.xp)
 
     def of_blocks(self, block: Array) -> Array:
         """Score blocks (B, S) by number again: (B, S, BLOCK); -inf outside the cache."""
@@ -138,23 +167,36 @@ class CacheScores(NamedTuple):
         return self._replace(
             queries=xp.take_rows(self.queries, rows),
             own=None if self.own is None else self.own.of_queries(rows, xp),
+            lowered=None if self.lowered is None else self.lowered.of_queries(rows, xp),
         )
 
     def by_slot(self, start: Any, size: int) -> tuple[Array, Array, Array]:
         """Score slots start … start + size - 1: (size, B); which are written, (size,); their rows.
 
+        Rows are in the dtype to compute in, or as they are stored if the queries are lowered.
+
         One row of scores for each slot: products with a tall result, and reductions down its
         columns, were measured to be faster. `start` may be a traced integer.
         """
-        backend, rows = self.backend, self.rows(start, size)
-        age = backend.slice_rows(self.age, start, size)
-        scores = self.scorer.by_item(self.queries, rows)
+        backend, age = self.backend, self.backend.slice_rows(self.age, start, size)
+        if self.lowered is None:
+            rows = self.rows(start, size)
+            scores = self.scorer.by_item(self.queries, rows)
+        else:
+            rows = backend.slice_rows(self.table, start, size)
+            scores = self._scores_as_stored(self.lowered, rows, start, size)
         if self.own is not None:
             labels = self.labels.each(lambda field: backend.slice_rows(field, start, size))
             scores = backend.exclude(scores, labels, self.own)
         if self.bias is not None:
             scores = scores - backend.slice_rows(self.bias, start, size)[:, None]
         return scores, is_written(age), rows
+
+    def _scores_as_stored(self, lowered: Lowered, rows: Array, start: Any, size: int) -> Array:
+        scores = self.backend.product_as_stored(rows, lowered.queries) * lowered.scale[None, :]
+        if self.row_scale is not None:
+            scores = scores * self.backend.slice_rows(self.row_scale, start, size)[:, None]
+        return self.scorer.of_products(scores)
 
     def rows(self, start: Any, size: int) -> Array:
         """Return the embeddings of slots start … start + size - 1 in the dtype to compute in."""
@@ -206,6 +248,13 @@ class CacheScores(NamedTuple):
         return carry, concat_rows(by_tile, self.scorer.xp)
 
 
+def as_stored(table: Array, scorer: Scorer, backend: Backend, *, fused: bool) -> bool:
+    """Return whether rows are multiplied as they are stored, by queries of their dtype."""
+    if table.dtype == scorer.dtype or scorer.prefixes is not None:
+        return False
+    return fused or (scorer.dtype == scorer.xp.float32 and backend.multiplies_as_stored(table))
+
+
 def empty_readout(queries: Array, *, xp: Any) -> tuple[Array, Array]:
     """Return the readout of zero slots: log-partition (B,) of -inf, and mean embedding (B, D)."""
     zero = xp.zeros_like(queries)
@@ -236,12 +285,14 @@ def scores_of(
     bias_key: str | None = None,
     window: Array | None = None,
     first: int = 0,
+    fused: bool = False,
 ) -> list[CacheScores]:
     """Return the scores of queries (B, D) against each cache, computed on demand.
 
     own:    what must not be a negative of each query; id_keys and group_key name the fields
     window: the state of the window of ages, None for every age
     first:  the number of the first slot of all
+    fused:  whether one kernel weighs blocks
     """
     xp = backend.xp
     number, budget = itemsize(scorer.dtype, xp), budget_of(tile_bytes, queries, backend)
@@ -259,11 +310,15 @@ def scores_of(
         group = None if group_key is None else cache.data[group_key]
         scales = scales_in(cache.data).get(embedding_key)
         row_scale = None if scales is None else cache.data[scales]
+        lowered, given = None, scaled
+        if as_stored(table, scorer, backend, fused=fused):
+            lowered = Lowered.of(scaled, table, xp)
+            given = lowered.raised(xp)
         labels = Labels(tuple([cache.data[key] for key in id_keys]), group)
         bias = None if bias_key is None else cast(cache.data[bias_key], scorer.dtype, xp)
         scores.append(
             CacheScores(
-                scaled,
+                given,
                 table,
                 age,
                 first,
@@ -275,6 +330,8 @@ def scores_of(
                 bias,
                 budget,
                 row_scale,
+                lowered,
+                fused,
             )
         )
         first += scores[-1].slots

@@ -13,6 +13,7 @@ ALIKE = (
     *("embedding_key", "data_keys", "top_k", "estimator", "num_samples", "id_keys"),
     *("group_key", "margin", "in_batch_negatives", "log_frequency_key"),
     *("max_staleness", "staleness_correction", "matryoshka_dims", "matryoshka_weights"),
+    "fused",
 )
 """The options that all replicas must give alike."""
 

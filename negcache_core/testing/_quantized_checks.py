@@ -82,7 +82,7 @@ def _check_scores(adapter: Adapter) -> None:
         "positive": rng.standard_normal((ROWS, WIDTH)).astype(np.float32),
         "noise": rng.random((ROWS, 2, 2)),
     }
-    coded = {
+    coded: dict[str, Any] = {
         "tokens": rng.integers(0, 11, (300, TOKENS)),
         "embedding": rng.integers(-127, 128, (300, WIDTH)).astype(np.int8),
         "embedding_scale": rng.random(300).astype(np.float32) / 100,
