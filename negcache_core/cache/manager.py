@@ -18,7 +18,7 @@ from negcache_core.cache.plans import (
     plan_unique_insert,
     rows_to_write,
 )
-from negcache_core.cache.quantized import as_stored, with_scales
+from negcache_core.cache.quantized import as_stored, scales_in, with_scales
 from negcache_core.cache.row_checks import NewRows, Refresh, check_new_rows, check_refresh
 from negcache_core.cache.specs import FieldSpec, as_field_specs
 from negcache_core.cache.state import EMPTY, NegativeCache, check_cache
@@ -212,11 +212,12 @@ class CacheManager:
         self, cache: NegativeCache, plan: UpdatePlan, write_rows: Callable[..., Array]
     ) -> dict[str, Array]:
         """Return the cache's tables after `write_rows` has put a plan's rows into each."""
-        data = dict(cache.data)
+        data, scales = dict(cache.data), scales_in(cache.data)
         for write in (plan.refresh, plan.new_items):
             if write is not None:
                 where, rows = write
-                for key, array in as_stored(rows, data, self.backend.xp).items():
+                rows = as_stored(rows, scales, self.backend.xp) if scales else rows
+                for key, array in rows.items():
                     final = rows_to_write(where, data[key], array, xp=self.backend.xp)
                     data[key] = write_rows(data[key], where.slots, final)
         return data

@@ -1,6 +1,6 @@
 """Several named caches that count as one, in sorted order of their names."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from negcache_core.arrays._array import Array, cast, mask_rows
@@ -84,27 +84,20 @@ def filled(caches: Caches, dtype: Any, xp: Any) -> Any:
 
 
 def gather(
-    caches: Caches, slots: Array, drawn: Array, embedding_key: str, others: Iterable[str], xp: Any
+    caches: Caches, slots: Array, drawn: Array, fields: tuple[str, ...], xp: Any
 ) -> dict[str, Any]:
     """Copy rows out of the caches: "fields", "ages", and by cache name "slots" and "owned".
 
-    slots: (m, S) over all caches; drawn: bool (m, S), False where the row belongs to no cache
-
-    Embeddings come first among the fields, in float32 if they are stored as codes.
+    slots:  (m, S) over all caches; drawn: bool (m, S), False where the row belongs to no cache
+    fields: the embedding's comes first; if it holds codes, the copies are float32
     """
-    scale = scales_in(caches.first().data).get(embedding_key)
-    keys = (embedding_key, *others) if scale is None else (embedding_key, *others, scale)
-    rows = copied(caches, slots, drawn, keys, xp)
-    if scale is not None:
-        fields = rows["fields"]
-        fields[embedding_key] = dequantize(fields[embedding_key], fields.pop(scale), xp=xp)
-    return rows
-
-
-def copied(
-    caches: Caches, slots: Array, drawn: Array, fields: Iterable[str], xp: Any
-) -> dict[str, Any]:
-    """Return what `gather` does, with fields as they are stored."""
+    tables = caches.first().data
+    if tables[fields[0]].dtype == xp.int8:
+        scale = scales_in(tables)[fields[0]]
+        rows = gather(caches, slots, drawn, (scale, *fields[1:], fields[0]), xp)
+        codes, scales = (rows["fields"].pop(key) for key in (fields[0], scale))
+        rows["fields"] = {fields[0]: dequantize(codes, scales, xp=xp), **rows["fields"]}
+        return rows
     flat, drawn = xp.reshape(slots, (-1,)), xp.reshape(drawn, (-1,))
     if len(caches) == 1:
         ((name, cache),) = caches.items()

@@ -32,12 +32,6 @@ def scales_in(data: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def without_scales(data: Mapping[str, Any]) -> list[str]:
-    """Return the fields that a row consists of for a user, who gives and gets no scales."""
-    scales = scales_in(data).values()
-    return [key for key in data if key not in scales]
-
-
 def stores_embeddings(dtype: Any) -> bool:
     """Return whether embeddings can be stored in a dtype."""
     return dtype_kind(dtype) == "floating" or dtype_name(dtype) == "int8"
@@ -100,23 +94,10 @@ def dequantize(codes: Array, scale: Array, *, xp: Any = None) -> Any:
     return xp.astype(codes, xp.float32) * scale[..., None]
 
 
-def embeddings_at(data: Mapping[str, Any], key: str, slots: Array, xp: Any) -> Any:
-    """Return the embeddings at slots (n,): (n, D), of the table's dtype, or float32 of codes."""
-    rows, scale = xp.take_rows(data[key], slots), scales_in(data).get(key)
-    if scale is None:
-        return rows
-    return dequantize(rows, xp.take_rows(data[scale], slots), xp=xp)
-
-
-def value_dtype(data: Mapping[str, Any], key: str, xp: Any) -> Any:
-    """Return the dtype of a field's values: that of its table, or float32 of codes."""
-    return xp.float32 if key in scales_in(data) else data[key].dtype
-
-
-def as_stored(rows: Mapping[str, Array], data: Mapping[str, Any], xp: Any) -> Mapping[str, Array]:
-    """Return rows by field as the tables `data` hold them: embeddings as codes and scales."""
+def as_stored(rows: Mapping[str, Array], scales: Mapping[str, str], xp: Any) -> dict[str, Array]:
+    """Return rows by field as tables with these `scales_in` hold them: codes and scales."""
     found = dict(rows)
-    for key, scale in scales_in(data).items():
+    for key, scale in scales.items():
         if key in rows and scale not in rows:
             found[key], found[scale] = quantize(rows[key], xp=xp)
     return found

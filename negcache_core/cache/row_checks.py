@@ -35,7 +35,6 @@ def check_rows(
     counts: dict[str, int] = {}
     sized: Any = None
     alike = True
-    coded = [key for key, scale in scales_in(cache.data).items() if scale not in rows]
     for key, value in rows.items():
         table, name = cache.data[key], f"{what}[{key!r}]"
         expected = ("n", *shape_of(table, name)[1:])
@@ -47,10 +46,10 @@ def check_rows(
             array = as_array(value, name, backend)
         else:
             array = array_of(value, expected, name, backend, advice)
-        stored = backend.xp.float32 if key in coded else table.dtype
-        if not hasattr(value, "dtype") and _literal_fits(array, stored):
-            array = backend.xp.astype(array, stored)
-        if array.dtype != stored:
+        if array.dtype != table.dtype or array.dtype == backend.xp.int8:
+            stored = _accepted(key, rows, cache, backend.xp)
+            if not hasattr(value, "dtype") and _literal_fits(array, stored):
+                array = backend.xp.astype(array, stored)
             check_castable(array.dtype, stored, name)
         arrays[key] = check_device(array, table, name, backend)
         if array.shape[0] is not None:
@@ -67,6 +66,12 @@ def check_rows(
     if too_many is not None and isinstance(count, int) and count > capacity:
         raise too_many(count, capacity)
     return arrays, count
+
+
+def _accepted(key: str, rows: Mapping[str, Any], cache: NegativeCache, xp: Any) -> Any:
+    """Return the dtype of a field's rows: its table's, but float32 if they become codes."""
+    scale = scales_in(cache.data).get(key)
+    return cache.data[key].dtype if scale is None or scale in rows else xp.float32
 
 
 def _literal_fits(array: Array, stored: Any) -> bool:
@@ -123,8 +128,11 @@ def check_new_rows(
 ) -> NewRows:
     """Check rows to insert: every field of the cache, with the same number of rows."""
     rows = check_mapping(new_items, "new_items")
-    implied = [scale for scale in scales_in(cache.data).values() if scale not in rows]
-    check_keys(rows, [key for key in cache.data if key not in implied], "new_items", exact=True)
+    known: Any = cache.data
+    if rows.keys() != known.keys():  # scales are implied
+        implied = set(scales_in(known).values()).difference(rows)
+        known = [key for key in known if key not in implied]
+    check_keys(rows, known, "new_items", exact=True)
     arrays, count = check_rows(rows, cache, "new_items", backend, too_many_rows)
     if mask is not None:
         mask = check_mask(mask, count, "new_items_mask", backend, like=cache.age)

@@ -7,7 +7,7 @@ from negcache_core.arrays._array import Array, cast
 from negcache_core.arrays.numerics import finite_rows
 from negcache_core.arrays.validation import check_keys, check_mapping, embeddings_of, in_order
 from negcache_core.cache.named import SINGLE, Caches
-from negcache_core.cache.quantized import value_dtype, without_scales
+from negcache_core.cache.quantized import scales_in
 from negcache_core.cache.row_checks import (
     CheckedRows,
     NewRows,
@@ -67,7 +67,8 @@ def stored_features(
 ) -> dict[str, Any]:
     """Return the `features` that the cache stores: all its fields except the embedding."""
     check_mapping(features, "features")
-    wanted = [key for key in without_scales(cache.data) if key != setup.embedding_key]
+    own = (setup.embedding_key, scales_in(cache.data).get(setup.embedding_key))
+    wanted = [key for key in cache.data if key not in own]
     missing = [key for key in wanted if key not in features]
     if missing:
         raise KeysError(
@@ -101,8 +102,8 @@ def entering(setup: Setup, cache: NegativeCache, rows: CheckedRows) -> Array:
 
 def finite_as_stored(setup: Setup, cache: NegativeCache, embeddings: Array) -> Any:
     """Return bool (n,): which of (n, D) are finite in the dtype that the cache stores."""
-    xp = setup.backend.xp
-    stored = value_dtype(cache.data, setup.embedding_key, xp)
+    xp, stored = setup.backend.xp, cache.data[setup.embedding_key].dtype
+    stored = xp.float32 if stored == xp.int8 else stored  # codes hold any finite row
     return finite_rows(cast(embeddings, stored, xp), xp=xp)
 
 

@@ -48,8 +48,13 @@ def check_request(
     table = cache.data[wanted.embedding_key]
     what = f"field {wanted.embedding_key!r}"
     check_shape(table, ("C", "D"), what, "Embeddings are vectors.")
-    if wanted.embedding_key not in scales_in(cache.data):
-        _check_embeddings_dtype(table, wanted.embedding_key)
+    if table.dtype != backend.xp.int8:
+        check_floating(table, what)
+    elif wanted.embedding_key not in scales_in(cache.data):
+        raise DTypeError(
+            f"{what} is int8, but the cache has no scales for it: add FieldSpec((), 'float32') to "
+            f"its specs, named {wanted.embedding_key + SUFFIX!r}. A handler does so by itself."
+        )
     if wanted.prefixes is not None:
         wanted.prefixes.check(table.shape[1])
     try:
@@ -88,15 +93,6 @@ def check_request(
         shape, what = (queries.shape[0], table.shape[1]), "pos_doc_embeddings"
         positives = embeddings_of(pos_doc_embeddings, shape, what, backend, like=table)
     return queries, batch, stand_in, noise, positives
-
-
-def _check_embeddings_dtype(table: Array, key: str) -> None:
-    if dtype_name(table.dtype) == "int8":
-        raise DTypeError(
-            f"field {key!r} is int8, but the cache has no scales for it: add FieldSpec((), "
-            f"'float32') to its specs, named {key + SUFFIX!r}. A handler does so by itself."
-        )
-    check_floating(table, f"field {key!r}")
 
 
 def check_embeddings(

@@ -91,9 +91,7 @@ class Placement:
         del sizes
         slots = draw_slots(request, scores)
         wanted, xp = request.wanted, request.backend.xp
-        rows = gather(
-            request.caches, slots.slots, slots.drawn, wanted.embedding_key, wanted.others, xp
-        )
+        rows = gather(request.caches, slots.slots, slots.drawn, wanted.fields, xp)
         flat = None
         if slots.candidates is not None:
             flat = request.backend.xp.reshape(slots.slots, (-1,))

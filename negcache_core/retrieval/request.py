@@ -38,15 +38,10 @@ class Wanted(NamedTuple):
     fused: bool = False
 
     @property
-    def others(self) -> tuple[str, ...]:
-        """The fields of the cache that retrieval reads besides embeddings."""
-        told = filter(None, (*self.id_keys, self.group_key, self.bias_key))
-        return (*self.data_keys, *told)
-
-    @property
     def fields(self) -> tuple[str, ...]:
-        """All of them."""
-        return (self.embedding_key, *self.others)
+        """The fields of the cache that retrieval reads, the embedding's first."""
+        told = filter(None, (*self.id_keys, self.group_key, self.bias_key))
+        return (self.embedding_key, *self.data_keys, *told)
 
 
 class Request(NamedTuple):

@@ -38,15 +38,16 @@ class Scorer(NamedTuple):
         return self._transformed(products if self.scale is None else products * self._scale())
 
     def by_row(self, scaled_queries: Array, items: Array) -> Array:
-        """Score each query (B, D), with the scale in it, with its own items (B, n, D): (B, n)."""
-        items = cast(items, self.dtype, self.xp)
+        """Score each query (B, D), with the scale in it, with its own items (B, n, D): (B, n).
+
+        Items are in the dtype to compute in.
+        """
         return self._transformed(self.xp.matmul(items, scaled_queries[:, :, None])[:, :, 0])
 
     def by_item(self, scaled_queries: Array, items: Array) -> Array:
         """Score items (C, D) with queries (B, D) that have the scale in them: (C, B)."""
-        return self.of_products(
-            self.xp.matmul_transposed(cast(items, self.dtype, self.xp), scaled_queries)
-        )
+        products = self.xp.matmul_transposed(cast(items, self.dtype, self.xp), scaled_queries)
+        return products if self.transform is None else self.of_products(products)
 
     def of_products(self, scores: Array) -> Array:
         """Return the scores (C, B) of products with scaled queries."""

@@ -181,7 +181,9 @@ class CacheScores(NamedTuple):
         backend, age = self.backend, self.backend.slice_rows(self.age, start, size)
         if self.lowered is None:
             rows = self.rows(start, size)
-            scores = self.scorer.by_item(self.queries, rows)
+            scores = self.scorer.xp.matmul_transposed(rows, self.queries)
+            if self.scorer.transform is not None:
+                scores = self.scorer.of_products(scores)
         else:
             rows = backend.slice_rows(self.table, start, size)
             scores = self._scores_as_stored(self.lowered, rows, start, size)
@@ -308,8 +310,9 @@ def scores_of(
         width = table.shape[1] if copied or scorer.prefixes is not None else 0
         tile = tile_slots(backend.tile_rows(queries), width, number, budget)
         group = None if group_key is None else cache.data[group_key]
-        scales = scales_in(cache.data).get(embedding_key)
-        row_scale = None if scales is None else cache.data[scales]
+        row_scale = None
+        if table.dtype == xp.int8:
+            row_scale = cache.data[scales_in(cache.data)[embedding_key]]
         lowered, given = None, scaled
         if as_stored(table, scorer, backend, fused=fused):
             lowered = Lowered.of(scaled, table, xp)

@@ -117,7 +117,7 @@ class Shards(Placement):
         xp, wanted = request.backend.xp, request.wanted
         found = self._draw(request, scores, sizes)
         served = found.scores > -float("inf")
-        rows = gather(request.caches, found.slots, served, wanted.embedding_key, wanted.others, xp)
+        rows = gather(request.caches, found.slots, served, wanted.fields, xp)
         fields, ages = rows["fields"], rows["ages"]
         sent = [found.scores, ages, *fields.values()]
         if found.slot_of_all is not None:

@@ -1,0 +1,293 @@
+"""The fused kernels are the core's block weights and readout, in Triton's interpreter.
+
+Triton reads TRITON_INTERPRET when it is imported, so the cases run this file as a program: all in
+one process.
+"""
+
+import os
+import sys
+
+import numpy as np
+import programs
+import pytest
+import torch
+from negcache_torch import OptionError
+from negcache_torch._fused import block_weights, fused_problem, plan_readout, plan_weights
+
+from negcache_core import EMPTY
+from negcache_core.arrays.backend import NUMPY
+from negcache_core.arrays.exclusion import Exclusions, Labels
+from negcache_core.retrieval.scorer import Scorer
+from negcache_core.retrieval.tiled_scores import BLOCK, CacheScores, empty_readout
+
+FLOAT, HALF, BRAIN, BYTE = torch.float32, torch.float16, torch.bfloat16, torch.int8
+EXACT = 1e-5
+# How far means may be off: probabilities are rounded to the rows' half type, for integers float16.
+READOUT = {FLOAT: EXACT, HALF: 2e-3, BRAIN: 2e-2, BYTE: 2e-3}
+SHAPES = [(1, 1, 1), (3, 97, 3), (7, 640, 80), (40, 300, 48)]
+LABELS = [("uint8", 2), ("int64", 1), ("bool", 1), ("int32", 3)]
+
+
+def case(
+    rows, slots, width, dtype=FLOAT, stored=None, *, ids=(), empty=0.3, large=1.0, seed=0, **facts
+):
+    """Return arguments of `block_weights`; facts that are true are given."""
+    rng = np.random.default_rng(seed)
+    stored = dtype if stored is None else stored
+
+    def normal(*shape):
+        return torch.asarray(rng.standard_normal(shape), dtype=FLOAT)
+
+    def array_of(dtype, *shape):
+        if dtype == BYTE:
+            return torch.asarray(rng.integers(-127, 128, shape), dtype=BYTE)
+        return normal(*shape).to(dtype)
+
+    def labels(dtype, high, *shape):
+        return torch.asarray(rng.integers(0, high, shape)).to(getattr(torch, dtype))
+
+    scaled = large * (normal(rows).abs() + 0.5)
+    queries, table = array_of(dtype, rows, width), array_of(stored, slots, width)
+    if large > 1:
+        queries = (queries * large).to(dtype)
+    vacant = torch.asarray(rng.random(slots) < empty)
+    row_scale = 0.001 + normal(slots).abs() / 127 if stored == BYTE else None
+    bias = normal(slots) if facts.get("bias") else None
+    for array in (table, row_scale, bias):
+        if array is not None and array.dtype != BYTE:
+            array[vacant] = torch.nan
+    group = labels("int32", 3, slots) if facts.get("group") else None
+    high = [2 if kind == "bool" else 40 for kind, _ in ids]
+    marks = [labels(kind, most, rows, place) for (kind, place), most in zip(ids, high, strict=True)]
+    own = Exclusions(
+        tuple(marks),
+        None if group is None else labels("int32", 4, rows),  # one of them is no slot's
+        width**0.5 * normal(rows).abs() if facts.get("ceiling") else None,
+    )
+    return {
+        "queries": queries,
+        "table": table,
+        "age": torch.where(vacant, EMPTY, 5).to(torch.int32),
+        "query_scale": scaled / 127 if dtype == BYTE else None,
+        "row_scale": row_scale,
+        "bias": bias,
+        "labels": Labels(
+            tuple([labels(kind, most, slots) for (kind, _), most in zip(ids, high, strict=True)]),
+            group,
+        ),
+        "own": Exclusions.of(own.arrays()),
+        "block": BLOCK,
+    }
+
+
+def reference(given):
+    """Return weights, log-partition and mean of the core, in float64."""
+
+    def plain(array):
+        if array is None:
+            return None
+        if array.is_floating_point() or array.dtype == BYTE:
+            array = array.double()
+        return array.numpy()
+
+    queries, table = plain(given["queries"]), plain(given["table"])
+    if given["query_scale"] is not None:
+        queries = queries * plain(given["query_scale"])[:, None]
+    if given["row_scale"] is not None:
+        table = table * plain(given["row_scale"])[:, None]
+    own = given["own"]
+    scores = CacheScores(
+        queries,
+        table,
+        plain(given["age"]),
+        0,
+        2 * BLOCK,
+        Scorer(None, None, np.float64, NUMPY.xp),
+        NUMPY,
+        None if own is None else Exclusions.of([plain(each) for each in own.arrays()]),
+        given["labels"].each(plain) if own is not None else Labels(),
+        plain(given["bias"]),
+    )
+    weights, readout = scores.block_weights(empty_readout(queries, xp=NUMPY.xp))
+    return weights, *readout
+
+
+def assert_near(found, expected, tolerance):
+    assert found.dtype == FLOAT
+    expected = torch.asarray(expected, dtype=torch.float64)
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def agrees(given, readout=READOUT[FLOAT]):
+    expected = reference(given)
+    weights, nothing = block_weights(**given, readout=False)
+    assert nothing is None
+    assert_near(weights, expected[0], EXACT)
+    weights, found = block_weights(**given, readout=True)
+    for each, wanted, tolerance in zip(
+        (weights, *found), expected, (EXACT, EXACT, readout), strict=True
+    ):
+        assert_near(each, wanted, tolerance)
+    return expected
+
+
+def every_dtype():
+    for dtype, stored in [*((each, each) for each in (FLOAT, HALF, BRAIN, BYTE)), (BRAIN, HALF)]:
+        for shape in SHAPES:
+            agrees(case(*shape, dtype, stored), READOUT[dtype])
+    for dtype, tolerance in ((FLOAT, EXACT), (HALF, 2e-3), (BRAIN, 2e-3)):  # and rows of integers
+        for shape in SHAPES:
+            agrees(case(*shape, dtype, BYTE), tolerance)
+
+
+def each_fact():
+    shape = (5, 300, 20)
+    for number in range(len(LABELS)):
+        agrees(case(*shape, ids=LABELS[number : number + 1], seed=number))
+    for name in ("group", "ceiling", "bias"):
+        agrees(case(*shape, **{name: True}))
+
+
+def all_facts():
+    every = {"ids": LABELS, "group": True, "ceiling": True, "bias": True}
+    for dtype in (FLOAT, BRAIN, BYTE):
+        weights, partition, _ = agrees(case(35, 700, 33, dtype, **every), READOUT[dtype])
+        assert np.isfinite(weights).any()
+        assert not np.isfinite(partition).all()  # of a group without slots
+
+
+def nothing_counts():
+    for given in (case(5, 200, 7, empty=1.0), case(5, 200, 7, BYTE, empty=1.0)):
+        weights, partition, mean = agrees(given)
+        assert np.isneginf(weights).all()
+        assert np.isneginf(partition).all()
+        assert not mean.any()
+
+
+def large_scores():
+    given = case(4, 400, 8, large=1e4)
+    assert (given["queries"] @ given["table"].nan_to_num().T).abs().max() > 2e4
+    agrees(given)
+
+
+def exact_integers():
+    """Products of integers are summed as such: 1,024 of 127² are not a float16, nor a bfloat16."""
+    given = case(2, 140, 1024, BYTE, empty=0)
+    given["queries"].fill_(127)
+    given["table"].fill_(127)
+    given["table"][1::2] = -127
+    agrees(given, READOUT[BYTE])
+
+
+def wide_rows():
+    """Of more columns than a program has."""
+    assert plan_readout(2, 1100, FLOAT, FLOAT, BLOCK).first < 1100
+    agrees(case(2, 40, 1100))
+    agrees(case(2, 40, 1040, HALF), READOUT[HALF])
+
+
+def nan_shows():
+    """A NaN that counts makes its query's numbers NaN, and no other's; a ceiling keeps it."""
+    given = case(3, 200, 5, empty=0, ceiling=True)
+    given["queries"][1] = torch.nan
+    weights, (partition, mean) = block_weights(**given, readout=True)
+    for found in (weights, partition[:, None], mean):
+        assert found.isnan().all(1).tolist() == [False, True, False]
+        assert not found[::2].isnan().any()
+
+
+def views():
+    """Arrays that are not contiguous."""
+    given = case(4, 200, 6)
+    expected = block_weights(**given, readout=True)
+    given["queries"] = given["queries"].T.contiguous().T
+    given["table"] = torch.cat([given["table"]] * 2, 1)[:, :6]
+    found = block_weights(**given, readout=True)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1][1], expected[1][1])
+
+
+def compiled():
+    """It is one opaque call, also where the number of queries is symbolic."""
+
+    def step(queries, given):
+        weights, (partition, mean) = block_weights(**given, queries=2 * queries, readout=True)
+        return weights.exp().sum(1), partition, mean @ mean.T
+
+    fast = torch.compile(step, backend="eager", fullgraph=True, dynamic=True)
+    for rows in (4, 9):
+        given = case(rows, 200, 6, ids=LABELS, ceiling=True)
+        queries = given.pop("queries")
+        for found, expected in zip(fast(queries, given), step(queries, given), strict=True):
+            assert torch.equal(found, expected)
+    torch.library.opcheck(
+        torch.ops.negcache.block_weights,
+        (queries, given["table"], given["age"], *[None] * 3, [], [], *[None] * 3, BLOCK, True),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+CASES = [
+    every_dtype,
+    each_fact,
+    all_facts,
+    nothing_counts,
+    large_scores,
+    exact_integers,
+    wide_rows,
+    nan_shows,
+    views,
+    compiled,
+]
+
+
+def test_kernels_agree_with_the_core():
+    pytest.importorskip("triton", reason="Triton is only for Linux and Windows")
+    names = [each.__name__ for each in CASES]
+    done = programs.run(
+        *(__file__, *names),
+        TRITON_INTERPRET="1",
+        OMP_NUM_THREADS="1",
+        PYTHONPATH=os.pathsep.join(sys.path),
+    )
+    assert done.stdout.splitlines() == names
+
+
+def test_arrays_on_no_device_are_refused_in_words():
+    pytest.importorskip("triton", reason="Triton is only for Linux and Windows")
+    given = case(2, 5, 3)
+    with pytest.raises(OptionError, match="got arrays on cpu, expected them on a CUDA") as one:
+        block_weights(**given, readout=False)
+    assert "TRITON_INTERPRET=1" in str(one.value)
+
+
+def test_a_missing_triton_is_told_in_words(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "Triton is not installed. Install it" in fused_problem(torch.zeros(1))
+    with pytest.raises(OptionError, match="pip install triton"):
+        block_weights(**case(2, 5, 3), readout=True)
+
+
+@pytest.mark.parametrize("width", [1, 3, 16, 17, 48, 80, 384, 600, 768, 1024, 1040, 1536, 4096])
+@pytest.mark.parametrize("scoring", [FLOAT, HALF, BYTE])
+def test_plans_fit_the_kernels(width, scoring):
+    """Sizes are powers of two, products have what they need, and columns are all there."""
+    reading = HALF if scoring == BYTE else scoring
+    for rows in (1, 16, 33, 5000):
+        for plan in (
+            plan_weights(rows, width, scoring, BLOCK),
+            plan_readout(rows, width, scoring, reading, BLOCK),
+        ):
+            assert all(size & (size - 1) == 0 for size in plan[:3] + plan[5:])
+            assert plan.rows >= 16
+            assert plan.slots >= 16
+            assert BLOCK % plan.slots == 0
+            assert plan.columns >= (32 if scoring == BYTE else 16)
+        columns = plan.first + plan.second
+        parts = -(-width // columns)
+        assert parts == -(-width // 1024)
+        assert plan.rows * columns <= 64 * 32 * plan.warps  # accumulators in registers
+
+
+if __name__ == "__main__":
+    programs.main(globals(), sys.argv[1:], print)
