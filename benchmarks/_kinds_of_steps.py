@@ -137,6 +137,17 @@ def hard_negatives(training: Training, ids: Tensor) -> dict[str, Any]:
 
 BY_ID = {"id_keys": ("id",)}
 PUBLISHED = {"estimator": "paper", "in_batch_negatives": False, "max_staleness": None}
+EVERYTHING: dict[str, Any] = {
+    "given": hard_negatives,
+    "id_keys": ("id",),
+    "group_key": "kind",
+    "margin": 1.0,
+    "log_frequency_key": "log_q",
+    "staleness_correction": True,
+    "num_samples": 2,
+    "unique_key": "id",
+    "new_items_filter": negcache.IsInCacheFilterFn(("id",)),
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "the defaults": {},
     'estimator="exact_query"': {"estimator": "exact_query"},
@@ -154,23 +165,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "staleness_correction": {"staleness_correction": True},
     "matryoshka_dims": {"matryoshka_dims": (4, WIDTH)},
     "hard negatives": {"given": hard_negatives, **BY_ID},
-    "everything": {
-        "given": hard_negatives,
-        "id_keys": ("id",),
-        "group_key": "kind",
-        "margin": 1.0,
-        "log_frequency_key": "log_q",
-        "staleness_correction": True,
-        "num_samples": 2,
-        "unique_key": "id",
-        "new_items_filter": negcache.IsInCacheFilterFn(("id",)),
-    },
+    "everything": EVERYTHING,
     "use_lru=False": {"use_lru": False},
     "many tiles": {"tile_bytes": 4_096},
     "bfloat16 rows": {"dtype": torch.bfloat16},
     "float16 rows": {"dtype": torch.float16},
     "int8 rows": {"dtype": "int8"},
     "fused=True": {"fused": True},
+    "fused=True, everything, int8 rows": {"fused": True, "dtype": "int8", **EVERYTHING},
 }
 FORMS = {
     "three phases": lambda device: Training(device, **BY_ID).phases,

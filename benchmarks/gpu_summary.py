@@ -6,13 +6,13 @@ Times are milliseconds of a step with the front door's defaults: "float32 graph"
 rows in a CUDA graph. MB are those beyond the tables.
 """
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from _device_jobs import KEPT, read
 from _harness import RESULTS, table
-from _style import rows_of
 
 Record = dict[str, Any]
 COLUMNS = {
@@ -72,9 +72,10 @@ def of_steps(path: Path) -> list[str]:
 
 def of_reads() -> str:
     """Return a paragraph about what waits for the device."""
-    rows = rows_of("host_reads_cuda")
-    if not rows:
+    path = RESULTS / "host_reads_cuda.json"
+    if not path.exists():
         return "What waits for the device was not looked at."
+    rows = json.loads(path.read_text())["rows"]
     waiting = Counter(row["what"] for row in rows if row["operation"])
     silent = sum(row["waits in"] is None for row in rows)
     listed = ", ".join(f"{name} ({count} places)" for name, count in waiting.items()) or "nothing"

@@ -2,15 +2,10 @@
 
 import contextlib
 import os
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import a_step_asks_the_device_for_nothing as asking
+import pytest
+import torch
 from _host_reads import as_on_a_device, watched
 from _kinds_of_steps import STEPS, batches
 
