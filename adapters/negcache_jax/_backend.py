@@ -116,6 +116,16 @@ class JaxBackend(Backend[Array]):
         dtype = jnp.bfloat16 if rows.dtype == jnp.int8 else rows.dtype  # it holds every code
         return _namespace.product_in(jnp.float32, weights.astype(dtype), rows.astype(dtype))
 
+    def check_fused(self) -> None:
+        return  # where it runs is known only when a step is traced
+
+    def fused_block_weights(
+        self, queries: Array, table: Array, age: Array, **facts: Any
+    ) -> tuple[Array, tuple[Array, Array] | None]:
+        from ._fused import block_weights  # noqa: PLC0415 - few need Pallas, which loads slowly
+
+        return block_weights(queries, table, age, **facts)
+
     def write_rows(self, table: Array, slots: Array, rows: Array) -> Array:
         return _namespace.put_rows(table, slots, rows)
 

@@ -14,7 +14,7 @@ from negcache_core.adapter import ACCELERATOR_TILE, CPU_TILE, Backend
 from negcache_core.arrays.exclusion import Exclusions, Labels, exclude_in_place
 from negcache_core.arrays.numerics import block_log_sum_exp_in_place
 
-from . import _namespace
+from . import _fused, _namespace
 from ._generator import BufferGenerator, refuse_recomputation
 from ._replicas import all_gather_rows
 
@@ -181,6 +181,12 @@ class TorchBackend(Backend[Tensor]):
             return _namespace.matmul(weights, rows)
         dtype = torch.bfloat16 if rows.dtype == torch.int8 else rows.dtype  # it holds every code
         return _namespace.product_of_halves(weights.to(dtype), rows.to(dtype))
+
+    def check_fused(self) -> None:
+        _fused.check()
+
+    # No body of its own: torch.compile traces what it calls.
+    fused_block_weights = staticmethod(_fused.block_weights)
 
     def exclude(self, scores: Tensor, rows: Labels, own: Exclusions) -> Tensor:
         if _values_are_at_hand(scores):

@@ -16,20 +16,30 @@ from negcache_core.cache.state import EMPTY
 from negcache_core.errors import OptionError
 
 
-def fused_problem(array: Tensor) -> str | None:
-    """Return why the kernels cannot run where an array is, and what to do; None where they can."""
+def fused_problem(array: Tensor | None = None) -> str | None:
+    """Return why the kernels cannot run, and what to do; None where they can.
+
+    array: it must be where they can run; None asks only whether they can run anywhere
+    """
     if importlib.util.find_spec("triton") is None:
         return (
             "Triton is not installed. Install it (`pip install triton`; PyTorch for CUDA brings it"
             " along), or leave fused=True out."
         )
-    if not (array.is_cuda or _interprets()):
+    if not (array is None or array.is_cuda or _interprets()):
         return (
             f"got arrays on {array.device}, expected them on a CUDA device. Move the cache and the"
             " model there, or leave fused=True out. To debug on a CPU, set the environment"
             " variable TRITON_INTERPRET=1 before the program starts."
         )
     return None
+
+
+def check(array: Tensor | None = None) -> None:
+    """Raise OptionError where the kernels cannot run; see `fused_problem`."""
+    problem = fused_problem(array)
+    if problem is not None:
+        raise OptionError(f"fused=True cannot run: {problem}")
 
 
 def _interprets() -> bool:
@@ -61,9 +71,7 @@ def block_weights(
     The readout is the log-partition (B,) and the mean row (B, D), or None. All are float32.
     Raises OptionError where the kernels cannot run.
     """
-    problem = fused_problem(table)
-    if problem is not None:
-        raise OptionError(f"fused=True cannot run: {problem}")
+    check(table)
     own = own or Exclusions()
     weights, *read = _run(
         queries,
