@@ -180,10 +180,13 @@ def test_a_scaled_loss_in_float16_learns_what_float32_learns(device):
         {},
         {"estimator": "shared", "top_k": 64, "max_staleness": None},
         {"staleness_correction": True},
+        {"fused": True},
     ],
     ids=str,
 )
 def test_a_compiled_step_is_the_eager_one(device, options):
+    if "fused" in options and device.type != "cuda":
+        pytest.skip("there are no kernels for the CPU")
     torch._dynamo.reset()
     model, ids = Towers(device, **options), batches(12, device)
     eager = copy.deepcopy(model)
@@ -192,7 +195,7 @@ def test_a_compiled_step_is_the_eager_one(device, options):
     torch.testing.assert_close(found, train(eager, ids), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS, {"fused": True}], ids=str)
 def test_a_step_in_a_cuda_graph_is_the_eager_one(device, options):
     """One captured step, replayed with other ids: draws, writes and ages go on."""
     if device.type != "cuda":
