@@ -94,6 +94,14 @@ def dequantize(codes: Array, scale: Array, *, xp: Any = None) -> Any:
     return xp.astype(codes, xp.float32) * scale[..., None]
 
 
+def embeddings_at(data: Mapping[str, Any], key: str, slots: Array, xp: Any) -> Any:
+    """Return the embeddings at slots (n,): (n, D), of the table's dtype, or float32 of codes."""
+    rows, scale = xp.take_rows(data[key], slots), scales_in(data).get(key)
+    if scale is None:
+        return rows
+    return dequantize(rows, xp.take_rows(data[scale], slots), xp=xp)
+
+
 def as_stored(rows: Mapping[str, Array], scales: Mapping[str, str], xp: Any) -> dict[str, Array]:
     """Return rows by field as tables with these `scales_in` hold them: codes and scales."""
     found = dict(rows)

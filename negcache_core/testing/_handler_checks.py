@@ -30,11 +30,16 @@ ROWS = 3
 
 def check_steps(adapter: Adapter) -> None:
     """Handler steps, starting from an empty cache, give the same state after each step."""
+    _check_steps(adapter, "float64", 6)
+    _check_steps(adapter, "int8", 2)
 
+
+def _check_steps(adapter: Adapter, stored: str, steps: int) -> None:
     def script(side: Adapter) -> Iterator[Tree]:
         module, rng = side.module, np.random.default_rng(4)
+        manager = manager_of(module, SLOTS, stored=stored)
         handler = module.CacheLossHandler(
-            manager_of(module, SLOTS),
+            manager,
             module.CacheClassificationLoss("embedding", ("tokens",)),
             embedding_key="embedding",
             data_keys=("tokens",),
@@ -50,8 +55,8 @@ def check_steps(adapter: Adapter) -> None:
             handler.commit(result, positives, features)
             return result
 
-        cache: Any = side.numpy(manager_of(module, SLOTS).init_cache())
-        for number in range(6):
+        cache: Any = side.numpy(manager.init_cache())
+        for number in range(steps):
             rows = (3, 2, 0, 3, 2, 3)[number]
             batch = {
                 **items_of(rng, rows),

@@ -14,10 +14,13 @@ SPECS = {"tokens": ((TOKENS,), "int64"), "id": ((), "int32"), "embedding": ((WID
 TABLE = np.linspace(-1.0, 1.0, 11 * WIDTH).reshape(11, WIDTH)  # the towers' token embeddings
 
 
-def manager_of(module: Any, capacity: int, use_lru: bool = True, **options: Any) -> Any:
-    """Return a manager of SPECS."""
+def manager_of(
+    module: Any, capacity: int, use_lru: bool = True, *, stored: str = "float64", **options: Any
+) -> Any:
+    """Return a manager of SPECS. stored: the dtype of embeddings; int8 comes with scales."""
     specs = {key: module.FieldSpec(shape, dtype) for key, (shape, dtype) in SPECS.items()}
-    return module.CacheManager(specs, capacity, use_lru, **options)
+    specs["embedding"] = module.FieldSpec((WIDTH,), stored)
+    return module.CacheManager(specs, capacity, use_lru, **options).storing("embedding")
 
 
 def handler_of(

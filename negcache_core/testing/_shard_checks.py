@@ -33,8 +33,8 @@ def check_shards(adapter: Adapter) -> None:
     if adapter.replicas is None:
         return
     given = adapter.replicas(len(SHARDS), _sharded_runs)
-    for number, options in enumerate(_option_sets()):
-        for step, expected in enumerate(_steps(adapter, _Whole(adapter, options))):
+    for number, (options, more) in enumerate(_option_sets()):
+        for step, expected in enumerate(_steps(adapter, _Whole(adapter, options, **more))):
             parts = [runs[number][step] for runs in given]
             path = f"{options}, step {step}"
             mean = tuple(np.mean(each, axis=0) for each in zip(*(p[0] for p in parts), strict=True))
@@ -60,8 +60,8 @@ def _assert_unique(adapter: Adapter, shards: list[Any]) -> None:
     assert_true(sorted(found) == sorted(expected.items()), message)
 
 
-def _option_sets() -> list[dict[str, Any]]:
-    """Return every estimator's options: with everything shared, and with top_k if it can."""
+def _option_sets() -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return options of losses and managers: every estimator with all it can have."""
     found: list[dict[str, Any]] = []
     for name, estimator in ESTIMATORS.items():
         found.append(
@@ -72,7 +72,8 @@ def _option_sets() -> list[dict[str, Any]]:
             found.append({"estimator": name, "top_k": 4})
         if estimator.shares_draws:
             found.append({"estimator": name, "num_samples": 2, **MATRYOSHKA})
-    return found
+    coded = {"estimator": "exact_query", "num_samples": 2, "in_batch_negatives": True}
+    return [*((each, {}) for each in found), (coded, {"stored": "int8"})]
 
 
 def _batch(step: int, draws: int) -> tuple[dict[str, Any], tuple[int, ...]]:
@@ -112,7 +113,7 @@ def _sharded_runs(side: Adapter, rank: int) -> list[list[Tree]]:
     """Return a replica's results after each step of each run: loss, gradients, and its shard."""
     return [
         _steps(side, _Sharded(side, rank, options, **more))
-        for options, more in [*((each, {}) for each in _option_sets()), ({}, UNIQUE)]
+        for options, more in [*_option_sets(), ({}, UNIQUE)]
     ]
 
 
@@ -162,14 +163,14 @@ class _Sharded:
 class _Whole:
     """A handler of one big cache, whose caches are the shards."""
 
-    def __init__(self, side: Adapter, options: dict[str, Any]) -> None:
+    def __init__(self, side: Adapter, options: dict[str, Any], **more: Any) -> None:
         module = side.module
         self.side, self.scale = side, None
         self.loss = module.CacheClassificationLoss(
             "embedding", ("tokens",), scale=lambda: self.scale, **options
         )
         self.handler = module.MultiCacheLossHandler(
-            {str(rank): manager_of(module, slots) for rank, slots in enumerate(SHARDS)},
+            {str(rank): manager_of(module, slots, **more) for rank, slots in enumerate(SHARDS)},
             self.loss,
             embedding_key="embedding",
             data_keys=("tokens",),

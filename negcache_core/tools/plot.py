@@ -9,6 +9,7 @@ import numpy as np
 from negcache_core.arrays._array import Array
 from negcache_core.arrays.validation import as_whole, check_function, embeddings_of, in_order
 from negcache_core.cache.named import SINGLE
+from negcache_core.cache.quantized import embeddings_at
 from negcache_core.cache.state import EMPTY, NegativeCache
 from negcache_core.errors import KeysError, KindError, OptionError
 from negcache_core.handlers.cache_loss_handler import CacheLossHandler
@@ -142,7 +143,7 @@ def stale_rows(
             backend,
             like=cache.age,
         )
-        stale = xp.take_rows(cache.data[key], slots)
+        stale = embeddings_at(cache.data, key, slots, xp)
         pair = (backend.to_host(each).astype(np.float64) for each in (stale, fresh))
         found: Any = staleness(*pair, xp=np)
     finite = np.isfinite(found)

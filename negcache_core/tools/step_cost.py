@@ -15,7 +15,15 @@ MOST = 2**63 - 1
 
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-"""Bytes of one number of the dtypes that embeddings may have."""
+"""Bytes of one number of the dtypes that towers may return."""
+
+
+STORED = {**ITEMSIZE, "int8": 1}
+"""Bytes of one number of the dtypes that a cache may store."""
+
+
+ROW_SCALE = 4
+"""Bytes of the scale of a row of int8."""
 
 
 INTEGER = 8
@@ -56,7 +64,8 @@ def scaling(
     batch_size:    B, queries of all ranks together, in equal parts
     feature_bytes: bytes of one item as the item network takes it: the fields of data_keys
     world_size:    the number of ranks
-    dtype:         dtype in which the cache stores embeddings
+    dtype:         dtype in which the cache stores embeddings; rows of int8 have a scale each, and
+                   travel between ranks in float32
     tower_dtype:   dtype that the towers return
     num_samples:   S, draws per query
     estimator:     that of the loss
@@ -125,9 +134,9 @@ def scaling(
             f"batch_size is {batch_size} and world_size {world_size}: expected equal parts. Give "
             "world_size times the largest part, for an upper bound."
         )
-    stored, fresh = (
-        _itemsize(name, what) for name, what in ((dtype, "dtype"), (tower_dtype, "tower_dtype"))
-    )
+    stored = _itemsize(dtype, "dtype", STORED)
+    fresh = _itemsize(tower_dtype, "tower_dtype", ITEMSIZE)
+    coded = dtype == "int8"
     draws = batch_size * num_samples
     elsewhere = draws_elsewhere
     if elsewhere is None:
@@ -145,6 +154,7 @@ def scaling(
         ranks=world_size,
         elsewhere=elsewhere,
         stored=stored,
+        sent=ITEMSIZE["float32"] if coded else stored,
         fresh=fresh,
         score=max(4, stored, fresh),
         features=feature_bytes,
@@ -163,7 +173,7 @@ def scaling(
     return Scaling(
         step.slots,
         {
-            "embeddings": step.slots * width * stored,
+            "embeddings": step.slots * (width * stored + coded * ROW_SCALE),
             "features": step.slots * (fields if stored_bytes is None else stored_bytes),
             "ages": step.slots * AGE,
         },
@@ -184,6 +194,7 @@ class _Step(NamedTuple):
     ranks: int
     elsewhere: int
     stored: int
+    sent: int
     fresh: int
     score: int
     features: int
@@ -248,7 +259,7 @@ def _sent(step: _Step) -> dict[str, int]:
     queries, draws, score = step.own_queries, step.own_draws, step.score
     fresh, grouped = step.width * step.fresh, bool(step.groups)
     told = step.ids + step.group + step.bias
-    known = step.width * step.stored + told
+    known = step.width * step.sent + told
     own = step.positives * step.ids + step.group + step.margin * score
     slot = INTEGER * grouped
     in_batch, shares = step.in_batch, step.shares
@@ -273,7 +284,7 @@ def _sent(step: _Step) -> dict[str, int]:
     ]
     sent = {name: (step.ranks - 1) * size for name, wanted, size in to_all if wanted}
     sent["drawn rows"] = step.elsewhere * (score + slot + known + AGE + step.features)
-    sent["fresh rows"] = step.elsewhere * (step.width * step.stored + 1)
+    sent["fresh rows"] = step.elsewhere * (step.width * step.sent + 1)
     return sent
 
 
@@ -287,7 +298,7 @@ def _check_numbers(least: int, **numbers: Any) -> None:
             raise OptionError(f"{name} is {number}: expected at most {MOST}.")
 
 
-def _itemsize(name: Any, what: str) -> int:
-    if not isinstance(name, str) or name not in ITEMSIZE:
-        raise DTypeError(f"{what} is {name!r}: expected one of {sorted(ITEMSIZE)}.")
-    return ITEMSIZE[name]
+def _itemsize(name: Any, what: str, known: dict[str, int]) -> int:
+    if not isinstance(name, str) or name not in known:
+        raise DTypeError(f"{what} is {name!r}: expected one of {sorted(known)}.")
+    return known[name]

@@ -72,6 +72,7 @@ HALF = {
     [
         ("inductor", step, {"scale": 1.5}),
         ("aot_eager", step_in_half, HALF),
+        ("aot_eager", step_in_half, {**HALF, "dtype": torch.int8, "margin": None}),
         (
             "aot_eager",
             step,
@@ -98,7 +99,7 @@ HALF = {
         ),
     ],
     ids=[
-        *("inductor", "half", "top_k", "group", "window", "wide groups"),
+        *("inductor", "half", "int8", "top_k", "group", "window", "wide groups"),
         "matryoshka",
     ],
 )

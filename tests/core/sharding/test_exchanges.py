@@ -43,7 +43,7 @@ OPTIONS = {  # of the loss -> what the calculator is told of it
         {"estimator": "exact_query", "in_batch_negatives": True, "num_samples": 3},
     ),
 }
-DTYPES = [("float32", "float32"), ("bfloat16", "float32"), ("float64", "float32")]
+DTYPES = [("float32", "float32"), ("bfloat16", "float32"), ("float64", "float32"), ("int8", "float32")]
 
 
 class Counter:

@@ -21,7 +21,7 @@ PAGE = (Path(__file__).parents[3] / "docs" / "scaling.md").read_text()
 CASES = st.fixed_dictionaries(
     {
         "width": st.integers(1, 1024),
-        "dtype": st.sampled_from(["float16", "bfloat16", "float32", "float64"]),
+        "dtype": st.sampled_from(["int8", "float16", "bfloat16", "float32", "float64"]),
         "feature_bytes": st.integers(0, 512),
         "num_samples": st.integers(1, 4),
         "estimator": st.sampled_from(["paper", "shared", "exact_query"]),
@@ -58,12 +58,13 @@ def test_what_is_sent_never_depends_on_the_capacity(case, ranks, slots):
 def test_one_rank_sends_nothing_and_holds_all(case, slots):
     found = scaling(slots, batch_size=8, **case)
     assert found.sent_bytes == found.sent_by_all == 0
-    itemsize = {"float64": 8, "float32": 4}.get(case["dtype"], 2)
-    row = itemsize * case["width"] + case["feature_bytes"] + case["id_bytes"] + 4
+    itemsize = {"float64": 8, "float32": 4, "int8": 1}.get(case["dtype"], 2)
+    scale = 4 * (case["dtype"] == "int8")
+    row = itemsize * case["width"] + scale + case["feature_bytes"] + case["id_bytes"] + 4
     assert found.table_bytes == slots * row
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["int8", "float16", "float32", "float64"])
 def test_memory_is_that_of_the_arrays(dtype):
     slots, width, batch = 1000, 8, 16
     manager = negcache_core.CacheManager(
@@ -72,11 +73,12 @@ def test_memory_is_that_of_the_arrays(dtype):
             "embedding": negcache_core.FieldSpec((width,), dtype),
         },
         slots,
-    )
+    ).storing("embedding")
     cache = manager.init_cache()
     told = {"batch_size": batch, "feature_bytes": 12, "dtype": dtype, "tile_bytes": 2**16}
     found = scaling(slots, width, **told)
-    assert found.tables["embeddings"] == cache.data["embedding"].nbytes
+    parts = [rows.nbytes for key, rows in cache.data.items() if key.startswith("embedding")]
+    assert found.tables["embeddings"] == sum(parts)
     assert found.table_bytes == sum(each.nbytes for each in [*cache.data.values(), cache.age])
     queries = np.ones((batch, width), "float32")
     wide = np.float64 if dtype == "float64" else np.float32
@@ -85,7 +87,7 @@ def test_memory_is_that_of_the_arrays(dtype):
     )
     weights, _ = weigh_blocks(scores)
     assert found.work["block weights"] == weights.nbytes
-    per_slot = weights.itemsize * (2 * batch + (width if dtype == "float16" else 0))
+    per_slot = weights.itemsize * (2 * batch + (width if dtype in ("float16", "int8") else 0))
     assert found.work["tile"] == scores[0].tile * per_slot
 
 
@@ -145,7 +147,8 @@ def test_it_prints_readably():
         ({"width": 1.5}, KindError, "width is 1.5: expected an int"),
         ({"num_samples": True}, KindError, "num_samples is True: expected an int"),
         ({"feature_bytes": -1}, OptionError, "feature_bytes is -1: expected at least 0"),
-        ({"dtype": "int8"}, DTypeError, "dtype is 'int8': expected one of"),
+        ({"dtype": "int16"}, DTypeError, "dtype is 'int16': expected one of"),
+        ({"tower_dtype": "int8"}, DTypeError, "tower_dtype is 'int8': expected one of"),
         ({"tower_dtype": None}, DTypeError, "tower_dtype is None"),
         ({"estimator": "best"}, OptionError, "estimator is 'best'"),
         ({"estimator": "exact_query", "top_k": 2}, OptionError, "leave top_k out"),
