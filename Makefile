@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: help demo bench bench-full bench-training bench-sentence-transformers gpu-training run-benchmarks \
-	plots soak \
-	test test-pages gpu test-deep test-lowest docs browser lint format typecheck dist audit clean
+	plots soak test test-pages gpu gpu-test gpu-waits gpu-steps gpu-summary test-deep test-lowest \
+	docs browser lint format typecheck dist audit clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -81,9 +81,28 @@ test: $(VENV)/.test ## run every test, on all backends
 test-pages: $(VENV)/.test ## check the built site in a browser
 	PAGES_MUST_BE_RENDERED=1 $(BIN)/python -m pytest tests/pages/test_in_a_browser.py
 
-gpu: $(VENV)/.gpu ## on a machine with an NVIDIA GPU: test PyTorch and JAX there, and time a step
+GPU_MINUTES ?= 10
+
+# Each part runs, whatever came of the ones before it.
+gpu: ## on a machine with an NVIDIA GPU: tests, what waits for it, times (GPU_MINUTES=10), pictures
+	@failed=; for part in gpu-test gpu-waits gpu-steps plots gpu-summary; do \
+		$(MAKE) $$part || failed="$$failed $$part"; \
+	done; if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
+
+gpu-test: $(VENV)/.gpu ## run the tests of PyTorch and JAX on a GPU
 	XLA_FLAGS= XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest tests/gpu
-	$(BIN)/python benchmarks/a_step_on_a_device.py
+
+gpu-waits: $(VENV)/.gpu ## list where a program waits for the GPU; fail if a step does
+	$(BIN)/python benchmarks/a_step_asks_the_device_for_nothing.py
+
+gpu-steps: $(VENV)/.gpu ## time steps on a GPU for GPU_MINUTES, a quarter of them in JAX
+	failed=0; for run in 'torch 75' 'jax 25'; do set -- $$run; \
+		XLA_FLAGS= XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python \
+			benchmarks/a_step_on_a_device.py $$1 --minutes $$(($(GPU_MINUTES) * $$2))e-2 || failed=1; \
+	done; exit $$failed
+
+gpu-summary: $(VENV)/.gpu ## sum up the measurements on GPUs
+	$(BIN)/python benchmarks/gpu_summary.py
 
 test-deep: $(VENV)/.test ## the same with many more random examples
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist worksteal

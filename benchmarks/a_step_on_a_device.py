@@ -1,88 +1,79 @@
 """Question: how long a whole step takes on a GPU, compared with bare products.
 
-A step is retrieval, loss, backward and the update of the cache, with a tower that only looks rows
-up, in PyTorch. The bare products are q @ cache.T in float32 and bfloat16, with their results in
-memory. Times are medians by the device's own clock.
+A step is retrieval, loss, backward pass and the update of the cache; the item tower only looks rows
+up. It is run with the front door's defaults ("exact_query") and with those of the published code
+("paper"); with rows of float32, bfloat16 and int8; with and without fused kernels; in eager code,
+in a CUDA graph, and compiled. The bare products are q @ cache.T in float32, in TF32 and in
+bfloat16, with their results in memory. "read" is the time to read the table once, at the speed of a
+copy.
 
-    python benchmarks/a_step_on_a_device.py --slots 131072 --width 128 --rows 64
-    python benchmarks/a_step_on_a_device.py            # the whole grid: 8,388,608 slots, 60 GB
+    python benchmarks/a_step_on_a_device.py torch --minutes 10
+    python benchmarks/a_step_on_a_device.py jax --minutes 5
+    python benchmarks/a_step_on_a_device.py torch --slots 131072 --width 128 --rows 64
+
+Each result is written as it comes, one line of JSON, the most telling first. What cannot run is
+written down with the reason: no memory, no such option, no such mode.
 """
 
 import argparse
-import itertools
-import json
-import statistics
-from collections.abc import Callable
+import importlib
+import time
+from pathlib import Path
 from typing import Any
 
-import torch
-from _harness import save, table
-from _steps_torch import Candidates
-
-VOCABULARY = 50_000
-SECONDS = 0.4  # for each candidate, after its warm-up
+from _device_jobs import KEPT, MODES, ROWS, SLOTS, WIDTHS, Job, jobs, keep, sizes
 
 
-def timed(run: Callable[[], Any]) -> float:
-    """Return the median milliseconds of a candidate."""
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    times: list[float] = []
-    while len(times) < 5 or (sum(times) < 1e3 * SECONDS and len(times) < 200):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+def attempt(meter: Any, module: Any, job: Job) -> dict[str, Any]:
+    """Return a job's figures, or why there are none."""
+    try:
+        return meter.measure(job)
+    except module.NO_MEMORY as error:
+        return {"error": f"does not fit: {_first(error)}"}
+    except module.NOT_HERE as error:
+        return {"error": f"not there: {type(error).__name__}: {_first(error)}"}
+    except Exception as error:  # noqa: BLE001 - that it fails is a result, and others come after it
+        return {"error": f"failed: {type(error).__name__}: {_first(error)}"}
 
 
-def measure(slots: int, width: int, rows: int) -> dict[str, Any]:
-    """Return the times of one size."""
-    torch.cuda.empty_cache()
-    makers = Candidates(slots, width, rows, VOCABULARY)
-    query = makers.query.detach()
-    found: dict[str, Any] = {"slots": slots, "width": width, "rows": rows}
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        handler = makers.full_handler(dtype)
-        rows_ = handler.cache.data["embedding"]
-        halved = query.to(dtype)
-        product = timed(lambda halved=halved, rows_=rows_: halved @ rows_.T)
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        step = timed(makers.step(handler))
-        found |= {
-            f"product {name} ms": product,
-            f"step {name} ms": step,
-            f"MB of a step, {name}": (torch.cuda.max_memory_allocated() - held) / 1e6,
-        }
-        del handler, rows_
-    return found
+def _first(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:300]
 
 
 def main() -> None:
-    """Measure each size, and print and save the results."""
+    """Measure until there is nothing left to measure, or no time."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
-    parser.add_argument("--slots", nargs="+", type=int, default=[131_072, 1_048_576, 8_388_608])
-    parser.add_argument("--width", nargs="+", type=int, default=[128, 768])
-    parser.add_argument("--rows", nargs="+", type=int, default=[8, 64, 512, 4_096])
-    parser.add_argument("--precision", default="highest", help="of float32 products: or high")
+    parser.add_argument("framework", choices=("torch", "jax"))
+    parser.add_argument("--device", default="cuda", help="of PyTorch; JAX takes its first")
+    parser.add_argument("--slots", nargs="+", type=int, default=SLOTS)
+    parser.add_argument("--width", nargs="+", type=int, default=WIDTHS)
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="of PyTorch")
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing after these")
+    parser.add_argument("--seconds", type=float, default=0.4, help="for each candidate")
+    parser.add_argument("--out", type=Path, default=KEPT)
     options = parser.parse_args()
-    torch.set_default_device("cuda")
-    torch.set_float32_matmul_precision(options.precision)
-    results = []
-    for size in itertools.product(options.slots, options.width, options.rows):
-        try:
-            results.append(measure(*size))
-        except torch.cuda.OutOfMemoryError as error:
-            print(size, "does not fit:", str(error).split(".", maxsplit=1)[0])
-            continue
-        print(json.dumps(results[-1]), flush=True)
-    print(torch.cuda.get_device_name(), torch.__version__)
-    print(table(results))
-    save("a_step_on_a_device", results, same=("slots", "width", "rows"))
+    module = importlib.import_module(f"_device_{options.framework}")
+    meter = module.Meter(options.device, options.seconds)
+    every = sizes(options.slots, options.width, options.rows)
+    if options.framework == "torch":
+        todo = jobs(every, options.modes)
+    else:  # which has one mode, and no copy to measure the memory's speed by
+        todo = [job for job in jobs(every, ("jit",)) if job.what != "read"]
+    end = time.monotonic() + 60 * options.minutes
+    print(f"{meter.name}, {meter.version}: {len(todo)} measurements", flush=True)
+    for number, job in enumerate(todo):
+        if time.monotonic() > end:
+            print(f"the time is up: {len(todo) - number} measurements are left out")
+            break
+        found = attempt(meter, module, job)
+        machine = {"device": meter.name, "framework": options.framework, "version": meter.version}
+        keep(options.out, {**machine, **job.record(), **found})
+        figure = found.get("error") or f"{found['ms']:.3g} ms"
+        facts = (*job.size, job.what, job.storage, job.loss, job.mode, "fused" if job.fused else "")
+        print(*filter(None, facts), "-", figure, flush=True)
+        meter.clean()
+    print("written to", options.out)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ results:          test MRR by batch, with a cache and without: the start page's
 training_quality: test MRR of each way of training against encoder calls and against time
 minilm_on_a_device: test MRR of each way of tuning MiniLM against seconds of a GPU
 gradient_noise:   noise and bias of each estimator's gradient on a trained model
+device_step:      on a GPU, a step over the bare bfloat16 product; device_step_jax: in JAX
+device_memory:    on a GPU, a step's memory beyond the tables
 keras_rs:         recall of examples/keras_rs_recommender.py by epoch, by its kept results
 
     python benchmarks/plot.py
@@ -18,6 +20,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from _pictures_of_devices import step_memory, step_time
 from _pictures_of_speed import memory, step_cost
 from _pictures_of_training import (
     gradient_noise,
@@ -32,6 +35,9 @@ from matplotlib.figure import Figure
 PICTURES: dict[str, Callable[[], Figure | None]] = {
     "step_cost": step_cost,
     "memory": memory,
+    "device_step": step_time("torch"),
+    "device_step_jax": step_time("jax"),
+    "device_memory": step_memory,
     "results": results,
     "training_quality": training_quality,
     "minilm_on_a_device": minilm_on_a_device,
@@ -50,7 +56,7 @@ def main() -> None:
     for name, make in PICTURES.items():
         path = options.out / f"{name}.{options.format}"
         drawn = draw(make, path)
-        print(f"written to {path}" if drawn else f"{name}: no results; see make bench")
+        print(f"written to {path}" if drawn else f"{name}: no results; see make bench, make gpu")
 
 
 if __name__ == "__main__":
