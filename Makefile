@@ -19,6 +19,13 @@ $(VENV)/.%: pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$*]'
 	touch $@
 
+# Apart from the rest: TensorFlow, and then Triton, in one process end it. Only programs of the tests
+# look there. It is for Linux alone; its interpreter, from 3.7 on, for NumPy 2.4 too.
+$(VENV)/.triton: $(CONSTRAINTS) | $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --no-deps --upgrade \
+		--target $(VENV)/triton 'triton>=3.7.1; platform_system == "Linux" and platform_machine == "x86_64"'
+	touch $@
+
 demo: $(VENV)/.demo ## train a search model without and with a cache, and answer queries
 	$(BIN)/python examples/docstring_search.py train
 
@@ -75,7 +82,7 @@ soak: $(VENV)/.test ## run each backend for SOAK_STEPS steps: memory flat, cache
 			--out $(SOAK_RESULTS)/soak-$$framework.json || exit 1; \
 	done
 
-test: $(VENV)/.test ## run every test, on all backends
+test: $(VENV)/.test $(VENV)/.triton ## run every test, on all backends
 	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist worksteal
 
 test-pages: $(VENV)/.test ## check the built site in a browser
@@ -104,7 +111,7 @@ gpu-steps: $(VENV)/.gpu ## time steps on a GPU for GPU_MINUTES, a quarter of the
 gpu-summary: $(VENV)/.gpu ## sum up the measurements on GPUs
 	$(BIN)/python benchmarks/gpu_summary.py
 
-test-deep: $(VENV)/.test ## the same with many more random examples
+test-deep: $(VENV)/.test $(VENV)/.triton ## the same with many more random examples
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist worksteal
 
 # Old versions warn about problems that newer ones have fixed.

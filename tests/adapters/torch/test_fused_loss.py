@@ -5,7 +5,6 @@ Triton reads TRITON_INTERPRET when it is imported, so the cases run this file as
 
 import contextlib
 import copy
-import os
 import sys
 from unittest import mock
 
@@ -13,6 +12,7 @@ import negcache_torch as negcache
 import programs
 import pytest
 import torch
+import triton_apart
 from negcache_torch import _backend, _namespace
 
 SLOTS, WIDTH, ROWS, VOCABULARY = 200, 16, 6, 40
@@ -132,15 +132,9 @@ def a_step_compiles_to_one_graph():
 CASES = [steps_are_those_of_the_plain_loss, the_kernel_is_what_scores, a_step_compiles_to_one_graph]
 
 
-@pytest.mark.usefixtures("triton")
 def test_a_fused_loss_is_the_plain_one():
     names = [each.__name__ for each in CASES]
-    done = programs.run(
-        *(__file__, *names),
-        TRITON_INTERPRET="1",
-        OMP_NUM_THREADS="1",
-        PYTHONPATH=os.pathsep.join(sys.path),
-    )
+    done = programs.run(__file__, *names, **triton_apart.interpreting())
     assert done.stdout.splitlines() == names
 
 
