@@ -61,9 +61,6 @@ def block_weights(
     The readout is the log-partition (B,) and the mean row (B, D), or None. All are float32.
     Raises OptionError where the kernels cannot run.
     """
-    problem = fused_problem(table)
-    if problem is not None:
-        raise OptionError(f"fused=True cannot run: {problem}")
     own = own or Exclusions()
     weights, *read = _run(
         queries,
@@ -100,6 +97,11 @@ def _run(
     readout: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a kernel; return weights (blocks, B), and the readout's arrays, empty if not needed."""
+    problem = fused_problem(table)
+    if problem is not None:
+        raise OptionError(f"fused=True cannot run: {problem}")
+    if not queries.shape[0]:
+        return _shapes(queries, table, block, readout)
     from . import _fused_kernels as kernels  # noqa: PLC0415 - Triton is optional
 
     facts = (queries, table, age, query_scale, row_scale, bias)

@@ -1,7 +1,7 @@
 """The fused kernels are the core's block weights and readout, in Triton's interpreter.
 
 Triton reads TRITON_INTERPRET when it is imported, so the cases run this file as a program: all in
-one process.
+one process. Without that variable, the program tests the kernels on a device.
 """
 
 import os
@@ -25,7 +25,9 @@ EXACT = 1e-5
 # How far means may be off: probabilities are rounded to the rows' half type, for integers float16.
 READOUT = {FLOAT: EXACT, HALF: 2e-3, BRAIN: 2e-2, BYTE: 2e-3}
 SHAPES = [(1, 1, 1), (3, 97, 3), (7, 640, 80), (40, 300, 48)]
-LABELS = [("uint8", 2), ("int64", 1), ("bool", 1), ("int32", 3)]
+LABELS = [("uint8", 2), ("int64", 1), ("bool", 1), ("int32", 3), ("uint32", 1)]
+FAR = {"int64": (2**40, 2**62), "uint32": (1, 2**32 - 40)}  # equal in their last digits, or high
+DEVICE = "cpu" if "TRITON_INTERPRET" in os.environ or not torch.cuda.is_available() else "cuda"
 
 
 def case(
@@ -44,7 +46,9 @@ def case(
         return normal(*shape).to(dtype)
 
     def labels(dtype, high, *shape):
-        return torch.asarray(rng.integers(0, high, shape)).to(getattr(torch, dtype))
+        step, start = FAR.get(dtype, (1, 0))
+        numbers = step * rng.integers(0, high, shape) + start
+        return torch.asarray(numbers).to(getattr(torch, dtype))
 
     scaled = large * (normal(rows).abs() + 0.5)
     queries, table = array_of(dtype, rows, width), array_of(stored, slots, width)
@@ -64,7 +68,7 @@ def case(
         None if group is None else labels("int32", 4, rows),  # one of them is no slot's
         width**0.5 * normal(rows).abs() if facts.get("ceiling") else None,
     )
-    return {
+    found = {
         "queries": queries,
         "table": table,
         "age": torch.where(vacant, EMPTY, 5).to(torch.int32),
@@ -75,9 +79,18 @@ def case(
             tuple([labels(kind, most, slots) for (kind, _), most in zip(ids, high, strict=True)]),
             group,
         ),
-        "own": Exclusions.of(own.arrays()),
-        "block": BLOCK,
+        "own": own,
     }
+
+    def there(value):
+        if isinstance(value, tuple):
+            return (
+                value._make(map(there, value)) if hasattr(value, "_make") else (*map(there, value),)
+            )
+        return None if value is None else value.to(DEVICE)
+
+    found = {name: there(value) for name, value in found.items()}
+    return {**found, "own": Exclusions.of(found["own"].arrays()), "block": BLOCK}
 
 
 def reference(given):
@@ -88,7 +101,7 @@ def reference(given):
             return None
         if array.is_floating_point() or array.dtype == BYTE:
             array = array.double()
-        return array.numpy()
+        return array.cpu().numpy()
 
     queries, table = plain(given["queries"]), plain(given["table"])
     if given["query_scale"] is not None:
@@ -115,7 +128,7 @@ def reference(given):
 def assert_near(found, expected, tolerance):
     assert found.dtype == FLOAT
     expected = torch.asarray(expected, dtype=torch.float64)
-    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=tolerance, atol=tolerance)
 
 
 def agrees(given, readout=READOUT[FLOAT]):
@@ -162,6 +175,9 @@ def nothing_counts():
         assert np.isneginf(weights).all()
         assert np.isneginf(partition).all()
         assert not mean.any()
+    none = {**case(5, 200, 7), "queries": torch.empty((0, 7), device=DEVICE)}
+    weights, (partition, mean) = block_weights(**none, readout=True)
+    assert (weights.shape, partition.shape, mean.shape) == ((0, 2), (0,), (0, 7))
 
 
 def large_scores():
@@ -227,7 +243,7 @@ def compiled():
     )
 
 
-CASES = [
+CASES = [  # of the program
     every_dtype,
     each_fact,
     all_facts,
@@ -243,14 +259,13 @@ CASES = [
 
 def test_kernels_agree_with_the_core():
     pytest.importorskip("triton", reason="Triton is only for Linux and Windows")
-    names = [each.__name__ for each in CASES]
     done = programs.run(
-        *(__file__, *names),
+        __file__,
         TRITON_INTERPRET="1",
         OMP_NUM_THREADS="1",
         PYTHONPATH=os.pathsep.join(sys.path),
     )
-    assert done.stdout.splitlines() == names
+    assert done.stdout.splitlines() == [each.__name__ for each in CASES]
 
 
 def test_arrays_on_no_device_are_refused_in_words():
@@ -290,4 +305,4 @@ def test_plans_fit_the_kernels(width, scoring):
 
 
 if __name__ == "__main__":
-    programs.main(globals(), sys.argv[1:], print)
+    programs.main(globals(), sys.argv[1:] or [each.__name__ for each in CASES], print)
