@@ -4,8 +4,10 @@ Triton reads TRITON_INTERPRET when it is imported, so the cases run this file as
 one process. Without that variable, the program tests the kernels on a device.
 """
 
+import importlib
 import os
 import sys
+from collections import defaultdict
 
 import numpy as np
 import programs
@@ -24,7 +26,7 @@ FLOAT, HALF, BRAIN, BYTE = torch.float32, torch.float16, torch.bfloat16, torch.i
 EXACT = 1e-5
 # How far means may be off: probabilities are rounded to the rows' half type, for integers float16.
 READOUT = {FLOAT: EXACT, HALF: 2e-3, BRAIN: 2e-2, BYTE: 2e-3}
-SHAPES = [(1, 1, 1), (3, 97, 3), (7, 640, 80), (40, 300, 48)]
+SHAPES = [(1, 1, 1), (3, 97, 3), (7, 400, 80), (40, 200, 48)]
 LABELS = [("uint8", 2), ("int64", 1), ("bool", 1), ("int32", 3), ("uint32", 1)]
 FAR = {"int64": (2**40, 2**62), "uint32": (1, 2**32 - 40)}  # equal in their last digits, or high
 DEVICE = "cpu" if "TRITON_INTERPRET" in os.environ or not torch.cuda.is_available() else "cuda"
@@ -268,8 +270,60 @@ def test_kernels_agree_with_the_core():
     assert done.stdout.splitlines() == [each.__name__ for each in CASES]
 
 
-def test_arrays_on_no_device_are_refused_in_words():
+class Elsewhere:
+    """A driver of a device that is not here."""
+
+    def __init__(self, target):
+        self.get_current_target = lambda: target
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: 0
+
+
+class Compiled:
+    """A kernel that is compiled where it would be launched."""
+
+    def __init__(self, kernel, found):
+        self.kernel, self.found = kernel, found
+
+    def __getitem__(self, grid):
+        return lambda *given, **options: self.found.append(
+            self.kernel.run(*given, grid=grid, warmup=True, **options)
+        )
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # 3.9 announces a change
+@pytest.mark.parametrize(
+    ("capability", "dtype", "stored", "width"),
+    [(80, BRAIN, BRAIN, 48), (90, BYTE, BYTE, 80), (90, FLOAT, FLOAT, 20)],
+)
+def test_kernels_compile_for_a_device(monkeypatch, tmp_path, capability, dtype, stored, width):
+    """The compiler refuses more than the interpreter. Products run on tensor cores."""
     pytest.importorskip("triton", reason="Triton is only for Linux and Windows")
+    _fused_kernels = importlib.import_module("negcache_torch._fused_kernels")
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
+    driver = importlib.import_module("triton.runtime.driver").driver
+
+    found = []
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(driver, "_active", Elsewhere(target))
+    monkeypatch.setattr("negcache_torch._fused.fused_problem", lambda array: None)
+    for name in ("weigh", "read"):
+        kernel = getattr(_fused_kernels, name)
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+        monkeypatch.setattr(_fused_kernels, name, Compiled(kernel, found))
+    facts = dict.fromkeys(("group", "ceiling", "bias"), dtype != FLOAT)
+    given = case(40, 300, width, dtype, stored, ids=LABELS if dtype != FLOAT else (), **facts)
+    block_weights(**given, readout=False)
+    block_weights(**given, readout=True)
+    assert len(found) == 2
+    for kernel in found:
+        assert ("mma" in kernel.asm["ptx"]) == (dtype != FLOAT)  # of float32, only where allowed
+        assert kernel.metadata.shared <= 99 * 1024  # bytes, of every device since 8.0
+
+
+def test_arrays_on_no_device_are_refused_in_words(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is only for Linux and Windows")
+    monkeypatch.setitem(globals(), "DEVICE", "cpu")
     given = case(2, 5, 3)
     with pytest.raises(OptionError, match="got arrays on cpu, expected them on a CUDA") as one:
         block_weights(**given, readout=False)
