@@ -71,7 +71,6 @@ def block_weights(
     The readout is the log-partition (B,) and the mean row (B, D), or None. All are float32.
     Raises OptionError where the kernels cannot run.
     """
-    check(table)
     own = own or Exclusions()
     weights, *read = _run(
         queries,
@@ -108,6 +107,9 @@ def _run(
     readout: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a kernel; return weights (blocks, B), and the readout's arrays, empty if not needed."""
+    check(table)
+    if not queries.shape[0]:
+        return _shapes(queries, table, block, readout)
     from . import _fused_kernels as kernels  # noqa: PLC0415 - Triton is optional
 
     facts = (queries, table, age, query_scale, row_scale, bias)

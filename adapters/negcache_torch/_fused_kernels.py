@@ -1,7 +1,6 @@
 """Triton kernels that score slots and reduce the scores in registers.
 
-Read TRITON_INTERPRET=1 as "run these with NumPy": Triton looks at it when it is imported, which
-importing this module does.
+With TRITON_INTERPRET=1 in the environment NumPy runs them; Triton reads that when it is imported.
 """
 
 import triton
@@ -98,7 +97,7 @@ def read(
     total = tl.zeros((BLOCK_B,), tl.float32)
     first = tl.zeros((BLOCK_B, FIRST), tl.float32)
     # Not used without a second part, but a name must have a value.
-    second = tl.zeros((BLOCK_B, SECOND or 1), tl.float32)
+    second = tl.zeros((BLOCK_B, max(SECOND, 1)), tl.float32)
     for block in range(split * stretch, tl.minimum((split + 1) * stretch, tl.cdiv(C, BLOCK))):
         block_top = tl.full((BLOCK_B,), -float("inf"), tl.float32)
         block_total = tl.zeros((BLOCK_B,), tl.float32)

@@ -5,17 +5,23 @@ NEGCACHE_PALLAS_INTERPRET=1.
 """
 
 import os
+import sys
+from pathlib import Path
 
 import jax
 import negcache_jax
 import negcache_torch as negcache
 import numpy as np
+import programs
 import pytest
-import test_fused as in_torch
 import test_fused_jax as in_jax
 import torch
-from torch.utils._pytree import tree_map_only
+from negcache_torch._fused import block_weights
 
+from negcache_core import EMPTY
+from negcache_core.arrays.exclusion import Labels
+
+CASES = Path(__file__).parents[1] / "adapters/torch/test_fused.py"
 DEVICE = os.environ.get("NEGCACHE_DEVICE", "cuda")
 INTERPRETED = [
     os.environ.get(name) == "1" for name in ("TRITON_INTERPRET", "NEGCACHE_PALLAS_INTERPRET")
@@ -23,26 +29,56 @@ INTERPRETED = [
 pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and not all(INTERPRETED), reason="there are no kernels for the CPU"
 )
+NOTHING = {
+    "query_scale": None,
+    "row_scale": None,
+    "bias": None,
+    "labels": Labels(),
+    "own": None,
+    "block": 128,
+}
 SLOTS, WIDTH, BATCH = 1_024, 32, 24
 OPTIONS = [{}, {"id_keys": ("id",), "margin": 0.5, "num_samples": 2}, {"estimator": "shared"}]
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # in the interpreter
-# One case compiles for a CPU, too; a compiled step is in test_torch_on_a_device.py.
-@pytest.mark.parametrize(
-    "case",
-    [case for case in in_torch.CASES if case is not in_torch.compiled],
-    ids=lambda case: case.__name__,
-)
-def test_triton_kernels_agree_with_the_core(case, monkeypatch):
-    kernel = in_torch.block_weights
+def test_triton_kernels_agree_with_the_core():
+    programs.run(CASES, PYTHONPATH=os.pathsep.join([str(CASES.parents[2]), *sys.path]))
 
-    def on_a_device(**given):
-        moved = tree_map_only(torch.Tensor, lambda each: each.to(DEVICE), given)
-        return tree_map_only(torch.Tensor, lambda each: each.cpu(), kernel(**moved))
 
-    monkeypatch.setattr(in_torch, "block_weights", on_a_device)
-    case()
+def test_a_table_of_more_than_2_31_numbers():
+    slots, width, held = 2**21 + 200, 1024, 5
+    queries = torch.ones((2, width), dtype=torch.int8, device=DEVICE)
+    table = torch.zeros((slots, width), dtype=torch.int8, device=DEVICE)
+    table[-held:] = torch.arange(held, dtype=torch.int8, device=DEVICE)[:, None]
+    age = torch.full((slots,), EMPTY, dtype=torch.int32, device=DEVICE)
+    age[-held:] = 0
+    scales = {
+        "query_scale": torch.full((2,), 1 / width, device=DEVICE),
+        "row_scale": torch.ones(slots, device=DEVICE),
+    }
+    scores = torch.arange(float(held))
+    given = (queries, table, age)
+    for readout in (False, True):
+        weights, read = block_weights(*given, **{**NOTHING, **scales}, readout=readout)
+        assert weights[:, :-1].isneginf().all()
+        torch.testing.assert_close(weights[:, -1].cpu(), scores.logsumexp(0).expand(2))
+    expected = (scores.softmax(0) * scores).sum().expand(2, width)
+    torch.testing.assert_close(read[1].cpu(), expected, rtol=2e-3, atol=0)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="graphs are of CUDA")
+def test_a_graph_repeats_it_exactly():
+    torch.manual_seed(0)
+    queries = torch.randn((40, 768), device=DEVICE, dtype=torch.bfloat16) / 8
+    table = torch.randn((100_000, 768), device=DEVICE, dtype=torch.bfloat16)
+    age = torch.zeros(100_000, dtype=torch.int32, device=DEVICE)
+    weights, read = block_weights(queries, table, age, **NOTHING, readout=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found, again = block_weights(queries, table, age, **NOTHING, readout=True)
+    for _ in range(2):
+        graph.replay()
+        assert all(map(torch.equal, (found, *again), (weights, *read)))
 
 
 @pytest.mark.parametrize("dtypes", ["float32", "float16", "bfloat16", "int8"])

@@ -1,16 +1,20 @@
 """The fused kernels are the core's block weights and readout, in Triton's interpreter.
 
 Triton reads TRITON_INTERPRET when it is imported, so the cases run this file as a program: all in
-one process.
+one process. Without that variable, the program tests the kernels on a device.
 """
 
+import importlib.util
 import os
 import sys
+import tempfile
+from collections import defaultdict
 
 import numpy as np
 import programs
 import pytest
 import torch
+import triton_apart
 from negcache_torch import OptionError
 from negcache_torch._fused import block_weights, fused_problem, plan_readout, plan_weights
 
@@ -24,8 +28,11 @@ FLOAT, HALF, BRAIN, BYTE = torch.float32, torch.float16, torch.bfloat16, torch.i
 EXACT = 1e-5
 # How far means may be off: probabilities are rounded to the rows' half type, for integers float16.
 READOUT = {FLOAT: EXACT, HALF: 2e-3, BRAIN: 2e-2, BYTE: 2e-3}
-SHAPES = [(1, 1, 1), (3, 97, 3), (7, 640, 80), (40, 300, 48)]
-LABELS = [("uint8", 2), ("int64", 1), ("bool", 1), ("int32", 3)]
+SHAPES = [(1, 1, 1), (3, 97, 3), (7, 400, 80), (40, 200, 48)]
+LABELS = [("uint8", 2), ("int64", 1), ("bool", 1), ("int32", 3), ("uint32", 1)]
+FAR = {"int64": (2**40, 2**62), "uint32": (1, 2**32 - 40)}  # equal in their last digits, or high
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 
 
 def case(
@@ -44,7 +51,9 @@ def case(
         return normal(*shape).to(dtype)
 
     def labels(dtype, high, *shape):
-        return torch.asarray(rng.integers(0, high, shape)).to(getattr(torch, dtype))
+        step, start = FAR.get(dtype, (1, 0))
+        numbers = step * rng.integers(0, high, shape) + start
+        return torch.asarray(numbers).to(getattr(torch, dtype))
 
     scaled = large * (normal(rows).abs() + 0.5)
     queries, table = array_of(dtype, rows, width), array_of(stored, slots, width)
@@ -64,7 +73,7 @@ def case(
         None if group is None else labels("int32", 4, rows),  # one of them is no slot's
         width**0.5 * normal(rows).abs() if facts.get("ceiling") else None,
     )
-    return {
+    found = {
         "queries": queries,
         "table": table,
         "age": torch.where(vacant, EMPTY, 5).to(torch.int32),
@@ -75,9 +84,18 @@ def case(
             tuple([labels(kind, most, slots) for (kind, _), most in zip(ids, high, strict=True)]),
             group,
         ),
-        "own": Exclusions.of(own.arrays()),
-        "block": BLOCK,
+        "own": own,
     }
+
+    def there(value):
+        if isinstance(value, tuple):
+            return (
+                value._make(map(there, value)) if hasattr(value, "_make") else (*map(there, value),)
+            )
+        return None if value is None else value.to(DEVICE)
+
+    found = {name: there(value) for name, value in found.items()}
+    return {**found, "own": Exclusions.of(found["own"].arrays()), "block": BLOCK}
 
 
 def reference(given):
@@ -88,7 +106,7 @@ def reference(given):
             return None
         if array.is_floating_point() or array.dtype == BYTE:
             array = array.double()
-        return array.numpy()
+        return array.cpu().numpy()
 
     queries, table = plain(given["queries"]), plain(given["table"])
     if given["query_scale"] is not None:
@@ -115,7 +133,7 @@ def reference(given):
 def assert_near(found, expected, tolerance):
     assert found.dtype == FLOAT
     expected = torch.asarray(expected, dtype=torch.float64)
-    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=tolerance, atol=tolerance)
 
 
 def agrees(given, readout=READOUT[FLOAT]):
@@ -162,6 +180,9 @@ def nothing_counts():
         assert np.isneginf(weights).all()
         assert np.isneginf(partition).all()
         assert not mean.any()
+    none = {**case(5, 200, 7), "queries": torch.empty((0, 7), device=DEVICE)}
+    weights, (partition, mean) = block_weights(**none, readout=True)
+    assert (weights.shape, partition.shape, mean.shape) == ((0, 2), (0,), (0, 7))
 
 
 def large_scores():
@@ -227,7 +248,7 @@ def compiled():
     )
 
 
-CASES = [
+CASES = [  # of the program
     every_dtype,
     each_fact,
     all_facts,
@@ -242,19 +263,80 @@ CASES = [
 
 
 def test_kernels_agree_with_the_core():
-    pytest.importorskip("triton", reason="Triton is only for Linux and Windows")
-    names = [each.__name__ for each in CASES]
-    done = programs.run(
-        *(__file__, *names),
-        TRITON_INTERPRET="1",
-        OMP_NUM_THREADS="1",
-        PYTHONPATH=os.pathsep.join(sys.path),
-    )
-    assert done.stdout.splitlines() == names
+    done = programs.run(__file__, **triton_apart.interpreting())
+    assert done.stdout.splitlines() == [each.__name__ for each in CASES]
 
 
-def test_arrays_on_no_device_are_refused_in_words():
-    pytest.importorskip("triton", reason="Triton is only for Linux and Windows")
+class Elsewhere:
+    """A driver of a device that is not here."""
+
+    def __init__(self, target):
+        self.get_current_target = lambda: target
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: 0
+
+
+class Compiled:
+    """A kernel that is compiled where it would be launched."""
+
+    def __init__(self, kernel, found):
+        self.kernel, self.found = kernel, found
+
+    def __getitem__(self, grid):
+        return lambda *given, **options: self.found.append(
+            self.kernel.run(*given, grid=grid, warmup=True, **options)
+        )
+
+
+def for_a_device(capability, dtype, width):
+    """The compiler refuses more than the interpreter. Products run on tensor cores."""
+    with pytest.MonkeyPatch.context() as monkeypatch, tempfile.TemporaryDirectory() as folder:
+        compiled_for(int(capability), getattr(torch, dtype), int(width), monkeypatch, folder)
+
+
+def compiled_for(capability, dtype, width, monkeypatch, folder):
+    _fused_kernels = importlib.import_module("negcache_torch._fused_kernels")
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
+    driver = importlib.import_module("triton.runtime.driver").driver
+
+    found = []
+    monkeypatch.setenv("TRITON_CACHE_DIR", folder)
+    monkeypatch.setattr(driver, "_active", Elsewhere(target))
+    monkeypatch.setattr("negcache_torch._fused.fused_problem", lambda array: None)
+    for name in ("weigh", "read"):
+        kernel = getattr(_fused_kernels, name)
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+        monkeypatch.setattr(_fused_kernels, name, Compiled(kernel, found))
+    facts = dict.fromkeys(("group", "ceiling", "bias"), dtype != FLOAT)
+    given = case(40, 300, width, dtype, ids=LABELS if dtype != FLOAT else (), **facts)
+    block_weights(**given, readout=False)
+    block_weights(**given, readout=True)
+    assert len(found) == 2
+    for kernel in found:
+        assert ("mma" in kernel.asm["ptx"]) == (dtype != FLOAT)  # of float32, only where allowed
+        assert kernel.metadata.shared <= 99 * 1024  # bytes, of every device since 8.0
+
+
+def test_kernels_compile_for_a_device():
+    devices = [(80, "bfloat16", 48), (90, "int8", 80), (90, "float32", 20)]
+    cases = programs.words_of([("for_a_device", *each) for each in devices])
+    given = {**triton_apart.interpreting(), "TRITON_INTERPRET": "0"}
+    programs.run("-W", "ignore:TRITON_DEFAULT_FP_FUSION", __file__, *cases, **given)
+
+
+def find_triton(monkeypatch, package):
+    """Let Triton be found where another package is."""
+    found = importlib.util.find_spec
+
+    def find(name, *more):
+        return found(package if name == "triton" else name, *more)
+
+    monkeypatch.setattr("importlib.util.find_spec", find)
+
+
+def test_arrays_on_no_device_are_refused_in_words(monkeypatch):
+    find_triton(monkeypatch, "torch")
+    monkeypatch.setitem(globals(), "DEVICE", "cpu")
     given = case(2, 5, 3)
     with pytest.raises(OptionError, match="got arrays on cpu, expected them on a CUDA") as one:
         block_weights(**given, readout=False)
@@ -262,7 +344,7 @@ def test_arrays_on_no_device_are_refused_in_words():
 
 
 def test_a_missing_triton_is_told_in_words(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    find_triton(monkeypatch, "no_such_package")
     assert "Triton is not installed. Install it" in fused_problem(torch.zeros(1))
     with pytest.raises(OptionError, match="pip install triton"):
         block_weights(**case(2, 5, 3), readout=True)
@@ -290,4 +372,4 @@ def test_plans_fit_the_kernels(width, scoring):
 
 
 if __name__ == "__main__":
-    programs.main(globals(), sys.argv[1:], print)
+    programs.main(globals(), sys.argv[1:] or [each.__name__ for each in CASES], print)
