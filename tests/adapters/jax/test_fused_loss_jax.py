@@ -116,7 +116,7 @@ def test_a_cpu_is_refused_in_words():
         {"score_transform": jnp.tanh},
         {"matryoshka_dims": (4, 12)},
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 def test_what_the_kernel_does_not_know_is_refused_in_words(options):
     with pytest.raises(

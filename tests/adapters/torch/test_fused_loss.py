@@ -146,7 +146,7 @@ def test_a_fused_loss_is_the_plain_one():
         {"score_transform": torch.tanh},
         {"matryoshka_dims": (4, 12)},
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 def test_what_the_kernels_do_not_know_is_refused_in_words(options):
     words = f"fused=True does not work with {next(iter(options))}"
