@@ -101,7 +101,17 @@ class CacheManager:
         return manager
 
     def storing(self, embedding_key: str) -> Self:
-        """Return this manager with a field for the scales of embeddings, if those are int8."""
+        """Return this manager with a field for the scales of embeddings, if those are int8.
+
+        embedding_key: the embedding's field
+
+        A handler does this itself. Raises DTypeError if another field has the name of the scales'.
+
+        >>> from negcache_core import FieldSpec
+        >>> manager = CacheManager({"embedding": FieldSpec((128,), "int8")}, 1_000)
+        >>> manager.storing("embedding")
+        CacheManager(1,000 slots, 132.0 kB: embedding int8 (128,), embedding_scale float32 ())
+        """
         specs = with_scales(self.specs, embedding_key, self.backend.xp.float32)
         if len(specs) == len(self.specs):
             return self
@@ -152,9 +162,9 @@ class CacheManager:
         instead. Of equal items in one batch the last unmasked one counts, and the others count as
         masked.
 
-        Floating rows are cast to the field's dtype; integers may only widen. If an int8 field has
-        a field of scales, float32 with row shape () and named `<field>_scale`, its rows are given
-        as floating ones, without scales, and stored as codes; see `quantize`.
+        Floating rows are cast to the field's dtype; integers may only widen. If an int8 field "x"
+        has scales, a float32 field "x_scale" with row shape (), its rows are given as floating
+        ones, without scales. They are stored as numbers from -127 to 127 and a scale each.
 
         Raises KeysError, ShapeError, DTypeError or CapacityError for rows that do not fit.
         """

@@ -16,6 +16,7 @@ LARGEST = 127.0
 
 
 SUFFIX = "_scale"
+"""What the name of a field of scales has after that of the codes."""
 
 
 def scales_in(data: Mapping[str, Any]) -> dict[str, str]:
@@ -25,11 +26,17 @@ def scales_in(data: Mapping[str, Any]) -> dict[str, str]:
     """
     found = {}
     for key in data:
-        if key.endswith(SUFFIX):
-            codes = data.get(key.removesuffix(SUFFIX))
-            if codes is not None and dtype_name(codes.dtype) == "int8":
-                found[key.removesuffix(SUFFIX)] = key
+        if key.endswith(SUFFIX) and _scales(data, key):
+            found[key.removesuffix(SUFFIX)] = key
     return found
+
+
+def _scales(data: Mapping[str, Any], key: str) -> bool:
+    """Return whether a field holds scales: one float32 for each row of a field of codes."""
+    codes, scale = data.get(key.removesuffix(SUFFIX)), data[key]
+    if codes is None or dtype_name(codes.dtype) != "int8":
+        return False
+    return dtype_name(scale.dtype) == "float32" and tuple(scale.shape) == tuple(codes.shape)[:-1]
 
 
 def stores_embeddings(dtype: Any) -> bool:

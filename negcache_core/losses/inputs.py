@@ -50,9 +50,9 @@ def check_request(
     check_shape(table, ("C", "D"), what, "Embeddings are vectors.")
     if table.dtype != backend.xp.int8:
         check_floating(table, what)
-    elif wanted.embedding_key not in scales_in(cache.data):
+    elif any(wanted.embedding_key not in scales_in(each.data) for each in caches.values()):
         raise DTypeError(
-            f"{what} is int8, but the cache has no scales for it: add FieldSpec((), 'float32') to "
+            f"{what} is int8, but a cache has no scales for it: add FieldSpec((), 'float32') to "
             f"its specs, named {wanted.embedding_key + SUFFIX!r}. A handler does so by itself."
         )
     if wanted.prefixes is not None:

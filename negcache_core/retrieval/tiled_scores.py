@@ -250,8 +250,8 @@ class CacheScores(NamedTuple):
         return carry, concat_rows(by_tile, self.scorer.xp)
 
 
-def as_stored(table: Array, scorer: Scorer, backend: Backend, *, fused: bool) -> bool:
-    """Return whether rows are multiplied as they are stored, by queries of their dtype."""
+def _lowers(table: Array, scorer: Scorer, backend: Backend, *, fused: bool) -> bool:
+    """Return whether queries are rounded to the rows' dtype, for a product of rows as stored."""
     if table.dtype == scorer.dtype or scorer.prefixes is not None:
         return False
     return fused or (scorer.dtype == scorer.xp.float32 and backend.multiplies_as_stored(table))
@@ -314,7 +314,7 @@ def scores_of(
         if table.dtype == xp.int8:
             row_scale = cache.data[scales_in(cache.data)[embedding_key]]
         lowered, given = None, scaled
-        if as_stored(table, scorer, backend, fused=fused):
+        if _lowers(table, scorer, backend, fused=fused):
             lowered = Lowered.of(scaled, table, xp)
             given = lowered.raised(xp)
         labels = Labels(tuple([cache.data[key] for key in id_keys]), group)

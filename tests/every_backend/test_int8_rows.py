@@ -106,6 +106,32 @@ def test_a_cache_without_scales_is_refused_in_words(name):
         loss.retrieve(query, cache, noise=noise)
 
 
+def test_a_second_cache_without_scales_is_refused_in_words():
+    caches = {
+        name: negcache_torch.CacheManager(specs, SLOTS).init_cache()
+        for name, specs in (("a", scaled(negcache_torch)), ("b", specs_of(negcache_torch)))
+    }
+    loss = negcache_torch.CacheClassificationLoss("e", ("x",))
+    with pytest.raises(negcache_torch.DTypeError, match="a cache has no scales for it"):
+        loss.retrieve(torch.ones(2, WIDTH), caches)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((2,), "float32"), ((), "float64"), ((), "int8")])
+def test_another_field_with_the_scales_name_is_left_alone(shape, dtype):
+    """An int8 field without scales is one of integers."""
+    own = negcache_torch.FieldSpec(shape, dtype)
+    manager = negcache_torch.CacheManager(specs_of(negcache_torch, e_scale=own), SLOTS)
+    rows = {
+        "x": torch.ones(2, WIDTH),
+        "e": torch.full((2, WIDTH), 3, dtype=torch.int8),
+        "e_scale": torch.ones((2, *shape), dtype=getattr(torch, dtype)),
+    }
+    cache = manager.update_cache(manager.init_cache(), new_items=rows)
+    assert torch.equal(cache.data["e"][:2], rows["e"])
+    with pytest.raises(negcache_torch.DTypeError, match="has dtype float32, but its field stores"):
+        manager.update_cache(cache, new_items={**rows, "e": torch.ones(2, WIDTH)})
+
+
 @ALL
 def test_a_field_in_the_scales_place_is_refused_in_words(name):
     module = BACKENDS[name].module
