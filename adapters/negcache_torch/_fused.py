@@ -5,6 +5,7 @@ The kernels are Triton's, which is imported when they first run.
 
 import importlib.util
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,11 @@ def fused_problem(array: Tensor | None = None) -> str | None:
             f"got arrays on {array.device}, expected them on a CUDA device. Move the cache and the"
             " model there, or leave fused=True out. To debug on a CPU, set the environment"
             " variable TRITON_INTERPRET=1 before the program starts."
+        )
+    if "tensorflow" in sys.modules and "triton" not in sys.modules:
+        return (
+            "TensorFlow was imported, and Triton was not yet: in this order they end the process."
+            " Add `import triton` above `import tensorflow`."
         )
     return None
 

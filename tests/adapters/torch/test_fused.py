@@ -343,6 +343,15 @@ def test_arrays_on_no_device_are_refused_in_words(monkeypatch):
     assert "TRITON_INTERPRET=1" in str(one.value)
 
 
+def test_an_order_of_imports_that_ends_the_process_is_refused_in_words(monkeypatch):
+    find_triton(monkeypatch, "torch")
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
+    assert fused_problem() is None
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    assert "Add `import triton` above `import tensorflow`." in fused_problem()
+
+
 def test_a_missing_triton_is_told_in_words(monkeypatch):
     find_triton(monkeypatch, "no_such_package")
     assert "Triton is not installed. Install it" in fused_problem(torch.zeros(1))
