@@ -85,10 +85,14 @@ def check_castable(given: Any, stored: Any, what: str) -> None:
     kind = dtype_kind(stored)
     fits = dtype_kind(given) == kind and (kind != "integer" or _holds(stored, given))
     if not fits:
+        coded = dtype_name(stored) == "int8" and dtype_kind(given) == "floating"
+        advice = " For embeddings stored as int8, also declare their scales: '<field>_scale', "
+        advice += "FieldSpec((), 'float32')."
         raise DTypeError(
             f"{what} has dtype {dtype_name(given)}, but its field stores {dtype_name(stored)}: "
             "expected the field's dtype, any floating one for a floating field, or a narrower "
             "integer for an integer field. Cast the rows, or declare the field with their dtype."
+            + (advice if coded else "")
         )
 
 

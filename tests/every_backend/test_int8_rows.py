@@ -100,6 +100,9 @@ def test_a_cache_without_scales_is_refused_in_words(name):
     module = backend.module
     cache = module.CacheManager(specs_of(module), SLOTS).init_cache()
     loss = module.CacheClassificationLoss("e", ("x",))
+    manager = module.CacheManager(specs_of(module), SLOTS)
+    with pytest.raises(module.DTypeError, match="also declare their scales: '<field>_scale', Fi"):
+        manager.update_cache(cache, new_items=rows_of(backend, 2))
     query = rows_of(backend, 2)["x"]
     noise = backend.to_native(np.zeros((2, 1, 2)))
     with pytest.raises(module.DTypeError, match=r"add FieldSpec.*named 'e_scale'"):
