@@ -289,7 +289,7 @@ class NegativeCacheLoss(nn.Module):
         loss = self.handler.cache_loss
         names = (
             *("scale", "estimator", "num_samples", "max_staleness", "staleness_correction"),
-            *("matryoshka_dims", "matryoshka_weights", "fused"),
+            *("matryoshka_dims", "matryoshka_weights"),
         )
         return {
             "cache_size": self.handler.cache_manager.cache_size,

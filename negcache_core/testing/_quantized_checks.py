@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from negcache_core.cache.state import NegativeCache
 from negcache_core.testing._adapter import NUMPY_ADAPTER, Adapter
 from negcache_core.testing._scripts import (
     SLOTS,
@@ -105,7 +106,7 @@ def _check_scores(adapter: Adapter) -> None:
         def read(cache: Any, batch: Any, *, side: Adapter = side, loss: Any = loss) -> Any:
             xp = loss.backend.xp
             data, age = cache
-            cache = side.module.NegativeCache(data, age)
+            cache = NegativeCache(data, age)
             drawn = loss.retrieve(batch["query"], cache, noise=batch["noise"])
             negatives = xp.astype(embed(side, drawn.features), xp.float32)
             result = loss.loss_from_negatives(batch["query"], batch["positive"], negatives, drawn)

@@ -597,7 +597,7 @@ CASES = [
         lambda: handler(embedding_key="id", data_keys=("x",), cache_loss=loss(embedding_key="id")),
         core.DTypeError,
         "embedding field 'id' of cache 'cache' is FieldSpec(shape=(), dtype='int32'): expected one "
-        "floating vector for each row, such as FieldSpec((128,), 'float32').",
+        "vector for each row, of a floating dtype or int8, such as FieldSpec((128,), 'float32').",
     ),
     (
         lambda: handler(new_items_filter="id"),
