@@ -207,6 +207,7 @@ def test_rows_beyond_a_half_are_stored():
     x = torch.full((2, WIDTH), 7e4)
     handler(lambda features: features["x"], torch.zeros(2, WIDTH), x, {"x": x})
     assert handler.metrics["nonfinite_count"] == 0
+    assert int((handler.cache.age != EMPTY).sum()) == 2
     assert torch.isfinite(handler.cache.data["e_scale"]).all()
 
 
