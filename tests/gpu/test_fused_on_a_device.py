@@ -16,7 +16,7 @@ import programs
 import pytest
 import test_fused_jax as in_jax
 import torch
-from negcache_torch._fused import block_weights
+from negcache_torch._fused import block_weights, fused_problem
 
 from negcache_core import EMPTY
 from negcache_core.arrays.exclusion import Labels
@@ -41,10 +41,18 @@ SLOTS, WIDTH, BATCH = 1_024, 32, 24
 OPTIONS = [{}, {"id_keys": ("id",), "margin": 0.5, "num_samples": 2}, {"estimator": "shared"}]
 
 
+WITH_TRITON = pytest.mark.skipif(
+    fused_problem() is not None, reason=f"fused=True cannot run: {fused_problem()}"
+)
+
+
+@WITH_TRITON
 def test_triton_kernels_agree_with_the_core():
     programs.run(CASES, PYTHONPATH=os.pathsep.join([str(CASES.parents[2]), *sys.path]))
 
 
+@WITH_TRITON
+@pytest.mark.skipif(DEVICE == "cpu", reason="2.1e9 numbers are for a GPU")
 def test_a_table_of_more_than_2_31_numbers():
     slots, width, held = 2**21 + 200, 1024, 5
     queries = torch.ones((2, width), dtype=torch.int8, device=DEVICE)
@@ -66,6 +74,7 @@ def test_a_table_of_more_than_2_31_numbers():
     torch.testing.assert_close(read[1].cpu(), expected, rtol=2e-3, atol=0)
 
 
+@WITH_TRITON
 @pytest.mark.skipif(DEVICE != "cuda", reason="graphs are of CUDA")
 def test_a_graph_repeats_it_exactly():
     torch.manual_seed(0)
