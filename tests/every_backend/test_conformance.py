@@ -10,7 +10,7 @@ EAGER_ONLY = ("prefill", "rollback", "files", "front_door", "evaluation")  # the
 # graphs of tf.function are those that XLA compiles.
 LEFT_OUT = {
     **dict.fromkeys(TRACED, EAGER_ONLY),
-    "jax": ("unique", "dtypes", "loss", "half", "window", "drift"),
+    "jax": ("unique", "dtypes", "loss", "half", "quantized", "window", "drift"),
 }
 LEFT_OUT["tf.function"] += ("unique", "dtypes", "top_k", "filter", "half", "window")
 
