@@ -35,8 +35,11 @@ class NegativeCache(NamedTuple):
 
     def __repr__(self) -> str:
         """Return its size in words; the rows are too many to show."""
-        slots = self.age.shape[0]
-        rows = {key: FieldSpec(table.shape[1:], table.dtype) for key, table in self.data.items()}
+        try:
+            slots = self.age.shape[0]
+            rows = {key: FieldSpec(rows.shape[1:], rows.dtype) for key, rows in self.data.items()}
+        except (AttributeError, IndexError, TypeError):  # it is none, and an error may print it
+            return f"NegativeCache(data={self.data!r}, age={self.age!r})"
         written = written_slots([self.age])
         known = "" if written is None else f", {written:,} written"
         return f"NegativeCache({slots:,} slots{known}, {fields_in_words(rows, slots)})"

@@ -44,7 +44,7 @@ def window_over(ages: Iterable[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
 
 def recent(age: Array, window: Array, xp: Any) -> Array:
     """Return ages (C,) with EMPTY for every row older than the window, which hides it."""
-    return xp.where(age <= xp.astype(window[0], age.dtype), age, EMPTY)
+    return xp.where(age <= xp.astype(window[:1], age.dtype), age, EMPTY)
 
 
 def drift_sums(ages: Array, staleness: Array, counted: Array, xp: Any) -> Array:

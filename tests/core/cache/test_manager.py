@@ -303,3 +303,10 @@ def test_a_new_item_takes_a_slot_just_refreshed_before_one_that_an_item_owns(bac
         updated_item_indices=np.asarray([1]),
     )
     assert held_by(backend, cache) == {0: (1, 3, 0), 1: (3, 4, 0)}
+
+
+@pytest.mark.parametrize("data", ["rows", None, [1], {"x": "rows"}])
+def test_a_cache_that_is_none_prints_too(data):
+    """Errors and debuggers print what was given."""
+    assert repr(data) in repr(NegativeCache(data, np.zeros(2, np.int32)))
+    assert "age=3" in repr(NegativeCache({}, 3))
