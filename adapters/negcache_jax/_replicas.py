@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from negcache_core import OptionError, ShapeError
+from negcache_core import KindError, OptionError, ShapeError
 from negcache_core.adapter import Replicas, Route
 
 
@@ -23,6 +23,11 @@ class MeshAxis(Replicas[Array]):
     lasting = False  # the rank is a part of one trace
 
     def __init__(self, name: str | tuple[str, ...]) -> None:
+        names = name if isinstance(name, tuple) else (name,)
+        if not names or not all(isinstance(each, str) for each in names):
+            raise KindError(
+                f"group is {name!r}: expected the name of a mesh axis, or a tuple of several."
+            )
         try:
             self.count = jax.lax.axis_size(name)
         except NameError as error:

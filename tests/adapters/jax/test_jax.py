@@ -7,6 +7,7 @@ import numpy as np
 import programs
 import pytest
 from laws import chi_square_is_plausible
+from negcache_jax._replicas import MeshAxis
 
 from negcache_core.retrieval.softmax_draw import draw_from_softmax
 
@@ -180,3 +181,9 @@ print("fine in 32 bits")
 def test_jax_without_64_bit_types():
     out = programs.run("-W", "error", "-c", IN_32_BITS)
     assert out.stdout.strip() == "fine in 32 bits"
+
+
+@pytest.mark.parametrize("group", [None, (), 3, ("data", 1), np.zeros(2)], ids=str)
+def test_a_group_that_names_no_axis_is_refused_in_words(group):
+    with pytest.raises(negcache.KindError, match="expected the name of a mesh axis"):
+        MeshAxis(group)
