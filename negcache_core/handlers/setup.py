@@ -9,7 +9,7 @@ from negcache_core.arrays.numerics import mean
 from negcache_core.arrays.validation import check_mapping
 from negcache_core.cache.manager import CacheManager
 from negcache_core.cache.named import Caches
-from negcache_core.cache.quantized import stores_embeddings, with_scales
+from negcache_core.cache.quantized import stores_embeddings
 from negcache_core.cache.state import NegativeCache
 from negcache_core.cache.window import new_window
 from negcache_core.errors import DTypeError, KeysError, KindError, OptionError
@@ -161,7 +161,6 @@ def _check_manager(
             f"embedding field {embedding_key!r} of cache {name!r} is {spec}: expected one vector "
             "for each row, of a floating dtype or int8, such as FieldSpec((128,), 'float32')."
         )
-    with_scales(manager.specs, embedding_key)  # raises where they cannot be added
 
 
 def _check_loss(

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple, Self
 
 from negcache_core.arrays._array import Array, cast, dtype_name
-from negcache_core.cache.quantized import quantize
+from negcache_core.cache.quantized import dequantize, quantize
 
 
 class Lowered(NamedTuple):
@@ -28,7 +28,7 @@ class Lowered(NamedTuple):
 
     def raised(self, xp: Any) -> Array:
         """Return the rounded queries in float32."""
-        found: Array = xp.astype(self.queries, xp.float32) * self.scale[:, None]
+        found: Array = dequantize(self.queries, self.scale, xp=xp)
         return found
 
     def of_queries(self, rows: Array, xp: Any) -> Self:
