@@ -201,7 +201,7 @@ def main() -> None:
         timed = times(ways, options.rounds)
         rows = [row | more for row, more in zip(rows, timed, strict=True)]
         print(table(rows))
-    print(f"load {begun:.1f} at first, {os.getloadavg()[0]:.1f} at last")
+    print(f"load {begun:.1f} at the start, {os.getloadavg()[0]:.1f} at the end")
     print("written to", save("a_step_of_each_loss", rows))
 
 

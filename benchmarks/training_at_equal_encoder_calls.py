@@ -74,13 +74,14 @@ def _where(options: argparse.Namespace) -> tuple[Places, int, float | None]:
 
 
 def keep(options: argparse.Namespace) -> None:
-    """Copy what a report needs; of the other runs of seed 0, the last point alone."""
-    rows = results.read(options.to, *options.out)
+    """Add what a report needs to what is kept; of other runs of seed 0, the last point alone."""
+    rows, before = results.read(options.to, *options.out), results.read(options.to)
+    settled = {results.name_of(row): row for row in before}
     whole = {results.name_of(each) for row in needed(rows) for each in all_seeds(rows, row)}
     kept = [
-        row if results.name_of(row) in whole else {**row, "curve": row["curve"][-1:]}
-        for row in rows
-        if row["seed"] == 0 or results.name_of(row) in whole
+        row if name in whole else settled.get(name, {**row, "curve": row["curve"][-1:]})
+        for name, row in ((results.name_of(row), row) for row in rows)
+        if row["seed"] == 0 or name in whole or name in settled
     ]
     results.write(options.to, kept)
     print(f"{len(kept)} runs, {len(whole)} of them whole, written to {options.to}")

@@ -5,8 +5,8 @@
 
 `train` mines pairs (a docstring's first sentence, the function's source) from the standard
 library, NumPy and PyTorch. It trains the model three times, with in-batch negatives only, with a
-negative cache and the paper's estimator, and with the cache at its best, and compares them on
-held-out queries. `search` answers any query with the model that was trained last.
+negative cache and the paper's estimator, and with the cache and NegativeCacheLoss's defaults, and
+compares them on held-out queries. `search` answers any query with the model that was trained last.
 """
 
 import argparse
@@ -33,11 +33,11 @@ from docstring_pairs import Data, Pair, as_data, mine_pairs, query_tokens, words
 from matplotlib.figure import Figure
 
 OUT = Path(__file__).resolve().parents[1] / "runs" / "docstring_search"
-IN_BATCH, PAPER, BEST = "in-batch negatives", "cache, as in the paper", "cache, at its best"
+IN_BATCH, PAPER, DEFAULTS = "in-batch negatives", "cache, as in the paper", "cache, defaults"
 METHODS: dict[str, MakeLoss] = {
     IN_BATCH: in_batch_loss,
     PAPER: partial(cache_loss, estimator="paper", in_batch_negatives=False, max_staleness=None),
-    BEST: cache_loss,
+    DEFAULTS: cache_loss,
 }
 SAMPLES = (
     "parse an ISO date",
@@ -60,7 +60,7 @@ def train(settings: Settings, max_pairs: int | None, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     save_results(results, settings, data, out / "results.json")
     plot(results, settings, len(pairs), out / "curves.png")
-    save_model(results[BEST], pairs, data, out)
+    save_model(results[DEFAULTS], pairs, data, out)
     print(f"Saved model.pt, items.json, results.json and curves.png in {out}")
     for query in SAMPLES:
         search(query, out)
@@ -84,7 +84,7 @@ def table(results: dict[str, Result], settings: Settings, items: int) -> str:
         *_, mrr, recall = result.curve[-1]
         figures = f"{mrr:.3f}", f"{recall:.3f}", f"{result.seconds:.1f}", f"{result.memory_mb:.0f}"
         lines.append(row(method, *figures))
-    cache_mb = results[BEST].cache_mb
+    cache_mb = results[DEFAULTS].cache_mb
     notes = f"""
 seconds: in training steps, without evaluation.
 peak MB: resident memory of each training's own process, with Python, PyTorch and the data; the
@@ -119,7 +119,7 @@ def plot(results: dict[str, Result], settings: Settings, items: int, path: Path)
     """Draw MRR against steps and against training time, a curve for each method."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     by_step, by_time = figure.subplots(1, 2, sharey=True)
-    styles = {IN_BATCH: ("dimgray", "s"), PAPER: ("tab:orange", "^"), BEST: ("tab:blue", "o")}
+    styles = {IN_BATCH: ("dimgray", "s"), PAPER: ("tab:orange", "^"), DEFAULTS: ("tab:blue", "o")}
     highest = max(result.curve[-1][2] for result in results.values())
     for method, result in results.items():
         color, marker = styles[method]

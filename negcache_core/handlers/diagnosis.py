@@ -125,8 +125,13 @@ def _of_staleness(figures: Mapping[str, Any]) -> list[str]:
         )
         return [f"{measured}: the item tower can hardly be the one that embedded these rows. {why}"]
     if stale >= HIGH_STALENESS:
-        advice = "Lower it, refresh() rows between steps, or make the cache smaller."
-        return [f"{measured}: rows are too old for this learning rate. {advice}"]
+        why = "rows are too old for this learning rate"
+        if stale < HARMFUL_STALENESS:
+            why += ", or dropout makes two embeddings of a row differ"
+        advice = "Lower the rate, or refresh() rows between steps."
+        if "window" not in figures:
+            advice = "Lower the rate, refresh() rows between steps, or set max_staleness."
+        return [f"{measured}: {why}. {advice}"]
     if stale == 0.0 and age >= 1.0:
         why = "Is it frozen, or left out of the optimizer?"
         return [f"{measured}: the item tower has not changed since its rows were cached. {why}"]

@@ -185,7 +185,7 @@ def _draw_staleness(axes: Any, aged: Mapping[str, Aged]) -> None:
 
 def _draw_history(axes: Any, steps: Mapping[int, float]) -> None:
     axes.plot(list(steps), list(steps.values()), color=_COLOURS[0])
-    last = f"{list(steps.values())[-1]:.1f} at last" if steps else "no steps"
+    last = f"{list(steps.values())[-1]:.1f} in the last step" if steps else "no steps"
     axes.set(title=f"effective negatives: {last}", xlabel="step", ylabel="exp of mean entropy")
     axes.set_ylim(bottom=0)
 

@@ -34,7 +34,7 @@ def test_train_reports_every_method(trained):
     out, done = trained
     assert "in-batch negatives" in done.stdout
     assert "cache, as in the paper" in done.stdout
-    assert "cache, at its best" in done.stdout
+    assert "cache, defaults" in done.stdout
     assert "cache of 128 slots" in done.stdout
     assert "staleness=" in done.stderr  # the progress bar
     assert done.stdout.count("parse an ISO date") == 1

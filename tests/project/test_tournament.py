@@ -227,6 +227,11 @@ def test_what_is_kept_gives_the_same_report(tournament, rows, tmp_path, monkeypa
         assert lengths["cache", 64] == 3
         assert '"seconds":2.12346,' in kept.read_text()
     assert "8 runs, 7 of them whole" in capsys.readouterr().out
+    more = {**rows[0], "seed": 5, "rate": 7.0}  # kept by hand, as a page cites it
+    tournament.results.add(kept, more)
+    tournament.script.main()
+    curves = {row["rate"]: row["curve"] for row in tournament.results.read(kept)}
+    assert len(curves[7.0]) == 3
 
 
 def test_the_plan_has_one_grid_for_all_and_further_seeds_for_what_is_shown(tournament, rows):

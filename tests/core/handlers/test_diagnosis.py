@@ -56,6 +56,15 @@ def test_what_is_off_is_said_with_its_figure_and_nothing_else(figures, words):
     assert re.search(words, sentence)
 
 
+def test_old_rows_are_advised_on_by_what_is_on_already():
+    (plain,), (windowed,) = said({"staleness": 0.37}), said({"staleness": 0.37, "window": 9.0})
+    assert plain.endswith("or set max_staleness.")
+    assert windowed.endswith("or refresh() rows between steps.")
+    (worse,) = said({"staleness": 0.7})
+    assert "dropout" in plain
+    assert "dropout" not in worse  # it does not explain that much
+
+
 def test_a_cache_that_is_not_full_and_a_scale_that_ran_away_are_said():
     (sentence,) = said(written=32)
     assert sentence.startswith("32 of 128 slots are filled (25%)")

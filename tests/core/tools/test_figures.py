@@ -88,7 +88,7 @@ def test_the_picture_shows_the_cache(name, tmp_path):
 
     (line,) = steps.lines
     assert np.column_stack(line.get_data()).tolist() == [[10, 100], [20, 400], [30, 900]]
-    assert steps.get_title() == "effective negatives: 900.0 at last"
+    assert steps.get_title() == "effective negatives: 900.0 in the last step"
 
     np.testing.assert_array_equal(np.asarray(handler.cache.age), cache.age)  # nothing is written
     figure.savefig(tmp_path / "cache.png")
