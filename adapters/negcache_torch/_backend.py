@@ -170,10 +170,11 @@ class TorchBackend(Backend[Tensor]):
     def product_as_stored(self, rows: Tensor, queries: Tensor) -> Tensor:
         if rows.dtype in HALVES:
             return _namespace.product_of_halves(rows, queries.mT)
-        # The kernel takes more than 16 rows, and a multiple of 8 queries.
+        # The kernel takes more than 16 rows, and a multiple of 8 queries, which is not 0.
         count, size = rows.shape[0], queries.shape[0]
         rows = torch.nn.functional.pad(rows, (0, 0, 0, max(0, 32 - count)))
-        queries = torch.nn.functional.pad(queries, (0, 0, 0, -size % MULTIPLE))
+        spare = max(MULTIPLE - size, -size % MULTIPLE)
+        queries = torch.nn.functional.pad(queries, (0, 0, 0, spare))
         return torch._int_mm(rows, queries.mT)[:count, :size].float()  # noqa: SLF001 - the only int8 product
 
     def sum_of_rows(self, weights: Tensor, rows: Tensor) -> Tensor:

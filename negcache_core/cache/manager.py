@@ -22,7 +22,7 @@ from negcache_core.cache.quantized import as_stored, scales_in, with_scales
 from negcache_core.cache.row_checks import NewRows, Refresh, check_new_rows, check_refresh
 from negcache_core.cache.specs import FieldSpec, as_field_specs
 from negcache_core.cache.state import EMPTY, NegativeCache, check_cache
-from negcache_core.errors import CapacityError, KeysError, KindError
+from negcache_core.errors import CapacityError, DTypeError, KeysError, KindError
 
 Write = tuple[WritePlan, dict[str, Array]]
 
@@ -117,6 +117,8 @@ class CacheManager:
             return self
         manager = copy.copy(self)
         manager.specs = specs
+        if self.unique_key is not None:
+            _check_unique_key(self.unique_key, specs)
         return manager
 
     def init_cache(self) -> NegativeCache:
@@ -260,3 +262,9 @@ def _check_unique_key(key: Any, specs: Mapping[str, Any]) -> None:
             "that identifies an item, or add it to the specs."
         )
     check_identifies(specs[key].dtype, f"unique_key {key!r}")
+    if key in scales_in(specs):
+        raise DTypeError(
+            f"unique_key {key!r} has the codes of quantized rows, with scales in "
+            f"{scales_in(specs)[key]!r}: expected a field that identifies an item, such as "
+            "'item_id'."
+        )

@@ -4,15 +4,19 @@ The codes are in the embedding's field, the scales in a field that is named afte
 shows by itself that it is quantized, and plans, files and shards treat scales like any other field.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from negcache_core.arrays._array import Array, cast, dtype_kind, dtype_name, namespace
 from negcache_core.cache.specs import FieldSpec
-from negcache_core.errors import DTypeError
+from negcache_core.errors import DTypeError, KeysError
 
 LARGEST = 127.0
 """The largest code. -128 is not used, so that codes are symmetric."""
+
+
+LARGEST_SCALE = 2.6793885e36
+"""The largest scale whose product with the largest code is finite in float32."""
 
 
 SUFFIX = "_scale"
@@ -66,6 +70,22 @@ def with_scales(
     return found
 
 
+def check_not_named(fields: Iterable[Any], specs: Mapping[str, Any], key: str) -> None:
+    """Raise KeysError if `fields` name embeddings that are stored as codes, or their scales.
+
+    specs: specs or tables, by field; key: the embedding's field
+    """
+    if dtype_name(specs[key].dtype) != "int8":
+        return
+    named = [field for field in fields if field in (key, key + SUFFIX)]
+    if named:
+        raise KeysError(
+            f"data_keys, id_keys, group_key or log_frequency_key names {named}, but {key!r} has "
+            f"the codes of int8 embeddings, and {key + SUFFIX!r} their scales: name other fields, "
+            "or store the embeddings in a floating dtype."
+        )
+
+
 def quantize(rows: Array, *, xp: Any = None) -> tuple[Any, Any]:
     """Return embeddings as int8 codes, and each row's scale: codes * scale is about the row.
 
@@ -88,6 +108,7 @@ def quantize(rows: Array, *, xp: Any = None) -> tuple[Any, Any]:
         )
     rows = cast(rows, xp.float32, xp)
     scale = xp.max(xp.abs(rows), axis=-1) / LARGEST
+    scale = xp.where(scale < float("inf"), xp.clip(scale, 0.0, LARGEST_SCALE), scale)
     usable = (scale > 0.0) & xp.isfinite(scale)
     codes = xp.round(rows / xp.where(usable, scale, 1.0)[..., None])
     codes = xp.where(usable[..., None], xp.clip(codes, -LARGEST, LARGEST), 0.0)
