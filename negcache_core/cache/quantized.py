@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from negcache_core.arrays._array import Array, cast, dtype_kind, dtype_name, namespace
+from negcache_core.arrays.numerics import finite_rows
 from negcache_core.cache.specs import FieldSpec
 from negcache_core.errors import DTypeError, KeysError
 
@@ -92,8 +93,8 @@ def quantize(rows: Array, *, xp: Any = None) -> tuple[Any, Any]:
     rows: floating (n, D)
 
     Returns int8 (n, D) and float32 (n,). Each number moves by at most half a scale, 1/254 of the
-    row's largest. A row of zeros has scale 0, a row that is not finite has codes of 0 and a scale
-    that is not finite. Raises DTypeError unless rows are floating.
+    row's largest. A row of zeros has scale 0, a row that is not finite has codes of 0 and scale
+    inf. Raises DTypeError unless rows are floating.
 
     >>> import numpy as np
     >>> codes, scale = quantize(np.asarray([[0.5, -1.0], [0.0, 0.0]], dtype=np.float32))
@@ -107,9 +108,10 @@ def quantize(rows: Array, *, xp: Any = None) -> tuple[Any, Any]:
             f"rows have dtype {dtype_name(rows.dtype)}: expected floating embeddings to quantize."
         )
     rows = cast(rows, xp.float32, xp)
-    scale = xp.max(xp.abs(rows), axis=-1) / LARGEST
-    scale = xp.where(scale < float("inf"), xp.clip(scale, 0.0, LARGEST_SCALE), scale)
-    usable = (scale > 0.0) & xp.isfinite(scale)
+    finite = finite_rows(rows, xp=xp)  # XLA's maximum may pass over a NaN
+    scale = xp.clip(xp.max(xp.abs(rows), axis=-1) / LARGEST, 0.0, LARGEST_SCALE)
+    scale = xp.where(finite, scale, float("inf"))
+    usable = finite & (scale > 0.0)
     codes = xp.round(rows / xp.where(usable, scale, 1.0)[..., None])
     codes = xp.where(usable[..., None], xp.clip(codes, -LARGEST, LARGEST), 0.0)
     return xp.astype(codes, xp.int8), scale

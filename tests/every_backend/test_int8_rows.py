@@ -75,6 +75,20 @@ def test_the_largest_number_is_stored_as_one(name):
 
 
 @ALL
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_row_with_one_number_that_is_not_finite_has_a_scale_that_is_not(name, bad):
+    """Also where a library's maximum passes over NaN, as that of XLA on vectors of a CPU."""
+    backend, width = BACKENDS[name], 64
+    rows = np.ones((width + 1, width), np.float32)
+    rows[np.arange(width), np.arange(width)] = bad
+    xp = backend.module.CacheManager.backend.xp
+    codes, scale = (backend.numpy(each) for each in quantize(backend.to_native(rows), xp=xp))
+    assert np.isfinite(scale).tolist() == [False] * width + [True]
+    assert not codes[:-1].any()
+    assert (codes[-1] == 127).all()
+
+
+@ALL
 def test_bad_rows_are_refused_in_words_and_change_nothing(name):
     backend = BACKENDS[name]
     module = backend.module
