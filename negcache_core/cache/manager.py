@@ -148,7 +148,7 @@ class CacheManager:
         updated_item_indices: Any = None,
         updated_item_mask: Any = None,
     ) -> NegativeCache:
-        """Return the cache after one step. The input cache is not changed.
+        """Return the cache after one step, as constants. The input cache is not changed.
 
         cache:                a NegativeCache of this manager
         new_items:            every field -> (n, …), n <= C
@@ -179,8 +179,10 @@ class CacheManager:
         new_rows = None
         if new_items is not None:
             new_rows = check_new_rows(new_items, cache, backend, new_items_mask)
-        plan = self.plan_update(cache, refresh, new_rows)
-        return NegativeCache(self._write(cache, plan, backend.xp.put_rows), plan.age)
+        with backend.no_gradient():  # rows are constants: no step's graph is kept with them
+            plan = self.plan_update(cache, refresh, new_rows)
+            data = self._write(cache, plan, backend.xp.put_rows)
+        return NegativeCache(data, plan.age)
 
     def plan_update(
         self, cache: NegativeCache, refresh: Refresh | None, new_rows: NewRows | None
