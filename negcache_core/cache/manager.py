@@ -179,10 +179,12 @@ class CacheManager:
         new_rows = None
         if new_items is not None:
             new_rows = check_new_rows(new_items, cache, backend, new_items_mask)
-        with backend.no_gradient():  # rows are constants: no step's graph is kept with them
-            plan = self.plan_update(cache, refresh, new_rows)
-            data = self._write(cache, plan, backend.xp.put_rows)
-        return NegativeCache(data, plan.age)
+        for given in (refresh, new_rows):  # or the cache would keep the graph of every step
+            if given is not None:
+                for key, rows in given.rows.items():
+                    given.rows[key] = backend.stop_gradient(rows)
+        plan = self.plan_update(cache, refresh, new_rows)
+        return NegativeCache(self._write(cache, plan, backend.xp.put_rows), plan.age)
 
     def plan_update(
         self, cache: NegativeCache, refresh: Refresh | None, new_rows: NewRows | None
