@@ -98,7 +98,8 @@ def check_parts(
     for name, manager in managers.items():
         _check_manager(name, manager, embedding_key, data_keys, backend)
         _check_loss(loss, embedding_key, data_keys, manager, backend)
-    _check_equal_fields(managers, (embedding_key, *data_keys, *getattr(loss, "item_keys", ())))
+    if isinstance(loss, CacheClassificationLoss):  # a user's own may keep caches apart
+        _check_equal_fields(managers, (embedding_key, *data_keys, *loss.item_keys))
     if new_items_filter is not None and not callable(new_items_filter):
         raise KindError(
             f"new_items_filter is {new_items_filter!r}: expected a function (cache, new_items) "
