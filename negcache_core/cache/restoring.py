@@ -125,7 +125,7 @@ def held_as(given: NegativeCache, own: NegativeCache, key: str) -> NegativeCache
     if has is not None and dtype_kind(data[key].dtype) == "floating":
         with NUMPY.no_gradient():  # float64 may be beyond float32
             data[key], data[has] = quantize(data[key], xp=NUMPY.xp)
-    elif had is not None and dtype_name(own.data[key].dtype) == "float32":
+    elif had is not None and dtype_kind(own.data[key].dtype) == "floating":
         data[key] = dequantize(data[key], data.pop(had), xp=NUMPY.xp)
     return given._replace(data=data)
 

@@ -289,6 +289,20 @@ def test_rows_that_are_not_finite_never_enter_or_are_evicted_on_load(scale):
     assert not nonfinite_rows(other.cache, "e", handler.backend).any()
 
 
+def test_int8_rows_are_no_half_rows(tmp_path):
+    handler = handler_of()
+    handler.save(tmp_path / "rows")
+    half = negcache_torch.FieldSpec((WIDTH,), "float16")
+    other = negcache_torch.CacheLossHandler(
+        negcache_torch.CacheManager(specs_of(negcache_torch, e=half), SLOTS),
+        negcache_torch.CacheClassificationLoss("e", ("x",), generator=0),
+    )
+    with pytest.raises(
+        negcache_torch.DTypeError, match=r"expected float16\. Make the handler with"
+    ):
+        other.load(tmp_path / "rows")
+
+
 def test_rows_beyond_a_half_are_stored():
     """70,000 is infinite in float16, but codes have scales."""
     handler = handler_of()
