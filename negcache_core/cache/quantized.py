@@ -39,7 +39,7 @@ def scales_in(data: Mapping[str, Any]) -> dict[str, str]:
 def _scales(data: Mapping[str, Any], key: str) -> bool:
     """Return whether a field holds scales: one float32 for each row of a field of codes."""
     codes, scale = data.get(key.removesuffix(SUFFIX)), data[key]
-    if codes is None or dtype_name(codes.dtype) != "int8":
+    if codes is None or dtype_name(codes.dtype) != "int8" or len(codes.shape) == 0:
         return False
     return dtype_name(scale.dtype) == "float32" and tuple(scale.shape) == tuple(codes.shape)[:-1]
 

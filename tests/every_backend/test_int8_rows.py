@@ -218,6 +218,17 @@ def test_codes_do_not_tell_items_apart(name):
         module.CacheLossHandler(manager, module.CacheClassificationLoss("e", ("x",)))
 
 
+def test_one_number_has_no_scale():
+    specs = {
+        "id": negcache_torch.FieldSpec((), "int8"),
+        "id_scale": negcache_torch.FieldSpec((), "float32"),
+    }
+    manager = negcache_torch.CacheManager(specs, SLOTS, unique_key="id")
+    rows = {"id": torch.ones(2, dtype=torch.int8), "id_scale": torch.ones(2)}
+    cache = manager.update_cache(manager.init_cache(), new_items=rows)
+    assert (cache.age == 0).sum() == 1
+
+
 @ALL
 @pytest.mark.parametrize("swapped", [False, True])
 def test_caches_of_codes_and_of_floats_are_not_used_as_one(name, swapped):
