@@ -21,7 +21,7 @@ from ._directions import ANCHOR, DOCUMENT, Batch, Directions, reverse
 from ._item_calls import embedder_of
 from ._items import NUMBER, ItemRows, numbers_in, packed, rows_of
 from ._known import RING, RING_FIELDS, Ids, Known, enters, known_of
-from ._options import CITATION, checked_scale, processes
+from ._options import CITATION, checked_dtype, checked_scale, processes
 from ._slots import slot_bytes, tell_cost
 from ._tokens import ID
 from ._wrappers import bare, may_route, refuse_wrappers
@@ -51,7 +51,8 @@ class NegativeCacheLoss(nn.Module):
                         once
     max_length:         the most tokens of a text, or a dict of those by task, as in the training
                         arguments; by default the model's max_seq_length
-    dtype:              the dtype in which the cache stores embeddings: a floating one, or int8
+    dtype:              the dtype in which the cache stores embeddings: a floating one, or int8;
+                        also by name
     fused:              score the cache in one kernel; it needs an NVIDIA GPU, see
                         CacheClassificationLoss
     generator:          where draws come from: None, an int seed, or a torch.Generator
@@ -139,7 +140,7 @@ class NegativeCacheLoss(nn.Module):
         matryoshka_weights: Iterable[float] | None = None,
         mini_batch_size: int | None = None,
         max_length: int | Mapping[str, int] | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         fused: bool = False,
         generator: Any = None,
         group_by_dataset: bool = False,
@@ -176,7 +177,7 @@ class NegativeCacheLoss(nn.Module):
         fields = self.rows.specs()
         width: Any = model.get_embedding_dimension()  # the manager refuses None
         groups = {DATASET: negcache.FieldSpec((), torch.int64)} if group_by_dataset else {}
-        embedding = negcache.FieldSpec((width,), dtype)
+        embedding = negcache.FieldSpec((width,), checked_dtype(dtype))
         kinds = self._directions.fields()
         more_ids, group_key = self._directions.keys(DATASET if group_by_dataset else None)
         specs = {**fields, **RING_FIELDS, **kinds, **groups, _EMBEDDING: embedding}

@@ -23,6 +23,9 @@ HALVES = (torch.float16, torch.bfloat16)
 MULTIPLE = 8
 """The int8 product takes widths that are multiples of this."""
 
+LEAST_ROWS = 32
+"""It takes more than 16 rows; fewer are padded to these."""
+
 
 class TorchBackend(Backend[Tensor]):
     """PyTorch on any device; rows are written in place, gradients by autograd."""
@@ -170,10 +173,12 @@ class TorchBackend(Backend[Tensor]):
     def product_as_stored(self, rows: Tensor, queries: Tensor) -> Tensor:
         if rows.dtype in HALVES:
             return _namespace.product_of_halves(rows, queries.mT)
-        # The kernel takes more than 16 rows, and a multiple of 8 queries.
+        # The kernel takes a multiple of 8 queries, which is not 0.
         count, size = rows.shape[0], queries.shape[0]
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, max(0, 32 - count)))
-        queries = torch.nn.functional.pad(queries, (0, 0, 0, -size % MULTIPLE))
+        if count < LEAST_ROWS:  # padding by nothing would copy the tile
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, LEAST_ROWS - count))
+        spare = -size % MULTIPLE if size else MULTIPLE
+        queries = torch.nn.functional.pad(queries, (0, 0, 0, spare))
         return torch._int_mm(rows, queries.mT)[:count, :size].float()  # noqa: SLF001 - the only int8 product
 
     def sum_of_rows(self, weights: Tensor, rows: Tensor) -> Tensor:

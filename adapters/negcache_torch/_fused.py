@@ -123,7 +123,8 @@ def _run(
     (count, width), slots, blocks = queries.shape, table.shape[0], -(-table.shape[0] // block)
     weights = queries.new_empty((blocks, count), dtype=torch.float32)
     scoring, reading = _types(queries, table)
-    ieee = torch.get_float32_matmul_precision() == "highest"
+    # The older torch.get_float32_matmul_precision() raises if this was set in the newer way.
+    ieee = torch.backends.cuda.matmul.fp32_precision != "tf32"
     options = {
         "D": width,
         "places": tuple([each.shape[1] for each in own_ids]),

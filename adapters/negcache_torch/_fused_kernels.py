@@ -95,6 +95,7 @@ def read(
     column = part * (FIRST + SECOND)
     top = tl.full((BLOCK_B,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_B,), tl.float32)
+    unit = tl.full((BLOCK_B,), 1.0, tl.float32)
     first = tl.zeros((BLOCK_B, FIRST), tl.float32)
     # Not used without a second part, but a name must have a value.
     second = tl.zeros((BLOCK_B, max(SECOND, 1)), tl.float32)
@@ -113,23 +114,24 @@ def read(
             block_top, block_total, _, _ = _join(block_top, block_total, new_top, new_total)
             top, total, kept, added = _join(top, total, new_top, new_total)
             shares = shares * added[:, None]
-            unit = 1.0
             if row_scale is not None:
-                # Rows stay integers; shares of at most 1 keep half types in their range.
-                scale = _load(row_scale + slot, written, BLOCK_N)
-                unit = tl.max(tl.abs(scale), 0)
-                unit = tl.where(unit == 0.0, 1.0, unit)
-                shares = shares * (scale / unit)[None, :]
+                # Rows stay integers. A query's shares are divided by the largest of them so far,
+                # which keeps half types in their range, however far apart the scales are.
+                shares = shares * _load(row_scale + slot, written, BLOCK_N)[None, :]
+                largest = tl.maximum(unit * kept, tl.max(tl.abs(shares), 1))
+                some = tl.where(largest == 0.0, 1.0, largest)
+                kept, unit = unit * kept / some, largest
+                shares = shares / some[:, None]
             shares = shares.to(ROUNDED).to(READ)
-            some = table + slot * D + column
+            rows = table + slot * D + column
             first = _add_rows(
-                first, kept, shares, unit, some, written, D - column, D, WHOLE, READ,
-                PRECISION, BLOCK_N, FIRST,
+                first, kept, shares, rows, written, D - column, D, WHOLE, READ, PRECISION,
+                BLOCK_N, FIRST,
             )  # fmt: skip
             if SECOND:
                 second = _add_rows(
-                    second, kept, shares, unit, some + FIRST, written, D - column - FIRST, D,
-                    WHOLE, READ, PRECISION, BLOCK_N, SECOND,
+                    second, kept, shares, rows + FIRST, written, D - column - FIRST, D, WHOLE,
+                    READ, PRECISION, BLOCK_N, SECOND,
                 )  # fmt: skip
         if part == 0:
             _store(weights + block * B + row, _log(block_top, block_total), there, BLOCK_B)
@@ -137,10 +139,12 @@ def read(
         _store(logs + split * B + row, _log(top, total), there, BLOCK_B)
     share = 1.0 / tl.where(total == 0.0, 1.0, total)[:, None]
     means += (split * B + row) * D + column
-    _store_columns(means, first * share, there, D - column, D, BLOCK_B, FIRST)
+    _store_columns(means, first * share * unit[:, None], there, D - column, D, BLOCK_B, FIRST)
     if SECOND:
         left = D - column - FIRST
-        _store_columns(means + FIRST, second * share, there, left, D, BLOCK_B, SECOND)
+        _store_columns(
+            means + FIRST, second * share * unit[:, None], there, left, D, BLOCK_B, SECOND
+        )
 
 
 @triton.jit
@@ -279,7 +283,6 @@ def _add_rows(
     mean,
     kept,
     shares,
-    unit,
     table,
     written,
     left,
@@ -290,10 +293,9 @@ def _add_rows(
     BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Return mean (BLOCK_B, WIDTH) · kept + shares @ rows · unit. Empty slots' rows may be NaN."""
+    """Return mean (BLOCK_B, WIDTH) · kept + shares @ rows. Empty slots' rows may be NaN."""
     rows = _tile(table, written, left, D, WHOLE, BLOCK_N, WIDTH).to(READ)
-    mean = mean * (kept / unit)[:, None]
-    return tl.dot(shares, rows, mean, input_precision=PRECISION) * unit
+    return tl.dot(shares, rows, mean * kept[:, None], input_precision=PRECISION)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ abs, exp, log, log1p, isfinite = torch.abs, torch.exp, torch.log, torch.log1p, t
 sqrt, round = torch.sqrt, torch.round
 arange, zeros, full, full_like = torch.arange, torch.zeros, torch.full, torch.full_like
 ones_like, where, reshape = torch.ones_like, torch.where, torch.reshape
-broadcast_to, concat, cumulative_sum = torch.broadcast_to, torch.cat, torch.cumsum
+broadcast_to, concat = torch.broadcast_to, torch.cat
 all, any, mean, max, argmax = torch.all, torch.any, torch.mean, torch.amax, torch.argmax
 min = torch.amin
 argsort, topk, clip = torch.argsort, torch.topk, torch.clip
@@ -78,6 +78,22 @@ def nonzero(array: Tensor) -> tuple[Tensor, ...]:
 
 def sort(array: Tensor) -> Tensor:
     return torch.sort(array).values
+
+
+def cumulative_sum(array: Tensor, axis: int) -> Tensor:
+    if not (array.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return torch.cumsum(array, axis)
+    return sums_by_doubling(array, axis)  # torch.cumsum would raise
+
+
+def sums_by_doubling(array: Tensor, axis: int) -> Tensor:
+    """Return cumulative sums, in an order that is always the same."""
+    size, step = array.shape[axis], 1
+    while step < size:
+        start, rest = array.narrow(axis, 0, step), array.narrow(axis, step, size - step)
+        array = torch.cat([start, rest + array.narrow(axis, 0, size - step)], axis)
+        step *= 2
+    return array
 
 
 def matrix_transpose(array: Tensor) -> Tensor:

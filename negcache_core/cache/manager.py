@@ -22,7 +22,7 @@ from negcache_core.cache.quantized import as_stored, scales_in, with_scales
 from negcache_core.cache.row_checks import NewRows, Refresh, check_new_rows, check_refresh
 from negcache_core.cache.specs import FieldSpec, as_field_specs
 from negcache_core.cache.state import EMPTY, NegativeCache, check_cache
-from negcache_core.errors import CapacityError, KeysError, KindError
+from negcache_core.errors import CapacityError, DTypeError, KeysError, KindError
 
 Write = tuple[WritePlan, dict[str, Array]]
 
@@ -117,6 +117,8 @@ class CacheManager:
             return self
         manager = copy.copy(self)
         manager.specs = specs
+        if self.unique_key is not None:
+            _check_unique_key(self.unique_key, specs)
         return manager
 
     def init_cache(self) -> NegativeCache:
@@ -146,7 +148,7 @@ class CacheManager:
         updated_item_indices: Any = None,
         updated_item_mask: Any = None,
     ) -> NegativeCache:
-        """Return the cache after one step. The input cache is not changed.
+        """Return the cache after one step, as constants. The input cache is not changed.
 
         cache:                a NegativeCache of this manager
         new_items:            every field -> (n, …), n <= C
@@ -177,6 +179,10 @@ class CacheManager:
         new_rows = None
         if new_items is not None:
             new_rows = check_new_rows(new_items, cache, backend, new_items_mask)
+        for given in (refresh, new_rows):  # or the cache would keep the graph of every step
+            if given is not None:
+                for key, rows in given.rows.items():
+                    given.rows[key] = backend.stop_gradient(rows)
         plan = self.plan_update(cache, refresh, new_rows)
         return NegativeCache(self._write(cache, plan, backend.xp.put_rows), plan.age)
 
@@ -260,3 +266,9 @@ def _check_unique_key(key: Any, specs: Mapping[str, Any]) -> None:
             "that identifies an item, or add it to the specs."
         )
     check_identifies(specs[key].dtype, f"unique_key {key!r}")
+    if key in scales_in(specs):
+        raise DTypeError(
+            f"unique_key {key!r} has the codes of quantized rows, with scales in "
+            f"{scales_in(specs)[key]!r}: expected a field that identifies an item, such as "
+            "'item_id'."
+        )

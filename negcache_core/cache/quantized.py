@@ -4,15 +4,20 @@ The codes are in the embedding's field, the scales in a field that is named afte
 shows by itself that it is quantized, and plans, files and shards treat scales like any other field.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from negcache_core.arrays._array import Array, cast, dtype_kind, dtype_name, namespace
+from negcache_core.arrays.numerics import finite_rows
 from negcache_core.cache.specs import FieldSpec
-from negcache_core.errors import DTypeError
+from negcache_core.errors import DTypeError, KeysError
 
 LARGEST = 127.0
 """The largest code. -128 is not used, so that codes are symmetric."""
+
+
+LARGEST_SCALE = 2.6793885e36
+"""The largest scale whose product with the largest code is finite in float32."""
 
 
 SUFFIX = "_scale"
@@ -34,7 +39,7 @@ def scales_in(data: Mapping[str, Any]) -> dict[str, str]:
 def _scales(data: Mapping[str, Any], key: str) -> bool:
     """Return whether a field holds scales: one float32 for each row of a field of codes."""
     codes, scale = data.get(key.removesuffix(SUFFIX)), data[key]
-    if codes is None or dtype_name(codes.dtype) != "int8":
+    if codes is None or dtype_name(codes.dtype) != "int8" or len(codes.shape) == 0:
         return False
     return dtype_name(scale.dtype) == "float32" and tuple(scale.shape) == tuple(codes.shape)[:-1]
 
@@ -66,14 +71,30 @@ def with_scales(
     return found
 
 
+def check_not_named(fields: Iterable[Any], specs: Mapping[str, Any], key: str) -> None:
+    """Raise KeysError if `fields` name embeddings that are stored as codes, or their scales.
+
+    specs: specs or tables, by field; key: the embedding's field
+    """
+    if dtype_name(specs[key].dtype) != "int8":
+        return
+    named = [field for field in fields if field in (key, key + SUFFIX)]
+    if named:
+        raise KeysError(
+            f"data_keys, id_keys, group_key or log_frequency_key names {named}, but {key!r} has "
+            f"the codes of int8 embeddings, and {key + SUFFIX!r} their scales: name other fields, "
+            "or store the embeddings in a floating dtype."
+        )
+
+
 def quantize(rows: Array, *, xp: Any = None) -> tuple[Any, Any]:
     """Return embeddings as int8 codes, and each row's scale: codes * scale is about the row.
 
     rows: floating (n, D)
 
     Returns int8 (n, D) and float32 (n,). Each number moves by at most half a scale, 1/254 of the
-    row's largest. A row of zeros has scale 0, a row that is not finite has codes of 0 and a scale
-    that is not finite. Raises DTypeError unless rows are floating.
+    row's largest. A row of zeros has scale 0, a row that is not finite has codes of 0 and scale
+    inf. Raises DTypeError unless rows are floating.
 
     >>> import numpy as np
     >>> codes, scale = quantize(np.asarray([[0.5, -1.0], [0.0, 0.0]], dtype=np.float32))
@@ -87,8 +108,10 @@ def quantize(rows: Array, *, xp: Any = None) -> tuple[Any, Any]:
             f"rows have dtype {dtype_name(rows.dtype)}: expected floating embeddings to quantize."
         )
     rows = cast(rows, xp.float32, xp)
-    scale = xp.max(xp.abs(rows), axis=-1) / LARGEST
-    usable = (scale > 0.0) & xp.isfinite(scale)
+    finite = finite_rows(rows, xp=xp)  # XLA's maximum may pass over a NaN
+    scale = xp.clip(xp.max(xp.abs(rows), axis=-1) / LARGEST, 0.0, LARGEST_SCALE)
+    scale = xp.where(finite, scale, float("inf"))
+    usable = finite & (scale > 0.0)
     codes = xp.round(rows / xp.where(usable, scale, 1.0)[..., None])
     codes = xp.where(usable[..., None], xp.clip(codes, -LARGEST, LARGEST), 0.0)
     return xp.astype(codes, xp.int8), scale

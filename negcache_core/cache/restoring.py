@@ -9,7 +9,7 @@ from negcache_core.arrays._array import cast, dtype_kind, dtype_name, fill
 from negcache_core.arrays.backend import NUMPY, Backend
 from negcache_core.arrays.numerics import finite_rows
 from negcache_core.arrays.validation import check_keys, check_mapping
-from negcache_core.cache.quantized import dequantize, quantize, scales_in
+from negcache_core.cache.quantized import LARGEST_SCALE, dequantize, quantize, scales_in
 from negcache_core.cache.state import EMPTY, NegativeCache, check_cache, data_of, is_written
 from negcache_core.errors import CapacityError, DTypeError, KindError, NonFiniteWarning, ShapeError
 
@@ -80,7 +80,7 @@ def nonfinite_rows(cache: NegativeCache, embedding_key: str, backend: Backend) -
     if scale is None:
         finite = finite_rows(cache.data[embedding_key], xp=xp)
     else:
-        finite = xp.isfinite(cache.data[scale])
+        finite = xp.abs(cache.data[scale]) <= LARGEST_SCALE
     return is_written(cast(cache.age, xp.int32, xp)) & ~finite
 
 
@@ -123,8 +123,9 @@ def held_as(given: NegativeCache, own: NegativeCache, key: str) -> NegativeCache
     if key not in data or (had is None) == (has is None):
         return given
     if has is not None and dtype_kind(data[key].dtype) == "floating":
-        data[key], data[has] = quantize(data[key], xp=NUMPY.xp)
-    elif had is not None and dtype_name(own.data[key].dtype) == "float32":
+        with NUMPY.no_gradient():  # float64 may be beyond float32
+            data[key], data[has] = quantize(data[key], xp=NUMPY.xp)
+    elif had is not None and dtype_kind(own.data[key].dtype) == "floating":
         data[key] = dequantize(data[key], data.pop(had), xp=NUMPY.xp)
     return given._replace(data=data)
 

@@ -26,10 +26,13 @@ def check_rows(
     what: str,
     backend: Backend,
     too_many: Callable[[int, int], CapacityError] | None = None,
+    *,
+    quantizes: bool = False,
 ) -> tuple[dict[str, Array], Any]:
     """Check rows by field against a cache's tables; return them as arrays, and their number.
 
-    too_many: makes the error for more rows than slots; None if any number is allowed
+    too_many:  makes the error for more rows than slots; None if any number is allowed
+    quantizes: whether floating rows become codes, in a field that has scales
     """
     arrays: dict[str, Array] = {}
     counts: dict[str, int] = {}
@@ -47,7 +50,7 @@ def check_rows(
         else:
             array = array_of(value, expected, name, backend, advice)
         if array.dtype != table.dtype or array.dtype == backend.xp.int8:
-            stored = _accepted(key, rows, cache, backend.xp)
+            stored = _accepted(key, rows, cache, backend.xp, quantizes=quantizes)
             if not hasattr(value, "dtype") and _literal_fits(array, stored):
                 array = backend.xp.astype(array, stored)
             check_castable(array.dtype, stored, name)
@@ -68,9 +71,11 @@ def check_rows(
     return arrays, count
 
 
-def _accepted(key: str, rows: Mapping[str, Any], cache: NegativeCache, xp: Any) -> Any:
+def _accepted(
+    key: str, rows: Mapping[str, Any], cache: NegativeCache, xp: Any, *, quantizes: bool
+) -> Any:
     """Return the dtype of a field's rows: its table's, but float32 if they become codes."""
-    scale = scales_in(cache.data).get(key)
+    scale = scales_in(cache.data).get(key) if quantizes else None
     return cache.data[key].dtype if scale is None or scale in rows else xp.float32
 
 
@@ -137,7 +142,7 @@ def check_new_rows(
         implied = set(scales_in(known).values()).difference(rows)
         known = [key for key in known if key not in implied]
     check_keys(rows, known, "new_items", exact=True)
-    arrays, count = check_rows(rows, cache, "new_items", backend, too_many_rows)
+    arrays, count = check_rows(rows, cache, "new_items", backend, too_many_rows, quantizes=True)
     if mask is not None:
         mask = check_mask(mask, count, "new_items_mask", backend, like=cache.age)
     return NewRows(CheckedRows(arrays), count, mask)
@@ -156,7 +161,7 @@ def check_refresh(
         )
     rows = check_mapping(data, "updated_item_data")
     check_keys(rows, cache.data, "updated_item_data", exact=False)
-    arrays, count = check_rows(rows, cache, "updated_item_data", backend)
+    arrays, count = check_rows(rows, cache, "updated_item_data", backend, quantizes=True)
     what, advice = "updated_item_indices", "One slot for each row of updated_item_data."
     known = arrays and isinstance(count, int)
     slots = array_of(indices, (count if known else "n",), what, backend, advice)

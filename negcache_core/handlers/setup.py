@@ -9,10 +9,10 @@ from negcache_core.arrays.numerics import mean
 from negcache_core.arrays.validation import check_mapping
 from negcache_core.cache.manager import CacheManager
 from negcache_core.cache.named import Caches
-from negcache_core.cache.quantized import stores_embeddings
+from negcache_core.cache.quantized import check_not_named, stores_embeddings
 from negcache_core.cache.state import NegativeCache
 from negcache_core.cache.window import new_window
-from negcache_core.errors import DTypeError, KeysError, KindError, OptionError
+from negcache_core.errors import DTypeError, KeysError, KindError, OptionError, ShapeError
 from negcache_core.losses.classification import CacheClassificationLoss
 from negcache_core.losses.results import CacheLossReturn
 from negcache_core.retrieval.placement import HERE, Placement
@@ -98,6 +98,8 @@ def check_parts(
     for name, manager in managers.items():
         _check_manager(name, manager, embedding_key, data_keys, backend)
         _check_loss(loss, embedding_key, data_keys, manager, backend)
+    if isinstance(loss, CacheClassificationLoss):  # a user's own may keep caches apart
+        _check_equal_fields(managers, (embedding_key, *data_keys, *loss.item_keys))
     if new_items_filter is not None and not callable(new_items_filter):
         raise KindError(
             f"new_items_filter is {new_items_filter!r}: expected a function (cache, new_items) "
@@ -161,6 +163,24 @@ def _check_manager(
             f"embedding field {embedding_key!r} of cache {name!r} is {spec}: expected one vector "
             "for each row, of a floating dtype or int8, such as FieldSpec((128,), 'float32')."
         )
+    if spec.shape == (0,):
+        raise ShapeError(
+            f"embedding field {embedding_key!r} of cache {name!r} is {spec}: expected a width D of "
+            "at least 1."
+        )
+
+
+def _check_equal_fields(managers: Mapping[str, CacheManager], fields: tuple[str, ...]) -> None:
+    """Raise ShapeError unless rows of all caches can be put together."""
+    (first, own), *others = managers.items()
+    for name, other in others:
+        for key in fields:
+            mine, theirs = own.specs[key], other.specs[key]
+            if mine.shape != theirs.shape or dtype_name(mine.dtype) != dtype_name(theirs.dtype):
+                raise ShapeError(
+                    f"field {key!r} of cache {first!r} is {mine}, but that of cache {name!r} is "
+                    f"{theirs}: caches that are used as one need equal fields."
+                )
 
 
 def _check_loss(
@@ -189,6 +209,7 @@ def _check_loss(
             f"the loss reads {missing} (id_keys, group_key, log_frequency_key), which the cache "
             f"lacks: add the field to its specs, {sorted(manager.specs)}."
         )
+    check_not_named((*data_keys, *item_keys), manager.specs, embedding_key)
     if isinstance(cache_loss, CacheClassificationLoss):
         _check_item_fields(cache_loss, manager)
         if cache_loss.prefixes is not None:

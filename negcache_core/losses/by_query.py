@@ -6,7 +6,7 @@ chunks of queries go one after the other, and again in the backward pass.
 
 from typing import Any, NamedTuple
 
-from negcache_core.arrays._array import Array, arange_like, cast, length, positions
+from negcache_core.arrays._array import Array, arange_like, cast, positions
 from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.budget import budget_of, rows_at_a_time
 from negcache_core.arrays.exclusion import Exclusions, Labels
@@ -23,7 +23,7 @@ from negcache_core.losses.surrogate import (
     positive_weight,
     widest_term,
 )
-from negcache_core.retrieval.prefixes import Prefixes, at_widest
+from negcache_core.retrieval.prefixes import Prefixes, at_widest, by_query_and_width
 from negcache_core.retrieval.result import Retrieval
 from negcache_core.retrieval.scorer import Scorer
 
@@ -95,7 +95,7 @@ class Step(NamedTuple):
 
         pool: Any = known.pool
         pool = pool.computed(self.scorer, self.backend)
-        cross = xp.reshape(pool.cross_scores, (-1, length(pool.stale, xp)))
+        cross = by_query_and_width(pool.cross_scores, xp)
         others, own, hard = known.others, known.own, self.hard_labels
         return self._replace(
             usable=usable._replace(queries=some(usable.queries), hard=some(usable.hard)),

@@ -16,7 +16,7 @@ from negcache_core.arrays.validation import (
     shape_of,
 )
 from negcache_core.cache.named import Caches
-from negcache_core.cache.quantized import SUFFIX, scales_in
+from negcache_core.cache.quantized import SUFFIX, check_not_named, scales_in
 from negcache_core.cache.row_checks import check_castable, check_stand_in
 from negcache_core.cache.widths import check_widths, table_of
 from negcache_core.errors import DTypeError, KeysError, KindError, OptionError, ShapeError
@@ -48,13 +48,12 @@ def check_request(
     table = cache.data[wanted.embedding_key]
     what = f"field {wanted.embedding_key!r}"
     check_shape(table, ("C", "D"), what, "Embeddings are vectors.")
-    if table.dtype != backend.xp.int8:
+    if table.shape[1] == 0:
+        raise ShapeError(f"{what} has rows of width 0: expected a width D of at least 1.")
+    if table.dtype == backend.xp.int8:
+        _check_quantized(caches, wanted)
+    else:
         check_floating(table, what)
-    elif any(wanted.embedding_key not in scales_in(each.data) for each in caches.values()):
-        raise DTypeError(
-            f"{what} is int8, but a cache has no scales for it: add FieldSpec((), 'float32') to "
-            f"its specs, named {wanted.embedding_key + SUFFIX!r}. A handler does so by itself."
-        )
     if wanted.prefixes is not None:
         wanted.prefixes.check(table.shape[1])
     try:
@@ -93,6 +92,17 @@ def check_request(
         shape, what = (queries.shape[0], table.shape[1]), "pos_doc_embeddings"
         positives = embeddings_of(pos_doc_embeddings, shape, what, backend, like=table)
     return queries, batch, stand_in, noise, positives
+
+
+def _check_quantized(caches: Caches, wanted: Wanted) -> None:
+    """Raise unless every cache has scales for its int8 embeddings, which nothing else reads."""
+    key = wanted.embedding_key
+    if any(key not in scales_in(each.data) for each in caches.values()):
+        raise DTypeError(
+            f"field {key!r} is int8, but a cache has no scales for it: add FieldSpec((), "
+            f"'float32') to its specs, named {key + SUFFIX!r}. A handler does so by itself."
+        )
+    check_not_named(wanted.fields[1:], caches.first().data, key)
 
 
 def check_embeddings(

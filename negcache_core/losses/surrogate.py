@@ -130,4 +130,5 @@ def widest_term(
 
 def last_width(values: Any, prefixes: Prefixes, xp: Any) -> Any:
     """Return the values of the last width, (B, n), from values (B * W, n)."""
-    return xp.reshape(values, (-1, prefixes.number, length(values, xp, 1)))[:, -1, :]
+    rows = length(values, xp) // prefixes.number
+    return xp.reshape(values, (rows, prefixes.number, length(values, xp, 1)))[:, -1, :]

@@ -123,13 +123,19 @@ def pairs(scaled: Array, items: Array, prefixes: Prefixes, xp: Any) -> Any:
         total = part if total is None else total + part
         found.append((total * inverse[..., place] * factors[..., place])[:, None, ...])
     joined = found[0] if len(found) == 1 else xp.concat(found, axis=1)
-    return xp.reshape(joined, (-1, *joined.shape[2:]))
+    return by_query_and_width(joined, xp)
 
 
 def cross(scaled: Array, items: Array, prefixes: Prefixes, xp: Any) -> Any:
     """Return the scores of queries with items (n, D), by query and width: (B * W, n)."""
     parts = [xp.matrix_transpose(each) for each in by_item(scaled, items, prefixes, xp)]
-    return xp.reshape(beside(parts, xp), (-1, length(items, xp)))
+    return by_query_and_width(beside(parts, xp), xp)
+
+
+def by_query_and_width(array: Array, xp: Any) -> Any:
+    """Return (B, W, …) as (B * W, …); there may be nothing in it, so its size is not left open."""
+    sizes = [length(array, xp, axis) for axis in range(len(array.shape))]
+    return xp.reshape(array, (sizes[0] * sizes[1], *sizes[2:]))
 
 
 def beside(parts: list[Any], xp: Any) -> Any:

@@ -3,7 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from negcache_core.arrays._array import Array, arange_like, cast, length, mask_rows
+from negcache_core.arrays._array import Array, arange_like, cast, mask_rows
 from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.exclusion import Exclusions, Labels
 from negcache_core.arrays.numerics import log_sum_exp
@@ -124,7 +124,7 @@ def log_proposals(cross_scores: Array, log_partition: Array, *, xp: Any) -> Arra
     what `of_mixture` makes of it, (B, W).
     """
     if len(cross_scores.shape) == 3:
-        cross_scores = xp.reshape(cross_scores, (-1, length(cross_scores, xp, 2)))
+        cross_scores = matryoshka.by_query_and_width(cross_scores, xp)
         log_partition = xp.reshape(log_partition, (-1,))
     drew = xp.isfinite(log_partition)
     log_proposal = cross_scores - xp.where(drew, log_partition, 0.0)[:, None]

@@ -600,6 +600,20 @@ CASES = [
         "vector for each row, of a floating dtype or int8, such as FieldSpec((128,), 'float32').",
     ),
     (
+        lambda: handler({**SPECS, "x": core.FieldSpec((0,), "float32")}),
+        core.ShapeError,
+        "embedding field 'x' of cache 'cache' is FieldSpec(shape=(0,), dtype='float32'): expected "
+        "a width D of at least 1.",
+    ),
+    (
+        lambda: loss().retrieve(
+            np.zeros((1, 0), np.float32),
+            manager(specs={**SPECS, "x": core.FieldSpec((0,), "float32")}).init_cache(),
+        ),
+        core.ShapeError,
+        "field 'x' has rows of width 0: expected a width D of at least 1.",
+    ),
+    (
         lambda: handler(new_items_filter="id"),
         core.KindError,
         "new_items_filter is 'id': expected a function (cache, new_items) -> bool mask such as "

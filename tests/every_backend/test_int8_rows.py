@@ -65,6 +65,30 @@ def test_rows_of_zeros_and_tiny_or_huge_rows_stay_finite():
 
 
 @ALL
+def test_the_largest_number_is_stored_as_one(name):
+    backend = BACKENDS[name]
+    manager = backend.module.CacheManager(scaled(backend.module), SLOTS)
+    row = np.full((1, WIDTH), np.finfo(np.float32).max, np.float32)
+    rows = {"x": backend.to_native(row), "e": backend.to_native(row)}
+    found = backend.numpy(manager.update_cache(manager.init_cache(), new_items=rows)).data
+    np.testing.assert_allclose(found["e"][0] * found["e_scale"][0], row[0], rtol=1e-6)
+
+
+@ALL
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_row_with_one_number_that_is_not_finite_has_a_scale_that_is_not(name, bad):
+    """Also where a library's maximum passes over NaN, as that of XLA on vectors of a CPU."""
+    backend, width = BACKENDS[name], 64
+    rows = np.ones((width + 1, width), np.float32)
+    rows[np.arange(width), np.arange(width)] = bad
+    xp = backend.module.CacheManager.backend.xp
+    codes, scale = (backend.numpy(each) for each in quantize(backend.to_native(rows), xp=xp))
+    assert np.isfinite(scale).tolist() == [False] * width + [True]
+    assert not codes[:-1].any()
+    assert (codes[-1] == 127).all()
+
+
+@ALL
 def test_bad_rows_are_refused_in_words_and_change_nothing(name):
     backend = BACKENDS[name]
     module = backend.module
@@ -162,6 +186,80 @@ def test_the_front_door_keeps_clear_of_the_users_fields(name):
     }
 
 
+@ALL
+@pytest.mark.parametrize("named", ["e", "e_scale"])
+def test_a_loss_that_reads_codes_or_scales_is_refused_in_words(name, named):
+    """The network would get embeddings in a step, and codes in a refresh."""
+    backend = BACKENDS[name]
+    module = backend.module
+    manager = module.CacheManager(scaled(module), SLOTS)
+    loss = module.CacheClassificationLoss("e", ("x", named))
+    with pytest.raises(module.KeysError, match=f"names \\['{named}'\\], but 'e' has the codes"):
+        module.CacheLossHandler(manager, loss)
+    query, noise = rows_of(backend, 2)["x"], backend.to_native(np.zeros((2, 1, 2)))
+    with pytest.raises(module.KeysError, match=f"names \\['{named}'\\], but 'e' has the codes"):
+        loss.retrieve(query, manager.init_cache(), noise=noise)
+
+
+def test_scales_are_no_frequencies():
+    manager = negcache_torch.CacheManager(scaled(negcache_torch), SLOTS)
+    loss = negcache_torch.CacheClassificationLoss("e", ("x",), log_frequency_key="e_scale")
+    with pytest.raises(negcache_torch.KeysError, match="log_frequency_key names \\['e_scale'\\]"):
+        negcache_torch.CacheLossHandler(manager, loss)
+
+
+@ALL
+def test_codes_do_not_tell_items_apart(name):
+    module = BACKENDS[name].module
+    with pytest.raises(module.DTypeError, match="unique_key 'e' has the codes of quantized rows"):
+        module.CacheManager(scaled(module), SLOTS, unique_key="e")
+    manager = module.CacheManager(specs_of(module), SLOTS, unique_key="e")
+    with pytest.raises(module.DTypeError, match="unique_key 'e' has the codes of quantized rows"):
+        module.CacheLossHandler(manager, module.CacheClassificationLoss("e", ("x",)))
+
+
+def test_one_number_has_no_scale():
+    specs = {
+        "id": negcache_torch.FieldSpec((), "int8"),
+        "id_scale": negcache_torch.FieldSpec((), "float32"),
+    }
+    manager = negcache_torch.CacheManager(specs, SLOTS, unique_key="id")
+    rows = {"id": torch.ones(2, dtype=torch.int8), "id_scale": torch.ones(2)}
+    cache = manager.update_cache(manager.init_cache(), new_items=rows)
+    assert (cache.age == 0).sum() == 1
+
+
+@ALL
+@pytest.mark.parametrize("swapped", [False, True])
+def test_caches_of_codes_and_of_floats_are_not_used_as_one(name, swapped):
+    module = BACKENDS[name].module
+    specs = [specs_of(module), specs_of(module, e=module.FieldSpec((WIDTH,), "float32"))]
+    managers = {
+        key: module.CacheManager(each, SLOTS)
+        for key, each in zip("ab", specs[::-1] if swapped else specs, strict=True)
+    }
+    with pytest.raises(module.ShapeError, match=r"field 'e' of cache 'a' is .* need equal fields"):
+        module.MultiCacheLossHandler(managers, module.CacheClassificationLoss("e", ("x",)))
+
+
+def test_a_feature_may_have_scales_that_the_network_does_not_take():
+    """It is int8 and has a label named after it: that is no embedding."""
+    specs = {
+        "x": negcache_torch.FieldSpec((WIDTH,), "int8"),
+        "x_scale": negcache_torch.FieldSpec((), "float32"),
+        "e": negcache_torch.FieldSpec((WIDTH,), "float32"),
+    }
+    loss = negcache_torch.CacheClassificationLoss("e", ("x",), generator=0)
+    handler = negcache_torch.CacheLossHandler(negcache_torch.CacheManager(specs, SLOTS), loss)
+    x = torch.arange(3 * WIDTH, dtype=torch.int8).reshape(3, WIDTH)
+    features, embeddings = {"x": x, "x_scale": torch.ones(3)}, x.float()
+    handler(lambda rows: rows["x"].float(), embeddings, embeddings, features)
+    handler.evaluate(None, embeddings, embeddings, features)
+    assert handler.retrieve(embeddings, features).features["x"].dtype == torch.int8
+    with pytest.raises(negcache_torch.DTypeError, match=r"'x'\] has dtype float32, but its field"):
+        loss.retrieve(embeddings, handler.cache, pos_features={"x": embeddings})
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "bool"])
 def test_other_integers_are_no_embeddings(dtype):
     spec = negcache_torch.FieldSpec((WIDTH,), dtype)
@@ -183,7 +281,8 @@ def test_a_module_keeps_its_codes_whatever_is_done_to_it():
     assert losses[0] == losses[1]
 
 
-def test_rows_that_are_not_finite_never_enter_or_are_evicted_on_load():
+@pytest.mark.parametrize("scale", [torch.inf, torch.nan, 3e38])
+def test_rows_that_are_not_finite_never_enter_or_are_evicted_on_load(scale):
     handler = handler_of()
     x = torch.ones(3, WIDTH)
     x[1] = torch.nan
@@ -193,12 +292,26 @@ def test_rows_that_are_not_finite_never_enter_or_are_evicted_on_load():
     state = copy.deepcopy(handler.state_dict())
     scales = next(key for key in state if "scale" in key)
     slot = int(torch.nonzero(handler.cache.age != EMPTY)[0, 0])
-    state[scales][slot] = torch.inf
+    state[scales][slot] = scale
     other = handler_of()
     with pytest.warns(negcache_torch.NonFiniteWarning, match="1 rows"):
         other.load_state_dict(state)
     assert int((other.cache.age != EMPTY).sum()) == 1
     assert not nonfinite_rows(other.cache, "e", handler.backend).any()
+
+
+def test_int8_rows_are_no_half_rows(tmp_path):
+    handler = handler_of()
+    handler.save(tmp_path / "rows")
+    half = negcache_torch.FieldSpec((WIDTH,), "float16")
+    other = negcache_torch.CacheLossHandler(
+        negcache_torch.CacheManager(specs_of(negcache_torch, e=half), SLOTS),
+        negcache_torch.CacheClassificationLoss("e", ("x",), generator=0),
+    )
+    with pytest.raises(
+        negcache_torch.DTypeError, match=r"expected float16\. Make the handler with"
+    ):
+        other.load(tmp_path / "rows")
 
 
 def test_rows_beyond_a_half_are_stored():

@@ -377,3 +377,24 @@ def test_half_storage_is_scored_at_every_width_as_what_it_was_rounded_to(name):
         found.append(np.asarray(backend.to_numpy(out.interpretable_loss)))
         assert found[-1].dtype == np.float32
     np.testing.assert_allclose(*found, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "tensorflow", "jax"])
+@pytest.mark.parametrize(("rows", "hard"), [(0, 1), (2, 0)])
+def test_no_queries_and_no_hard_negatives_are_fine_at_several_widths(name, rows, hard):
+    backend = BACKENDS[name]
+
+    def native(*shape):
+        return backend.to_native(np.ones(shape, np.float32))
+
+    loss = backend.module.CacheClassificationLoss(
+        "e", ("x",), estimator="exact_query", in_batch_negatives=True, matryoshka_dims=(2, 4)
+    )
+    cache = NegativeCache(
+        {"e": native(C, D), "x": native(C, D)}, backend.to_native(np.zeros(C, np.int32))
+    )
+    queries, noise = native(rows, D), native(rows, 1, 2) / 2
+    options = {"noise": noise, "hard_negative_embeddings": native(rows, hard, D)}
+    out = loss(lambda features: features["x"], queries, queries, cache, **options)
+    expected = 2 * np.log(C + rows) if rows else 0.0  # of both widths
+    np.testing.assert_allclose(backend.numpy(out.loss), expected, rtol=1e-5)

@@ -428,7 +428,7 @@ def test_what_two_processes_know_is_what_one_would(tmp_path):
 
 
 def test_int8_rows_take_a_quarter_of_the_memory_and_only_rounding_makes_them_stale(model):
-    loss, plain = own(model, dtype=torch.int8), own(model)
+    loss, plain = own(model, dtype="int8"), own(model)
     width, texts = model.get_embedding_dimension(), make_texts(BATCH)
     assert plain.slot_bytes - loss.slot_bytes == 3 * width - 4
     for _ in range(4):

@@ -200,11 +200,43 @@ def exact_integers():
     agrees(given, READOUT[BYTE])
 
 
+def scales_far_apart():
+    """Rows of integers are lost neither beside one that does not count nor among larger ones."""
+    given = case(3, 200, 5, BYTE, empty=0, group=True)
+    given["own"] = given["own"]._replace(group=torch.tensor([0, 1, 2], device=DEVICE).int())
+    given["row_scale"][given["labels"].group == 2] *= 1e20
+    assert_near_rows(given)
+    for first, second in ((1e4, 1e-34), (1e-34, 1e4), (1e-34, 1e-34), (1e20, 1e20)):
+        given = case(3, 200, 5, BYTE)
+        given["row_scale"][:BLOCK] *= first
+        given["row_scale"][BLOCK:] *= second
+        given["query_scale"] /= max(first, second)
+        assert_near_rows(given)
+
+
+def assert_near_rows(given):
+    """Check the readout, of rows of any length."""
+    expected = torch.asarray(reference(given)[2])
+    found = block_weights(**given, readout=True)[1][1].double().cpu()
+    assert ((found - expected).norm(dim=1) < READOUT[BYTE] * expected.norm(dim=1)).all()
+
+
 def wide_rows():
     """Of more columns than a program has."""
     assert plan_readout(2, 1100, FLOAT, FLOAT, BLOCK).first < 1100
     agrees(case(2, 40, 1100))
     agrees(case(2, 40, 1040, HALF), READOUT[HALF])
+
+
+def either_way_to_allow_tf32():
+    """PyTorch raises where it is asked in one way and was told in the other."""
+    ways = torch.backends.cuda.matmul
+    before = ways.fp32_precision
+    try:
+        ways.fp32_precision = "tf32"
+        block_weights(**case(2, 140, 8), readout=True)
+    finally:
+        ways.fp32_precision = before
 
 
 def nan_shows():
@@ -255,7 +287,9 @@ CASES = [  # of the program
     nothing_counts,
     large_scores,
     exact_integers,
+    scales_far_apart,
     wide_rows,
+    either_way_to_allow_tf32,
     nan_shows,
     views,
     compiled,

@@ -137,6 +137,19 @@ def test_backward_after_the_commit():
     assert not any(value.requires_grad for value in handler.state_dict(keep_vars=True).values())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_rows_of_a_manager_are_constants_too(dtype):
+    """Otherwise each update would keep the graphs of all steps before."""
+    specs = {"e": negcache.FieldSpec((2,), dtype)}
+    manager = negcache.CacheManager(specs, 4).storing("e")
+    rows = torch.ones(2, 2, requires_grad=True) * 2
+    cache = manager.update_cache(manager.init_cache(), new_items={"e": rows})
+    cache = manager.update_cache(
+        cache, updated_item_data={"e": rows}, updated_item_indices=torch.tensor([1, 3])
+    )
+    assert not any(table.requires_grad for table in cache.data.values())
+
+
 def test_the_step_reads_no_value_on_the_host():
     """On the meta device there are no values: any synchronisation or branch on data would raise."""
     handler = handler_of(300, scale=2.0).to("meta")

@@ -7,7 +7,9 @@ computes shapes without values.
 import negcache_torch as negcache
 import pytest
 import torch
+from negcache_torch import _namespace
 from negcache_torch._backend import TORCH
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from negcache_core import exact
 from negcache_core.losses.estimators import Weights
@@ -132,3 +134,25 @@ def test_functions_stay_on_their_device():
         ),
     ]
     assert {each.device for each in found} == {META}
+
+
+@pytest.mark.parametrize("size", [0, 1, 5, 128, 301])
+def test_sums_by_doubling_are_cumulative_sums(size):
+    numbers = torch.randint(99, (3, size), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(_namespace.sums_by_doubling(numbers, -1), numbers.cumsum(-1))
+    assert torch.equal(_namespace.sums_by_doubling(numbers.T, 0), numbers.T.cumsum(0))
+
+
+def test_cuda_sums_without_cumsum_where_that_raises(monkeypatch):
+    """PyTorch has no deterministic torch.cumsum of floats on CUDA."""
+
+    def refuse(*_):
+        raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
+
+    monkeypatch.setattr(torch, "cumsum", refuse)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with FakeTensorMode():
+        sums = _namespace.cumulative_sum(torch.ones((3, 300), device="cuda"), axis=-1)
+    assert sums.shape == (3, 300)
+    with pytest.raises(RuntimeError, match="cumsum"):
+        _namespace.cumulative_sum(torch.ones(3), axis=0)  # the CPU has one

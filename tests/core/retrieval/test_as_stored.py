@@ -120,6 +120,27 @@ def test_large_scales_do_not_overflow(dtype):
     assert (np.abs(found.log_partition) > 65504).any()  # more than a float16 holds
 
 
+@pytest.mark.parametrize(("slots", "rows"), [(300, 0), (17, 1), (1, 8), (40, 9)])
+def test_a_product_of_int8_has_the_sizes_that_its_kernel_takes(slots, rows, monkeypatch):
+    """CUDA takes more than 16 rows, and columns in eights but not none; a CPU takes any."""
+
+    def product(left, right):
+        assert left.shape[0] > 16
+        assert slots < 32 or left is table  # not a copy
+        assert right.shape[1] > 0
+        assert right.shape[1] % 8 == 0
+        return left.int() @ right.int()
+
+    monkeypatch.setattr(torch, "_int_mm", product)
+    generator = torch.Generator().manual_seed(0)
+    table, queries = (
+        torch.randint(-127, 128, (count, WIDTH), dtype=torch.int8, generator=generator)
+        for count in (slots, rows)
+    )
+    found = _backend.TORCH.product_as_stored(table, queries)
+    assert torch.equal(found, table.float() @ queries.float().T)
+
+
 @pytest.mark.usefixtures("_on_a_device")
 @pytest.mark.parametrize("dtype", [*DTYPES, "int8"])
 def test_a_query_that_is_not_finite_harms_no_other(dtype):
