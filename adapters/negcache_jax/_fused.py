@@ -87,8 +87,11 @@ def block_weights(
         *(own.ids, own.group, own.ceiling),
     )
     inputs = jax.tree.map(lax.stop_gradient, inputs)
-    plan = plan_work(inputs, block, readout=readout)
     (rows, width), blocks = queries.shape, -(-table.shape[0] // block)
+    if not rows:  # Pallas has no grid without programs
+        none = [jnp.zeros(shape, jnp.float32) for shape in ((0, blocks), (0,), (0, width))]
+        return none[0], (none[1], none[2]) if readout else None
+    plan = plan_work(inputs, block, readout=readout)
     splits = -(-blocks // plan.share)
     shapes: list[tuple[int, ...]] = [(blocks, rows)]
     if readout:
