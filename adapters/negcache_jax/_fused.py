@@ -11,8 +11,8 @@ so any width is fine.
 
 Where it runs is decided at each trace. By default it must be a GPU. The environment variable
 NEGCACHE_PALLAS_INTERPRET changes that: 1 interprets the kernel, on any platform and very slowly,
-for tests; 0 lowers it without asking for the platform, to export a program for a GPU from a machine
-that has none.
+for tests, and in `shard_map` only with check_vma=False, which JAX's interpreter needs; 0 lowers it
+without asking for the platform, to export a program for a GPU from a machine that has none.
 
 Positions: rows and blocks are counted in int32, whether x64 is on or off. Pallas makes offsets into
 an array from them, in 64 bits where the array has more than 2**32 bytes and in 32 bits otherwise.
