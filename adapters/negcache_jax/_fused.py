@@ -11,8 +11,8 @@ so any width is fine.
 
 Where it runs is decided at each trace. By default it must be a GPU. The environment variable
 NEGCACHE_PALLAS_INTERPRET changes that: 1 interprets the kernel, on any platform and very slowly,
-for tests; 0 lowers it without asking for the platform, to export a program for a GPU from a machine
-that has none.
+for tests, and in `shard_map` only with check_vma=False, which JAX's interpreter needs; 0 lowers it
+without asking for the platform, to export a program for a GPU from a machine that has none.
 
 Positions: rows and blocks are counted in int32, whether x64 is on or off. Pallas makes offsets into
 an array from them, in 64 bits where the array has more than 2**32 bytes and in 32 bits otherwise.
@@ -87,8 +87,11 @@ def block_weights(
         *(own.ids, own.group, own.ceiling),
     )
     inputs = jax.tree.map(lax.stop_gradient, inputs)
-    plan = plan_work(inputs, block, readout=readout)
     (rows, width), blocks = queries.shape, -(-table.shape[0] // block)
+    if not rows:  # Pallas has no grid without programs
+        none = [jnp.zeros(shape, jnp.float32) for shape in ((0, blocks), (0,), (0, width))]
+        return none[0], (none[1], none[2]) if readout else None
+    plan = plan_work(inputs, block, readout=readout)
     splits = -(-blocks // plan.share)
     shapes: list[tuple[int, ...]] = [(blocks, rows)]
     if readout:

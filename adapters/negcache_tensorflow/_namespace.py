@@ -17,7 +17,7 @@ abs, exp, log, log1p, isfinite = tf.abs, tf.exp, tf.math.log, tf.math.log1p, tf.
 sqrt, round = tf.sqrt, tf.round
 clip, maximum, minimum, reshape = tf.clip_by_value, tf.maximum, tf.minimum, tf.reshape
 astype, take_rows = tf.cast, tf.gather
-matmul, sort, zeros_like = tf.matmul, tf.sort, tf.zeros_like
+matmul, sort = tf.matmul, tf.sort
 
 
 def device_of(array: tf.Tensor) -> None:
@@ -35,6 +35,11 @@ def arange(stop: Any, *, dtype: tf.DType = tf.int64, device: Any = None) -> tf.T
 
 def zeros(shape: Any, *, dtype: tf.DType) -> tf.Tensor:
     return tf.zeros(shape, dtype)
+
+
+def zeros_like(like: tf.Tensor) -> tf.Tensor:
+    # Not tf.zeros_like: in a graph, its product with a column of no rows ends the process.
+    return tf.fill(tf.shape(like), tf.zeros((), like.dtype))
 
 
 def full(shape: Any, value: Any, *, dtype: tf.DType, device: Any = None) -> tf.Tensor:

@@ -105,13 +105,19 @@ class CacheManager:
 
         embedding_key: the embedding's field
 
-        A handler does this itself. Raises DTypeError if another field has the name of the scales'.
+        A handler does this itself. Raises KeysError for a field that does not exist, DTypeError if
+        another field has the name of the scales'.
 
         >>> from negcache_core import FieldSpec
         >>> manager = CacheManager({"embedding": FieldSpec((128,), "int8")}, 1_000)
         >>> manager.storing("embedding")
         CacheManager(1,000 slots, 132.0 kB: embedding int8 (128,), embedding_scale float32 ())
         """
+        if embedding_key not in list(self.specs):
+            raise KeysError(
+                f"embedding_key {embedding_key!r} is not among the specs {sorted(self.specs)}: "
+                "name the field of embeddings."
+            )
         specs = with_scales(self.specs, embedding_key, self.backend.xp.float32)
         if len(specs) == len(self.specs):
             return self

@@ -26,7 +26,7 @@ class Retrieval(NamedTuple):
     log_partition:    (B,) log-sum-exp of the stale scores over usable slots; -inf for none
     entropy:          (B,) of the softmax, in nats: log_partition minus the mean of the drawn
                       scores, an unbiased estimate (exact with a retrieval_fn or top_k)
-    stale_embeddings: (n, D), as the cache holds them
+    stale_embeddings: (n, D), as the cache holds them; zeros where `drawn` is False
     ages:             int32 (n,), the ages of the drawn rows
     fill:             scalar, the share of slots that hold a row
     slots:            (n,) integers, the slot of each row; a dict of these by name for a dict of

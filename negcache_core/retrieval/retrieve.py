@@ -6,7 +6,7 @@ Everything here is integers and constants; nothing is differentiated.
 from collections.abc import Mapping
 from typing import Any
 
-from negcache_core.arrays._array import Array, length, mask_rows, positions
+from negcache_core.arrays._array import Array, fill, length, mask_rows, positions
 from negcache_core.arrays.budget import rows_at_a_time
 from negcache_core.arrays.exclusion import Exclusions, Labels
 from negcache_core.retrieval.placement import Found, Placement, Sizes
@@ -38,6 +38,11 @@ def retrieve(request: Request, placement: Placement) -> Retrieval:
         own = Exclusions.of(facts)
     scores = request.scores(queries, own, placement.first(sizes.slots))
     drawn_rows = placement.draw(request, scores, sizes)
+    fields, rows = drawn_rows.rows["fields"], drawn_rows.rows
+    # Where nothing was drawn the row may be an empty slot's, which may hold anything, even NaN,
+    # whose product with a weight of 0 is not 0.
+    stale, flat = fields[wanted.embedding_key], xp.reshape(drawn_rows.drawn, (-1, 1))
+    fields[wanted.embedding_key] = xp.where(flat, stale, fill((1, 1), 0, stale, xp))
     others, bias, pool = None, None, None
     if wanted.in_batch:
         *items, group, bias = placement.gather((*batch.labels.arrays(), batch.bias), sizes.rows)
@@ -47,7 +52,6 @@ def retrieve(request: Request, placement: Placement) -> Retrieval:
         if placement.sharded:  # the ones above are for everyone's queries
             scores = request.scores(request.queries, batch.own)
         pool = _pool(request, placement, sizes, scores[0], drawn_rows)
-    fields, rows = drawn_rows.rows["fields"], drawn_rows.rows
     log_partition, by_width = drawn_rows.log_partition, None
     if wanted.prefixes is not None:
         by_width, log_partition = constant(log_partition), log_partition[:, -1]

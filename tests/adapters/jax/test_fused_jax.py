@@ -217,6 +217,12 @@ def test_fewer_slots_than_a_block_in_32_bits():
         check(call)
 
 
+@pytest.mark.parametrize("readout", [True, False])
+def test_an_empty_batch(readout):
+    """A device's part of the batch may be empty, but Pallas has no grid of no programs."""
+    check(make(0, 300, 3, queries="int8", table="int8", readout=readout))
+
+
 def test_no_gradient_flows_and_none_is_asked_of_the_kernel():
     call = make(2, 9, 3, readout=True)
 

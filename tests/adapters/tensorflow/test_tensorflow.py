@@ -277,3 +277,16 @@ def test_a_traced_refresh_that_fails_for_one_cache_changes_none():
         tf.function(lambda: handler.refresh(network, 2))()
     np.testing.assert_array_equal(handler.cache["a"].data["e"], -x)
     np.testing.assert_array_equal(handler.cache["b"].data["e"], x)
+
+
+def test_zeros_of_no_rows_do_not_end_the_process():
+    """TensorFlow's optimizer of graphs divides by the number of rows of tf.zeros_like's product."""
+    rows, column = tf.zeros((0, 3)), tf.zeros((0,))
+
+    @tf.function(autograph=False)
+    def product(rows, column):
+        zeros = negcache.CacheManager.backend.xp.zeros_like(rows)
+        assert zeros.shape == rows.shape
+        return zeros * column[:, None]
+
+    assert product(rows, column).shape == (0, 3)

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from negcache_core import EMPTY, CacheManager, CapacityError, FieldSpec
+from negcache_core import EMPTY, CacheManager, CapacityError, FieldSpec, KeysError
 from negcache_core.cache.plans import grow_older, plan_insert
 from negcache_core.cache.state import OLDEST, NegativeCache
 from negcache_core.testing import DictCache
@@ -310,3 +310,9 @@ def test_a_cache_that_is_none_prints_too(data):
     """Errors and debuggers print what was given."""
     assert repr(data) in repr(NegativeCache(data, np.zeros(2, np.int32)))
     assert "age=3" in repr(NegativeCache({}, 3))
+
+
+@pytest.mark.parametrize("key", ["y", None, ["x"]])
+def test_scales_of_a_field_that_does_not_exist_are_refused_in_words(key):
+    with pytest.raises(KeysError, match=r"is not among the specs \['x'\]"):
+        CacheManager({"x": FieldSpec((2,), "int8")}, 3).storing(key)
