@@ -6,7 +6,7 @@ Everything here is integers and constants; nothing is differentiated.
 from collections.abc import Mapping
 from typing import Any
 
-from negcache_core.arrays._array import Array, fill, length, mask_rows, positions
+from negcache_core.arrays._array import Array, length, mask_rows, positions
 from negcache_core.arrays.budget import rows_at_a_time
 from negcache_core.arrays.exclusion import Exclusions, Labels
 from negcache_core.retrieval.placement import Found, Placement, Sizes
@@ -42,7 +42,7 @@ def retrieve(request: Request, placement: Placement) -> Retrieval:
     # Where nothing was drawn the row may be an empty slot's, which may hold anything, even NaN,
     # whose product with a weight of 0 is not 0.
     stale, flat = fields[wanted.embedding_key], xp.reshape(drawn_rows.drawn, (-1, 1))
-    fields[wanted.embedding_key] = xp.where(flat, stale, fill((1, 1), 0, stale, xp))
+    fields[wanted.embedding_key] = xp.where(flat, stale, xp.zeros_like(stale))
     others, bias, pool = None, None, None
     if wanted.in_batch:
         *items, group, bias = placement.gather((*batch.labels.arrays(), batch.bias), sizes.rows)
