@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from negcache_core.arrays._array import Array, cast, mask_rows
+from negcache_core.arrays._array import Array, cast, dtype_name, mask_rows
 from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.validation import check_device, shape_of
 from negcache_core.cache.quantized import dequantize, scales_in
+from negcache_core.cache.specs import FieldSpec
 from negcache_core.cache.state import NegativeCache, check_cache, is_written
 from negcache_core.errors import KeysError, OptionError, ShapeError
 
@@ -50,18 +51,36 @@ def named_caches(cache: Any, fields: tuple[str, ...], backend: Backend) -> Cache
                 f"cache {name!r} lacks {missing} of embedding_key and data_keys {list(fields)}: it "
                 f"has {sorted(each.data)}. Add the field to its specs, or correct the keys."
             )
-        for key in fields:
-            own, other = each.data[key], first.data[key]
-            if shape_of(own, key)[1:] != shape_of(other, key)[1:] or own.dtype != other.dtype:
-                raise ShapeError(
-                    f"field {key!r} of cache {name!r} has row shape {tuple(own.shape)[1:]} and "
-                    f"dtype {own.dtype}, but elsewhere {tuple(other.shape)[1:]} and "
-                    f"{other.dtype}: caches that are used as one need equal fields."
-                )
         if each.age.shape[0] is None:
             raise ShapeError(f"cache {name!r} has an unknown capacity: set its static shape.")
         check_device(each.age, first.age, f"cache {name!r}", backend)
+    specs = {
+        name: {
+            key: FieldSpec(shape_of(rows[key], key)[1:], dtype_name(rows[key].dtype))
+            for key in fields
+        }
+        for name, (rows, _) in caches.items()
+    }
+    check_equal_fields(specs, fields)
     return caches
+
+
+def check_equal_fields(
+    specs: Mapping[str, Mapping[str, FieldSpec]], fields: tuple[str, ...]
+) -> None:
+    """Raise ShapeError unless rows of all caches can be put together.
+
+    specs: field -> spec, by cache
+    """
+    (first, own), *others = specs.items()
+    for name, other in others:
+        for key in fields:
+            mine, theirs = own[key], other[key]
+            if mine.shape != theirs.shape or dtype_name(mine.dtype) != dtype_name(theirs.dtype):
+                raise ShapeError(
+                    f"field {key!r} of cache {first!r} is {mine}, but that of cache {name!r} is "
+                    f"{theirs}: caches that are used as one need equal fields."
+                )
 
 
 def check_window(caches: Caches, max_staleness: float | None) -> None:

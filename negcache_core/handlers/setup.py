@@ -8,7 +8,7 @@ from negcache_core.arrays.backend import Backend
 from negcache_core.arrays.numerics import mean
 from negcache_core.arrays.validation import check_mapping
 from negcache_core.cache.manager import CacheManager
-from negcache_core.cache.named import Caches
+from negcache_core.cache.named import Caches, check_equal_fields
 from negcache_core.cache.quantized import check_not_named, stores_embeddings
 from negcache_core.cache.state import NegativeCache
 from negcache_core.cache.window import new_window
@@ -99,7 +99,8 @@ def check_parts(
         _check_manager(name, manager, embedding_key, data_keys, backend)
         _check_loss(loss, embedding_key, data_keys, manager, backend)
     if isinstance(loss, CacheClassificationLoss):  # a user's own may keep caches apart
-        _check_equal_fields(managers, (embedding_key, *data_keys, *loss.item_keys))
+        specs = {name: manager.specs for name, manager in managers.items()}
+        check_equal_fields(specs, (embedding_key, *data_keys, *loss.item_keys))
     if new_items_filter is not None and not callable(new_items_filter):
         raise KindError(
             f"new_items_filter is {new_items_filter!r}: expected a function (cache, new_items) "
@@ -168,19 +169,6 @@ def _check_manager(
             f"embedding field {embedding_key!r} of cache {name!r} is {spec}: expected a width D of "
             "at least 1."
         )
-
-
-def _check_equal_fields(managers: Mapping[str, CacheManager], fields: tuple[str, ...]) -> None:
-    """Raise ShapeError unless rows of all caches can be put together."""
-    (first, own), *others = managers.items()
-    for name, other in others:
-        for key in fields:
-            mine, theirs = own.specs[key], other.specs[key]
-            if mine.shape != theirs.shape or dtype_name(mine.dtype) != dtype_name(theirs.dtype):
-                raise ShapeError(
-                    f"field {key!r} of cache {first!r} is {mine}, but that of cache {name!r} is "
-                    f"{theirs}: caches that are used as one need equal fields."
-                )
 
 
 def _check_loss(
