@@ -3,11 +3,8 @@
 import os
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from negcache_torch import CacheManager, OptionError
-
-from negcache_core.arrays._array import native_dtype
+from negcache_torch import OptionError
 
 CITATION = """
 @inproceedings{lindgren2021negativecache,
@@ -30,12 +27,6 @@ def processes() -> int:
             "SentenceTransformerTrainingArguments, which join them, before the loss."
         )
     return 1
-
-
-def checked_dtype(dtype: Any) -> torch.dtype:
-    """Return PyTorch's dtype for itself, its name, or another library's; raise for no dtype."""
-    found: torch.dtype = native_dtype(dtype, CacheManager.backend.xp)
-    return found
 
 
 def checked_scale(scale: Any) -> float:

@@ -1,11 +1,12 @@
 """How many tokens a slot of the cache holds, and what that costs."""
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from negcache_torch import FieldSpec, OptionError
+
+from negcache_core.arrays.words import bytes_of
 
 logger = logging.getLogger(__name__)
 _LONG = 1_024  # tokens: beyond this, do not use a length without telling the user
@@ -41,8 +42,8 @@ def tell_cost(specs: Mapping[str, FieldSpec], cache_size: int, length: int) -> N
     """
     if length <= _LONG or not isinstance(cache_size, int):
         return  # the manager refuses what is not a size
-    slot = sum(_bytes(spec) for spec in specs.values())
-    tokens = sum(_bytes(spec) for spec in specs.values() if spec.shape == (length,))
+    slot = sum(map(bytes_of, specs.values()))
+    tokens = sum(bytes_of(spec) for spec in specs.values() if spec.shape == (length,))
     text = (
         f"the model allows {length:,} tokens, so a slot takes {slot:,} bytes, {tokens:,} of them "
         f"for tokens and masks, and {cache_size:,} slots take {slot * cache_size / 1e6:,.0f} MB"
@@ -55,15 +56,10 @@ def tell_cost(specs: Mapping[str, FieldSpec], cache_size: int, length: int) -> N
 
 def slot_bytes(specs: Mapping[str, FieldSpec]) -> int:
     """Return the bytes of a slot, its age included."""
-    return _AGE_BYTES + sum(map(_bytes, specs.values()))
+    return _AGE_BYTES + sum(map(bytes_of, specs.values()))
 
 
 def _checked(length: Any, name: str) -> int:
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise OptionError(f"{name} is {length!r}: expected a positive number of tokens.")
     return length
-
-
-def _bytes(spec: FieldSpec) -> int:
-    item: int = spec.dtype.itemsize
-    return math.prod(spec.shape) * item

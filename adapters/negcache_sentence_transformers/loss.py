@@ -21,7 +21,7 @@ from ._directions import ANCHOR, DOCUMENT, Batch, Directions, reverse
 from ._item_calls import embedder_of
 from ._items import NUMBER, ItemRows, numbers_in, packed, rows_of
 from ._known import RING, RING_FIELDS, Ids, Known, enters, known_of
-from ._options import CITATION, checked_dtype, checked_scale, processes
+from ._options import CITATION, checked_scale, processes
 from ._slots import slot_bytes, tell_cost
 from ._tokens import ID
 from ._wrappers import bare, may_route, refuse_wrappers
@@ -177,7 +177,7 @@ class NegativeCacheLoss(nn.Module):
         fields = self.rows.specs()
         width: Any = model.get_embedding_dimension()  # the manager refuses None
         groups = {DATASET: negcache.FieldSpec((), torch.int64)} if group_by_dataset else {}
-        embedding = negcache.FieldSpec((width,), checked_dtype(dtype))
+        embedding = negcache.FieldSpec((width,), dtype)
         kinds = self._directions.fields()
         more_ids, group_key = self._directions.keys(DATASET if group_by_dataset else None)
         specs = {**fields, **RING_FIELDS, **kinds, **groups, _EMBEDDING: embedding}

@@ -11,10 +11,16 @@ from negcache_core.arrays._array import dtype_name
 
 def fields_in_words(fields: Mapping[str, Any], slots: int) -> str:
     """Return the size and fields of `slots` rows; a field has a row's `.shape`, and `.dtype`."""
-    each = {key: (tuple(field.shape), dtype_name(field.dtype)) for key, field in fields.items()}
-    size = sum(slots * int(np.prod(shape)) * _bytes(name) for shape, name in each.values())
-    listed = ", ".join(f"{key} {name} {shape}" for key, (shape, name) in each.items())
+    size = slots * sum(map(bytes_of, fields.values()))
+    listed = ", ".join(
+        f"{key} {dtype_name(field.dtype)} {tuple(field.shape)}" for key, field in fields.items()
+    )
     return f"{bytes_in_words(size)}: {listed}"
+
+
+def bytes_of(field: Any) -> int:
+    """Return the bytes of a row of a field, which has a row's `.shape`, and `.dtype`."""
+    return int(np.prod(field.shape)) * _bytes(dtype_name(field.dtype))
 
 
 def bytes_in_words(size: float) -> str:
