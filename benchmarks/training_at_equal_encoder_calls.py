@@ -75,12 +75,15 @@ def _where(options: argparse.Namespace) -> tuple[Places, int, float | None]:
 
 def keep(options: argparse.Namespace) -> None:
     """Add what a report needs to what is kept; of other runs of seed 0, the last point alone."""
-    rows, before = results.read(options.to, *options.out), results.read(options.to)
-    settled = {results.name_of(row): row for row in before}
+    settled, found = (
+        {results.name_of(row): row for row in results.read(*paths)}
+        for paths in ([options.to], options.out)
+    )
+    rows = list((settled | found).values())
     whole = {results.name_of(each) for row in needed(rows) for each in all_seeds(rows, row)}
     kept = [
         row if name in whole else settled.get(name, {**row, "curve": row["curve"][-1:]})
-        for name, row in ((results.name_of(row), row) for row in rows)
+        for name, row in (settled | found).items()
         if row["seed"] == 0 or name in whole or name in settled
     ]
     results.write(options.to, kept)
